@@ -1,0 +1,42 @@
+"""Every error the package raises on purpose.
+
+::
+
+    CaptionerError
+    +-- ConfigError   a setting is wrong, or two settings do not go together
+    +-- SourceError   images or captions cannot be read, or contradict each other
+    +-- StoreError    a published directory is absent, incomplete, or belongs to another run
+    +-- ModelError    weights, vocabulary, encoder and features do not fit
+    +-- TrainingError training cannot go on (a loss that is not finite)
+    +-- ImageError    bytes that are not a picture we accept
+
+A message is one line: what is wrong, with which value, and what would be right. Jobs print it and exit with status 2.
+"""
+
+
+class CaptionerError(Exception):
+    """Base of all errors that the user, not the programmer, can mend."""
+
+
+class ConfigError(CaptionerError, ValueError):
+    """A setting is out of range or contradicts another."""
+
+
+class SourceError(CaptionerError):
+    """A source of images or captions cannot be read or contradicts itself."""
+
+
+class StoreError(CaptionerError):
+    """A published directory is absent, incomplete, or was made by another run."""
+
+
+class ModelError(CaptionerError):
+    """A model directory is unusable, or does not fit the features or encoder it is used with."""
+
+
+class TrainingError(CaptionerError):
+    """Training stopped because going on would spoil the model."""
+
+
+class ImageError(CaptionerError):
+    """The bytes are not an image this project accepts; the message is the reason, without the image's name."""

@@ -1,0 +1,1 @@
+"""Decoders behind one protocol, and the search that turns their logits into captions."""

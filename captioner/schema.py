@@ -1,0 +1,101 @@
+"""Column names, table schemas and manifests of everything a job publishes, and their checks on read."""
+
+from typing import Literal
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "validation", "test")
+GRID_SIDE = 7
+GRID_CELLS = GRID_SIDE * GRID_SIDE
+
+# What a source's Read emits: one row per image, before anything is decoded.
+SOURCE_ROWS = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("bytes", pa.large_binary()),  # null: the file could not be read
+        pa.field("error", pa.string()),  # why, null when the bytes are there
+    ]
+)
+
+CAPTION_ROWS = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("index", pa.int32(), nullable=False),  # 0, 1, ... within one image
+    ]
+)
+
+
+def feature_rows(channels: int, grid: bool) -> pa.Schema:
+    """Schema of ``features/*.parquet`` for an encoder with ``channels`` output channels.
+
+    ``pooled`` is float32 [C], ``grid`` float16 [P, C] with P = 49 cells in row-major order.
+    """
+    fields = [
+        pa.field("image_id", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("uri", pa.string()),
+        pa.field("pooled", pa.fixed_shape_tensor(pa.float32(), [channels])),
+    ]
+    if grid:
+        fields.append(pa.field("grid", pa.fixed_shape_tensor(pa.float16(), [GRID_CELLS, channels])))
+    return pa.schema([*fields, pa.field("error", pa.string())])
+
+
+class Record(BaseModel):
+    """Base of everything written to a manifest: immutable, and strict about what it reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EncoderIdentity(Record):
+    """What decides the value of an embedding; two stores with equal identities can be mixed."""
+
+    name: Literal["resnet50", "resnet50_v1"]
+    layer: Literal["layer4", "layer3"]
+    weights: str
+    """Name of the weights: an enum name, ``random(seed=0)``, or the file's base name."""
+    weights_sha256: str
+    """SHA-256 over the tensors in ``encoder.safetensors``."""
+    preprocessing: str
+    compute: Literal["float32", "bfloat16"]
+    channels: int
+
+
+class SourceIdentity(Record):
+    """Where the images came from; decides whether a run may continue another's directory."""
+
+    kind: str
+    uri: str
+    options: dict[str, str | int | None] = {}
+
+
+class FileEntry(Record):
+    """One data file of a published directory, its path relative to the manifest."""
+
+    path: str
+    rows: int
+
+
+class SplitCounts(Record):
+    images: int
+    ok: int
+    rejected: int
+    captions: int
+
+
+class StoreManifest(Record):
+    """``manifest.json`` of a feature store; its presence is what makes the directory a store."""
+
+    kind: Literal["features"] = "features"
+    schema_version: int = SCHEMA_VERSION
+    encoder: EncoderIdentity
+    source: SourceIdentity
+    grid: bool
+    total: SplitCounts
+    splits: dict[str, SplitCounts]
+    files: list[FileEntry]

@@ -1,0 +1,1 @@
+"""Sources of images and captions, opened by name, path or URI with ``open_source``."""

@@ -1,0 +1,43 @@
+"""What every source of images and captions promises to the extraction and captioning jobs."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import pyarrow as pa
+from ray.data import Datasource
+
+from captioner.schema import SourceIdentity
+
+
+class Source(Protocol):
+    """Images, and captions if there are any, under stable ids.
+
+    ``image_id`` is unique in the source and the same in every run: row checkpointing and resume rest on it.
+    """
+
+    def identity(self) -> SourceIdentity:
+        """What is compared when a run continues in a directory: same identity, same images."""
+        ...
+
+    def num_images(self) -> int:
+        """Number of images, read from metadata or a listing (never by reading the images).
+
+        Raises:
+            SourceError: nothing is there.
+        """
+        ...
+
+    def images(self) -> Datasource:
+        """A Ray Data datasource whose Read itself emits ``schema.SOURCE_ROWS``.
+
+        An unreadable file is a row with null ``bytes`` and an ``error``, never an exception.
+        """
+        ...
+
+    def captions(self) -> Iterator[pa.RecordBatch]:
+        """Batches of ``schema.CAPTION_ROWS``, in a fixed order; nothing for a source without captions.
+
+        Raises:
+            SourceError: captions contradict the images (a caption for an image that is not there, ids given twice).
+        """
+        ...

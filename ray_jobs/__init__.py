@@ -1,0 +1,1 @@
+"""Entry points, each one Ray job: ``python -m ray_jobs.NAME --help``."""
