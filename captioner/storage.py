@@ -1,0 +1,307 @@
+"""Files behind URIs (local paths, ``s3://``, anything pyarrow.fs opens), and directories that appear all at once.
+
+A published directory is claimed by ``_job.json`` (what is being made), filled, and completed by ``manifest.json``,
+written last. Readers open a directory only through its manifest, so they never see half of one.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from captioner.errors import StoreError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+CLAIM = "_job.json"
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file below a listed directory."""
+
+    uri: str
+    path: str
+    """POSIX path relative to the listed directory."""
+    size: int
+    """Bytes."""
+
+
+def _s3(bucket_path: str) -> pafs.S3FileSystem:
+    # Arrow reads credentials from the usual AWS variables; the endpoint is passed on so that both names AWS tools
+    # accept work, and so that the file system, pickled into Ray tasks, carries it to nodes without the variable.
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if endpoint:
+        parts = urlsplit(endpoint)
+        return pafs.S3FileSystem(
+            endpoint_override=parts.netloc or parts.path,
+            scheme=parts.scheme or "https",
+            region=region or "us-east-1",
+        )
+    return pafs.S3FileSystem(region=region or pafs.resolve_s3_region(bucket_path.split("/")[0]))
+
+
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of ``uri`` and the path on it.
+
+    Raises:
+        StoreError: the scheme is unknown or the URI malformed.
+    """
+    scheme = urlsplit(uri).scheme if "://" in uri else ""
+    if scheme == "":
+        return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    if scheme == "file":
+        return pafs.LocalFileSystem(), unquote(urlsplit(uri).path)
+    try:
+        if scheme == "s3":
+            path = uri.removeprefix("s3://").rstrip("/")
+            return _s3(path), path
+        filesystem, path = pafs.FileSystem.from_uri(uri)
+        return filesystem, path
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise StoreError(f"cannot open {uri}: {_one_line(error)}") from error
+
+
+def absolute(uri: str) -> str:
+    """``uri`` itself if it has a scheme, else the absolute local path."""
+    return uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
+def join(uri: str, *parts: str) -> str:
+    """``uri`` extended by path components."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def is_local(uri: str) -> bool:
+    return isinstance(resolve(uri)[0], pafs.LocalFileSystem)
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or directory is there."""
+    filesystem, path = resolve(uri)
+    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def is_directory(uri: str) -> bool:
+    filesystem, path = resolve(uri)
+    return filesystem.get_file_info(path).type == pafs.FileType.Directory
+
+
+def list_files(uri: str) -> list[FileInfo]:
+    """All files below a directory, sorted by path; empty if it is absent."""
+    filesystem, path = resolve(uri)
+    base = uri.rstrip("/")
+    found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    files = (entry for entry in found if entry.type == pafs.FileType.File)
+    relative = ((entry.path[len(path.rstrip("/")) + 1 :], entry.size) for entry in files)
+    return [FileInfo(f"{base}/{name}", name, size) for name, size in sorted(relative)]
+
+
+@contextmanager
+def open_input(uri: str) -> Iterator[pa.NativeFile]:
+    """A seekable file for reading.
+
+    Raises:
+        StoreError: it cannot be opened.
+    """
+    filesystem, path = resolve(uri)
+    try:
+        file = filesystem.open_input_file(path)
+    except OSError as error:
+        raise StoreError(f"cannot read {uri}: {_one_line(error)}") from error
+    with file:
+        yield file
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole file.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    with open_input(uri) as file:
+        data: bytes = file.read()
+    return data
+
+
+@contextmanager
+def atomic_writer(uri: str) -> Iterator[BinaryIO]:
+    """A file for writing that appears under its name only when the block ends without an error.
+
+    Raises:
+        StoreError: it cannot be written (the disk is full, access is denied).
+    """
+    filesystem, path = resolve(uri)
+    local = isinstance(filesystem, pafs.LocalFileSystem)
+    # An object store shows an object only when its upload is complete, so it needs no second name.
+    target = f"{path}.{os.getpid()}.partial" if local else path
+    try:
+        if local:
+            filesystem.create_dir(os.path.dirname(path), recursive=True)
+        with filesystem.open_output_stream(target) as file:
+            yield file
+        if local:
+            os.replace(target, path)
+    except OSError as error:
+        if local and os.path.exists(target):
+            os.unlink(target)
+        raise StoreError(f"cannot write {uri}: {_one_line(error)}") from error
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a whole file atomically; an existing one is replaced."""
+    with atomic_writer(uri) as file:
+        file.write(data)
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy one file between any two URIs, in pieces."""
+    with open_input(source) as reader, atomic_writer(target) as writer:
+        while piece := reader.read(2**24):
+            writer.write(piece)
+
+
+def create_exclusively(uri: str, data: bytes) -> None:
+    """Create a file that must not exist: of several writers exactly one succeeds.
+
+    Locally by ``link(2)``, on S3 by a conditional PUT; other stores are checked first, which leaves a short gap.
+
+    Raises:
+        StoreError: it exists already, or cannot be written.
+    """
+    filesystem, path = resolve(uri)
+    taken = StoreError(f"{uri} exists already: another run published first")
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=Path(path).parent, prefix="_") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.fchmod(file.fileno(), 0o644)
+                os.link(file.name, path)
+        except FileExistsError:
+            raise taken from None
+        except OSError as error:
+            raise StoreError(f"cannot write {uri}: {_one_line(error)}") from error
+    elif isinstance(filesystem, pafs.S3FileSystem):
+        import boto3
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        bucket, _, key = path.partition("/")
+        try:
+            boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict"):
+                raise taken from None
+            raise StoreError(f"cannot write {uri}: {_one_line(error)}") from error
+        except BotoCoreError as error:
+            raise StoreError(f"cannot write {uri}: {_one_line(error)}") from error
+    else:
+        if exists(uri):
+            raise taken
+        write_bytes(uri, data)
+
+
+def read_json(uri: str) -> Any:
+    """A parsed JSON file.
+
+    Raises:
+        StoreError: it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise StoreError(f"{uri} is not JSON: {error}") from error
+
+
+def differences(there: Any, asked: Any, name: str = "") -> list[str]:
+    """Where two JSON values differ, as ``field: there != asked``."""
+    if isinstance(there, dict) and isinstance(asked, dict):
+        keys = sorted(there.keys() | asked.keys())
+        inner = (
+            differences(there.get(key), asked.get(key), f"{name}.{key}" if name else key)
+            for key in keys
+        )
+        return [line for lines in inner for line in lines]
+    return [] if there == asked else [f"{name}: {there!r} there, {asked!r} asked"]
+
+
+class Output:
+    """One job's claim on an output directory.
+
+    ``identity`` is a JSON object that says what is being made. A directory that another identity claimed is refused,
+    a complete one of the same identity is reported by ``complete``, an unfinished one is continued (``resumed``).
+
+    Raises:
+        StoreError: the directory belongs to something else, or is being written by a live process of this machine.
+    """
+
+    def __init__(self, uri: str, identity: dict[str, Any]):
+        self.root = absolute(uri)
+        self.complete = exists(self.uri(MANIFEST))
+        self.resumed = False
+        self._lock: BinaryIO | None = None
+        if exists(self.uri(CLAIM)):
+            different = differences(read_json(self.uri(CLAIM)), json.loads(json.dumps(identity)))
+            if different:
+                raise StoreError(f"{self.root} was made by another run: {'; '.join(different)}")
+            self.resumed = not self.complete
+        elif list_files(self.root):
+            raise StoreError(f"{self.root} is not empty and was not made by this job: choose another")
+        if self.complete:
+            return
+        if not self.resumed:
+            create_exclusively(self.uri(CLAIM), json.dumps(identity, indent=1).encode())
+        self._hold()
+
+    def _hold(self) -> None:
+        # flock dies with its process, so a killed run never blocks the one that continues it. Object stores have no
+        # such lock; there the exclusive manifest decides.
+        if is_local(self.root):
+            self._lock = open(resolve(self.uri(CLAIM))[1], "rb")  # noqa: SIM115 held until the process ends
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                # Some network file systems offer no locks; the manifest still decides there.
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise StoreError(f"{self.root} is being written by another process") from None
+                logger.warning("no file lock on %s: %s", self.root, error)
+
+    def uri(self, *parts: str) -> str:
+        """URI of something inside the directory."""
+        return join(self.root, *parts)
+
+    def publish(self, manifest: str) -> None:
+        """Write ``manifest.json`` (a JSON text): from here on the directory is complete.
+
+        Raises:
+            StoreError: another run published first.
+        """
+        create_exclusively(self.uri(MANIFEST), manifest.encode())
+        self.complete = True
+        self.close()
+
+    def close(self) -> None:
+        """Let another process of this machine have the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def _one_line(error: BaseException) -> str:
+    text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    return " ".join(text.split())
