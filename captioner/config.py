@@ -235,10 +235,13 @@ class CaptionConfig(Config):
     limits: ImageLimits = ImageLimits()
     max_reject_fraction: Fraction = 1.0
     """Largest fraction of unreadable images; past it the job fails and publishes nothing."""
+    source_options: SourceConfig = SourceConfig()
     batch_size: Positive = 32
     """Images per batch of one captioning actor."""
     num_captioners: Positive | None = None
     """Captioning actors; default: one per GPU, or as many as the CPUs feed best."""
+    cpus_per_captioner: Positive | None = None
+    """Threads of one captioning actor on CPU; default: chosen from the cluster."""
 
 
 class DemoConfig(Config):

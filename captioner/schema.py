@@ -99,3 +99,46 @@ class StoreManifest(Record):
     total: SplitCounts
     splits: dict[str, SplitCounts]
     files: list[FileEntry]
+
+
+class CaptionsManifest(Record):
+    """``manifest.json`` of a captioned collection."""
+
+    kind: Literal["captions"] = "captions"
+    schema_version: int = SCHEMA_VERSION
+    model: str
+    """URI of the model directory."""
+    weights_sha256: str
+    """SHA-256 of the model's ``weights.safetensors``."""
+    decode: dict[str, int | float]
+    source: SourceIdentity
+    images: int
+    rejected: int
+    files: list[FileEntry]
+
+
+class ReportManifest(Record):
+    """``manifest.json`` of an evaluation report."""
+
+    kind: Literal["report"] = "report"
+    schema_version: int = SCHEMA_VERSION
+    model: str
+    features: str
+    split: str
+    images: int
+    files: list[str]
+
+
+CAPTIONED_ROWS = pa.schema(
+    [
+        pa.field("image_id", pa.string()),
+        pa.field("uri", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("log_prob", pa.float32()),  # natural logarithm, summed over the words and <end>
+        pa.field(
+            "alternatives",
+            pa.list_(pa.struct([("caption", pa.string()), ("log_prob", pa.float32())])),
+        ),
+        pa.field("error", pa.string()),
+    ]
+)

@@ -9,6 +9,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -145,19 +146,24 @@ def atomic_writer(uri: str) -> Iterator[BinaryIO]:
         StoreError: it cannot be written (the disk is full, access is denied).
     """
     filesystem, path = resolve(uri)
-    local = isinstance(filesystem, pafs.LocalFileSystem)
-    # An object store shows an object only when its upload is complete, so it needs no second name.
-    target = f"{path}.{os.getpid()}.partial" if local else path
     try:
-        if local:
-            filesystem.create_dir(os.path.dirname(path), recursive=True)
-        with filesystem.open_output_stream(target) as file:
-            yield file
-        if local:
-            os.replace(target, path)
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(f"{path}.{os.getpid()}.partial")
+            try:
+                with partial.open("wb") as file:
+                    yield file
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        else:
+            # Closing an object store's stream publishes the object whatever happened, so it is opened last.
+            with tempfile.SpooledTemporaryFile(max_size=2**26) as spool:
+                yield spool  # type: ignore[misc]
+                spool.seek(0)
+                with filesystem.open_output_stream(path) as stream:
+                    shutil.copyfileobj(spool, stream, 2**24)
     except OSError as error:
-        if local and os.path.exists(target):
-            os.unlink(target)
         raise StoreError(f"cannot write {uri}: {_one_line(error)}") from error
 
 

@@ -1,0 +1,263 @@
+"""The Ray Data job that extraction and captioning share: source -> decode -> model actors -> Parquet, exactly once.
+
+Ray Data's row checkpointing keeps the books: behind every Read it filters the ids whose output files are complete, and
+on a restart it deletes files that a killed task left half-done. What remains here is to give it ids that come out of
+the Read itself, and to publish only when the rows add up.
+"""
+
+import errno
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import ray
+from ray.actor import ActorHandle
+from ray.data import ActorPoolStrategy, DataContext
+from ray.data.checkpoint import CheckpointConfig
+from ray.data.context import FixedShapeTensorFormat
+
+from captioner import storage
+from captioner.cluster import PoolPlan
+from captioner.config import ImageLimits
+from captioner.errors import ImageError, SourceError, StoreError
+from captioner.images import decode_image
+from captioner.progress import ProgressLine
+from captioner.schema import FileEntry
+from captioner.sources.base import Source
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "_checkpoint"
+PIXELS = "pixels"
+_IMAGE_SHAPE = (224, 224, 3)
+
+
+class Stage(Protocol):
+    """What the model actors run. Built once per actor, from plain arguments."""
+
+    def __call__(self, rows: pa.Table, images: np.ndarray[Any, np.dtype[np.uint8]]) -> pa.Table:
+        """Output columns for the good rows of a batch, in their order.
+
+        Args:
+            rows: image_id, split, uri of N images.
+            images: uint8 RGB [N, 224, 224, 3].
+        """
+        ...
+
+
+def decode_rows(rows: pa.Table, limits: ImageLimits) -> pa.Table:
+    """Replace ``bytes`` by ``pixels``: uint8 [224, 224, 3], zeros where ``error`` says why there are none."""
+    images = np.zeros((len(rows), *_IMAGE_SHAPE), np.uint8)
+    errors: list[str | None] = rows["error"].to_pylist()
+    for position, data in enumerate(rows["bytes"]):
+        if errors[position] is None:
+            try:
+                images[position] = decode_image(data.as_buffer().to_pybytes(), limits)
+            except ImageError as error:
+                errors[position] = str(error)
+    return pa.table(
+        {
+            "image_id": rows["image_id"],
+            "split": rows["split"],
+            "uri": rows["uri"],
+            PIXELS: pa.FixedShapeTensorArray.from_numpy_ndarray(images),
+            "error": pa.array(errors, pa.string()),
+        }
+    )
+
+
+class _StageActor:
+    """Runs a stage on the good rows of each batch and puts the rejected ones back, with nulls, in their places."""
+
+    def __init__(
+        self, stage: type[Stage], options: dict[str, Any], schema: pa.Schema, counter: ActorHandle
+    ):
+        self.stage = stage(**options)
+        self.schema = schema
+        self.counter = counter
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        good = rows["error"].is_null()
+        count = int(pa.compute.sum(good).as_py() or 0)
+        columns = rows.drop_columns([PIXELS])
+        if count:
+            images = rows[PIXELS].combine_chunks()
+            pixels = (images.chunk(0) if isinstance(images, pa.ChunkedArray) else images).to_numpy_ndarray()
+            mask = good.to_numpy()
+            output = self.stage(columns.filter(good), pixels if mask.all() else pixels[mask])
+            # Positions of good rows in the output, null for rejected ones: take() then fills in nulls.
+            place = pa.array(np.cumsum(mask) - 1, mask=~mask)
+            for name in output.column_names:
+                columns = columns.append_column(name, _take(output[name], place))
+        for field in self.schema:
+            if field.name not in columns.column_names:
+                columns = columns.append_column(field.name, pa.nulls(len(rows), field.type))
+        self.counter.add.remote(len(rows), len(rows) - count)
+        return columns.select(self.schema.names).cast(self.schema)
+
+
+def _take(column: pa.ChunkedArray, place: pa.Array) -> pa.Array:
+    array = column.combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    if isinstance(array, pa.ExtensionArray):
+        return pa.ExtensionArray.from_storage(array.type, array.storage.take(place))
+    return array.take(place)
+
+
+def run_pipeline(
+    source: Source,
+    output: storage.Output,
+    directory: str,
+    schema: pa.Schema,
+    stage: type[Stage],
+    options: dict[str, Any],
+    *,
+    limits: ImageLimits,
+    batch_size: int,
+    pool: PoolPlan,
+) -> None:
+    """Map ``stage`` over every image of ``source`` into ``<output>/<directory>/*.parquet``.
+
+    Continues where a killed run stopped. ``schema`` is that of the files; it must hold ``image_id`` and ``error``.
+
+    Raises:
+        StoreError: the output cannot be written.
+    """
+    filesystem, path = storage.resolve(output.uri(directory))
+    _, checkpoint = storage.resolve(output.uri(CHECKPOINT))
+    total = source.num_images()
+    already = _checkpointed(output)
+    if already:
+        logger.info("continuing: %s of %s images are done", f"{already:,}", f"{total:,}")
+    with _data_context(checkpoint, filesystem), ProgressLine(total, already) as progress:
+        images = ray.data.read_datasource(source.images())
+        decoded = images.map_batches(
+            decode_rows,
+            fn_kwargs={"limits": limits},
+            batch_size=batch_size,
+            batch_format="pyarrow",
+            num_cpus=1,
+        )
+        done = decoded.map_batches(
+            _StageActor,
+            fn_constructor_kwargs={
+                "stage": stage,
+                "options": options,
+                "schema": schema,
+                "counter": progress.counter,
+            },
+            compute=ActorPoolStrategy(size=pool.size),
+            batch_size=batch_size,
+            batch_format="pyarrow",
+            num_cpus=None if pool.num_gpus else pool.num_cpus,
+            num_gpus=pool.num_gpus or None,
+            # Different resources from the decoding tasks on purpose: equal ones would be fused into one actor, and
+            # decoding would wait for the model.
+            memory=1,
+        )
+        try:
+            done.write_parquet(path, filesystem=filesystem)
+        except OSError as error:
+            raise StoreError(f"cannot write {output.uri(directory)}: {_reason(error)}") from error
+
+
+def finish_rows(output: storage.Output, directory: str, total: int, max_reject_fraction: float) -> pa.Table:
+    """Check that every image has exactly one row, and that few enough were rejected.
+
+    Returns:
+        image_id, split, uri and error of all rows.
+
+    Raises:
+        StoreError: rows are missing or repeated.
+        SourceError: more than ``max_reject_fraction`` of the images were rejected.
+    """
+    filesystem, path = storage.resolve(output.uri(directory))
+    names = [file.path for file in storage.list_files(output.uri(directory)) if file.path.endswith(".parquet")]
+    dataset = pads.dataset([f"{path}/{name}" for name in names], filesystem=filesystem, format="parquet")
+    there = [name for name in ("image_id", "split", "uri", "error") if name in dataset.schema.names]
+    rows = dataset.to_table(columns=there)
+    unique = pa.compute.count_distinct(rows["image_id"]).as_py()
+    if not len(rows) == unique == total:
+        raise StoreError(
+            f"{output.root}: {total} images in the source, {len(rows)} rows of {unique} images written; "
+            "did the source change, or another run write here? Extract to a new directory"
+        )
+    rejected = rows.filter(rows["error"].is_valid())
+    if len(rejected) > max_reject_fraction * total:
+        first = rejected.slice(0, 1).to_pylist()[0]
+        raise SourceError(
+            f"{len(rejected)} of {total} images were rejected, more than max-reject-fraction "
+            f"{max_reject_fraction}; the first: {first['image_id']}: {first['error']}"
+        )
+    return rows
+
+
+def list_data_files(output: storage.Output, directory: str) -> list[FileEntry]:
+    """The Parquet files of a subdirectory with their row counts, for the manifest."""
+    entries = []
+    for file in storage.list_files(output.uri(directory)):
+        if file.path.endswith(".parquet"):
+            with storage.open_input(file.uri) as handle:
+                rows = pq.ParquetFile(handle).metadata.num_rows
+            entries.append(FileEntry(path=f"{directory}/{file.path}", rows=rows))
+    return entries
+
+
+def forget_checkpoint(output: storage.Output) -> None:
+    """Delete the bookkeeping of a run. Only after publishing: without it a restart would repeat every row."""
+    filesystem, path = storage.resolve(output.uri(CHECKPOINT))
+    if storage.exists(output.uri(CHECKPOINT)):
+        filesystem.delete_dir(path)
+
+
+def _checkpointed(output: storage.Output) -> int:
+    names = [
+        file
+        for file in storage.list_files(output.uri(CHECKPOINT))
+        if file.path.endswith(".parquet") and ".pending" not in file.path
+    ]
+    rows = 0
+    for file in names:
+        with storage.open_input(file.uri) as handle:
+            rows += pq.ParquetFile(handle).metadata.num_rows
+    return rows
+
+
+@contextmanager
+def _data_context(checkpoint: str, filesystem: pa.fs.FileSystem) -> Iterator[None]:
+    """Ray Data's settings for one job; they are read when a Dataset is made, and belong to this one alone."""
+    context = DataContext.get_current()
+    saved = (
+        context.checkpoint_config,
+        context.arrow_fixed_shape_tensor_format,
+        context.enable_progress_bars,
+    )
+    filesystem.create_dir(checkpoint, recursive=True)
+    context.checkpoint_config = CheckpointConfig(
+        id_column="image_id",
+        checkpoint_path=checkpoint,
+        override_filesystem=filesystem,
+        # A run killed between its last row and its manifest still needs them.
+        delete_checkpoint_on_success=False,
+    )
+    context.arrow_fixed_shape_tensor_format = FixedShapeTensorFormat.ARROW_NATIVE
+    context.enable_progress_bars = False
+    try:
+        yield
+    finally:
+        (
+            context.checkpoint_config,
+            context.arrow_fixed_shape_tensor_format,
+            context.enable_progress_bars,
+        ) = saved
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.ENOSPC or "No space left" in str(error):
+        return "no space left on the device"
+    return " ".join(str(error).split())[-300:]

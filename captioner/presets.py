@@ -1,0 +1,50 @@
+"""Whole training configurations by name, one per published result; command-line flags override them."""
+
+from collections.abc import Callable
+
+from captioner.config import (
+    DecoderConfig,
+    OptimizerConfig,
+    TextConfig,
+    TrainConfig,
+)
+
+
+def demo() -> TrainConfig:
+    """Generated scenes: a small vocabulary, so a small and quick decoder."""
+    return TrainConfig(
+        features="runs/demo/features",
+        output="runs/demo/model",
+        decoder=DecoderConfig(kind="merge", width=256, dropout=0.2),
+        epochs=30,
+    )
+
+
+def seed_merge() -> TrainConfig:
+    """The notebook's merge decoder with the hyperparameters its search chose (best at epoch 7 of 50)."""
+    return TrainConfig(
+        features="runs/flickr8k/features",
+        output="runs/flickr8k/seed_merge",
+        decoder=DecoderConfig(kind="merge", width=256, output_width=128, dropout=0.5),
+        text=TextConfig(rules="seed", min_count=1),
+        optimizer=OptimizerConfig(name="adam", learning_rate=1e-3, clip_norm=None),
+        epochs=50,
+        global_batch=64,
+        patience=5,
+    )
+
+
+def seed_attention() -> TrainConfig:
+    """The notebook's attention over the decoder's own words, made causal."""
+    base = seed_merge()
+    return base.model_copy(
+        update={
+            "output": "runs/flickr8k/seed_attention",
+            "decoder": base.decoder.model_copy(update={"kind": "sequence_attention"}),
+        }
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    preset.__name__: preset for preset in (demo, seed_merge, seed_attention)
+}

@@ -1,0 +1,82 @@
+"""Progress of a long Ray Data job in one readable line: images done, rate, rejected so far, time left."""
+
+import logging
+import sys
+import threading
+import time
+
+import ray
+from ray.actor import ActorHandle
+
+logger = logging.getLogger(__name__)
+
+
+@ray.remote(num_cpus=0)
+class Counter:
+    """Counts rows that the actors of a job have handled. For people to look at, never for bookkeeping: a retried
+    task counts its rows again.
+    """
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.rejected = 0
+
+    def add(self, done: int, rejected: int) -> None:
+        self.done += done
+        self.rejected += rejected
+
+    def read(self) -> tuple[int, int]:
+        return self.done, self.rejected
+
+
+class ProgressLine:
+    """Context manager that prints the state of a ``Counter`` while a block runs.
+
+    A terminal sees one line rewritten every second, a log file a new line every ten.
+    """
+
+    def __init__(self, total: int, already: int = 0, noun: str = "images"):
+        self.total, self.already, self.noun = total, already, noun
+        self.counter: ActorHandle = Counter.remote()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._terminal = sys.stderr.isatty()
+        self._first: tuple[float, int] | None = None
+
+    def __enter__(self) -> "ProgressLine":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        ray.kill(self.counter)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1.0 if self._terminal else 10.0):
+            try:
+                done, rejected = ray.get(self.counter.read.remote(), timeout=10)
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+                continue  # the counter's node died or is busy; the job itself is not affected
+            line = self.describe(done, rejected, time.monotonic())
+            if self._terminal:
+                print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+            else:
+                logger.info(line)
+        if self._terminal:
+            print(file=sys.stderr)
+
+    def describe(self, done: int, rejected: int, now: float) -> str:
+        """The line for a state; the rate counts from the first finished batch, so start-up does not dilute it."""
+        parts = [f"{self.already + done:,} of {self.total:,} {self.noun}"]
+        if done and self._first is None:
+            self._first = (now, done)
+        if self._first and now > self._first[0] and done > self._first[1]:
+            rate = (done - self._first[1]) / (now - self._first[0])
+            left = max(0, self.total - self.already - done) / rate
+            parts += [f"{rate:,.1f} {self.noun}/s", f"{int(left // 60)}:{int(left % 60):02d} left"]
+        elif not done:
+            parts.append("starting")
+        if rejected:
+            parts.append(f"{rejected:,} rejected")
+        return " | ".join(parts)

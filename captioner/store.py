@@ -1,0 +1,144 @@
+"""Reads a published feature store."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+from pydantic import ValidationError
+
+from captioner import storage
+from captioner.errors import StoreError
+from captioner.schema import SCHEMA_VERSION, SPLITS, StoreManifest
+
+ENCODER_WEIGHTS = "encoder.safetensors"
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """Features of one split, in the order of their ids."""
+
+    image_ids: list[str]
+    columns: dict[str, np.ndarray[Any, Any]]
+    """``pooled`` float32 [N, C] and ``grid`` float16 [N, P, C], as asked for."""
+
+
+class FeatureStore:
+    """A feature store opened through its manifest."""
+
+    def __init__(self, uri: str, manifest: StoreManifest):
+        self.uri = uri
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, uri: str) -> "FeatureStore":
+        """Open a store.
+
+        Raises:
+            StoreError: there is no manifest (nothing was published), or this version cannot read it.
+        """
+        uri = storage.absolute(uri)
+        manifest_uri = storage.join(uri, storage.MANIFEST)
+        if not storage.exists(manifest_uri):
+            raise StoreError(f"{uri} is not a feature store: it has no {storage.MANIFEST}")
+        raw = storage.read_json(manifest_uri)
+        if not isinstance(raw, dict) or raw.get("kind") != "features":
+            kind = raw.get("kind") if isinstance(raw, dict) else None
+            raise StoreError(f"{uri} is not a feature store: its manifest says {kind!r}")
+        if raw.get("schema_version") != SCHEMA_VERSION:
+            raise StoreError(
+                f"{uri} has schema version {raw.get('schema_version')}, this release reads {SCHEMA_VERSION}"
+            )
+        try:
+            return cls(uri, StoreManifest.model_validate(raw))
+        except ValidationError as error:
+            raise StoreError(f"{manifest_uri} is damaged: {error.errors()[0]['msg']}") from error
+
+    @property
+    def encoder_weights_uri(self) -> str:
+        """The weights every embedding of the store was made with."""
+        return storage.join(self.uri, ENCODER_WEIGHTS)
+
+    def require(self, split: str, columns: tuple[str, ...], *, captions: bool) -> None:
+        """Check that the split, the feature columns and, if asked for, captions are there.
+
+        Raises:
+            StoreError: something is missing; the message says how to get it.
+        """
+        counts = self.manifest.splits.get(split)
+        if split not in SPLITS or counts is None or counts.ok == 0:
+            there = ", ".join(name for name, found in self.manifest.splits.items() if found.ok)
+            raise StoreError(f"{self.uri} has no images in split {split!r}; it has: {there or 'none'}")
+        if "grid" in columns and not self.manifest.grid:
+            raise StoreError(f"{self.uri} holds no grid: extract with --grid for this decoder")
+        if captions and counts.captions == 0:
+            raise StoreError(f"{self.uri} has no captions in split {split!r}")
+
+    def load(self, split: str, columns: tuple[str, ...]) -> FeatureTable:
+        """Load columns of all good images of a split into memory, ordered by image id.
+
+        Raises:
+            StoreError: the split or a column is missing, or the files are not those of the manifest.
+        """
+        self.require(split, columns, captions=False)
+        dataset = self._dataset("features")
+        good = (pads.field("split") == split) & pads.field("error").is_null()
+        ids = dataset.to_table(columns=["image_id"], filter=good)["image_id"].to_numpy()
+        if len(ids) != self.manifest.splits[split].ok:
+            raise StoreError(
+                f"{self.uri} is damaged: {len(ids)} images in split {split!r}, "
+                f"{self.manifest.splits[split].ok} in the manifest"
+            )
+        order = np.argsort(ids, kind="stable")
+        position = np.empty_like(order)
+        position[order] = np.arange(len(order))
+        arrays: dict[str, np.ndarray[Any, Any]] = {}
+        for name in columns:
+            kind = dataset.schema.field(name).type
+            arrays[name] = np.empty((len(ids), *kind.shape), kind.value_type.to_pandas_dtype())
+            start = 0
+            # Filled batch by batch: a grid is large, and a second copy of it would not fit beside the first.
+            for batch in dataset.to_batches(columns=[name], filter=good, batch_size=256):
+                rows = batch.column(0).to_numpy_ndarray()
+                arrays[name][position[start : start + len(rows)]] = rows
+                start += len(rows)
+        return FeatureTable([str(name) for name in ids[order]], arrays)
+
+    def captions(self, split: str) -> dict[str, list[str]]:
+        """Raw captions of the good images of a split, by image id (sorted), in their original order.
+
+        Raises:
+            StoreError: the split is missing or has no captions.
+        """
+        self.require(split, (), captions=True)
+        good = (pads.field("split") == split) & pads.field("error").is_null()
+        ids = self._dataset("features").to_table(columns=["image_id"], filter=good)["image_id"]
+        found = self._dataset("captions").to_table(filter=pads.field("image_id").isin(ids.unique()))
+        found = found.take(pc.sort_indices(found, [("image_id", "ascending"), ("index", "ascending")]))
+        grouped: dict[str, list[str]] = {}
+        for name, caption in zip(
+            found["image_id"].to_pylist(), found["caption"].to_pylist(), strict=True
+        ):
+            grouped.setdefault(name, []).append(caption)
+        return grouped
+
+    def image_uris(self, split: str) -> dict[str, str]:
+        """Where each good image of a split came from, by image id (sorted)."""
+        good = (pads.field("split") == split) & pads.field("error").is_null()
+        rows = self._dataset("features").to_table(columns=["image_id", "uri"], filter=good)
+        return dict(sorted(zip(rows["image_id"].to_pylist(), rows["uri"].to_pylist(), strict=True)))
+
+    def _dataset(self, directory: str) -> pads.Dataset:
+        filesystem, path = storage.resolve(self.uri)
+        # Only the manifest's files: anything else in the directory was never published.
+        files = [
+            f"{path}/{entry.path}"
+            for entry in self.manifest.files
+            if entry.path.startswith(f"{directory}/") and entry.rows
+        ]
+        try:
+            return pads.dataset(files, filesystem=filesystem, format="parquet")
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StoreError(f"{self.uri} is damaged: {' '.join(str(error).split())}") from error

@@ -1,0 +1,16 @@
+"""Caption every image of a collection.
+
+python -m ray_jobs.caption --images my_photos/ --model runs/flickr8k/model --output runs/my_captions
+"""
+
+from captioner import cli
+from captioner.collection import caption_collection
+from captioner.config import CaptionConfig
+
+
+def main() -> None:
+    cli.run(caption_collection, CaptionConfig)
+
+
+if __name__ == "__main__":
+    main()

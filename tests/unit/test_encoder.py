@@ -1,0 +1,147 @@
+"""The encoder: both networks, batch independence, arithmetic, weights from files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torchvision.models import resnet50
+
+from captioner.config import EncoderConfig
+from captioner.encoder import Encoder, build_network, identify, load_weights
+from captioner.errors import ModelError
+
+RANDOM = EncoderConfig(weights="random")
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (5, 224, 224, 3), dtype=np.uint8)
+
+
+def make(config: EncoderConfig, compute: str) -> Encoder:
+    tensors = load_weights(config)
+    return Encoder(identify(config, tensors, compute), tensors)
+
+
+def test_layer4_equals_torchvision_without_its_head(images: np.ndarray) -> None:
+    reference = resnet50().eval()
+    tensors = load_weights(RANDOM)
+    reference.load_state_dict(tensors, strict=False)
+    reference.fc = torch.nn.Identity()
+    mean = torch.tensor([0.485, 0.456, 0.406])
+    deviation = torch.tensor([0.229, 0.224, 0.225])
+    pixels = (torch.from_numpy(images) / 255 - mean) / deviation
+    with torch.inference_mode():
+        expected = reference(pixels.permute(0, 3, 1, 2))
+    pooled, grid = make(RANDOM, "float32")(images, grid=True)
+    torch.testing.assert_close(pooled, expected, rtol=1e-3, atol=1e-4)
+    assert grid is not None
+    assert grid.shape == (5, 49, 2048)
+    torch.testing.assert_close(grid.float().mean(dim=1), pooled, rtol=2e-2, atol=2e-3)
+
+
+def test_v1_puts_the_stride_on_the_first_convolution() -> None:
+    first = build_network("resnet50_v1", "layer4").layer3[0]
+    assert (first.conv1.stride, first.conv2.stride) == ((2, 2), (1, 1))
+    first = build_network("resnet50", "layer4").layer3[0]
+    assert (first.conv1.stride, first.conv2.stride) == ((1, 1), (2, 2))
+
+
+def test_full_network_has_the_seeds_number_of_parameters() -> None:
+    tensors = load_weights(EncoderConfig(name="resnet50_v1", weights="random"))
+    # Keras counts the 26,560 convolution biases that batch norm makes redundant.
+    assert sum(tensor.numel() for tensor in tensors.values()) + 26_560 == 23_587_712
+
+
+def test_bfloat16_agrees_with_float32(images: np.ndarray) -> None:
+    exact, _ = make(RANDOM, "float32")(images, grid=False)
+    fast, _ = make(RANDOM, "bfloat16")(images, grid=False)
+    assert torch.cosine_similarity(exact, fast).min() >= 0.999
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_embedding_does_not_depend_on_its_batch(images: np.ndarray, compute: str) -> None:
+    encoder = make(EncoderConfig(weights="random", layer="layer3"), compute)
+    together, grids = encoder(images, grid=True)
+    alone, grid = encoder(images[3:4], grid=True)
+    assert grids is not None
+    assert grid is not None
+    torch.testing.assert_close(alone[0], together[3], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grid[0], grids[3], rtol=1e-3, atol=1e-3)
+
+
+def test_layer3_grid_is_averaged_to_seven_by_seven(images: np.ndarray) -> None:
+    pooled, grid = make(EncoderConfig(weights="random", layer="layer3"), "float32")(images, grid=True)
+    assert pooled.shape == (5, 1024)
+    assert grid is not None
+    assert grid.shape == (5, 49, 1024)
+
+
+def test_seed_decides_random_weights_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    first = load_weights(RANDOM)["conv1.weight"]
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(first, load_weights(RANDOM)["conv1.weight"])
+    other = load_weights(EncoderConfig(weights="random", seed=1))["conv1.weight"]
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_from_a_file_are_the_weights(tmp_path: Path, suffix: str) -> None:
+    tensors = load_weights(RANDOM)
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save(tensors, path)
+    else:
+        safetensors.torch.save_file(tensors, path)
+    config = EncoderConfig(weights=str(path))
+    loaded = load_weights(config)
+    assert identify(config, loaded, "float32").weights_sha256 == (
+        identify(RANDOM, tensors, "float32").weights_sha256
+    )
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    tensors = load_weights(EncoderConfig(weights="random", layer="layer3"))
+    path = tmp_path / "to_layer3.safetensors"
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(ModelError, match=r"no 'layer4\.0\.conv1\.weight', needed up to layer4"):
+        load_weights(EncoderConfig(weights=str(path)))
+    with pytest.raises(ModelError, match="neither IMAGENET1K_V2"):
+        load_weights(EncoderConfig(weights=str(tmp_path / "absent.safetensors")))
+    path.write_bytes(b"rubbish")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_weights(EncoderConfig(weights=str(path)))
+
+
+class _Trap:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (print, ("executed",))
+
+
+def test_pickled_code_in_a_weights_file_is_never_executed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "trap.pth"
+    torch.save(_Trap(), path)
+    with pytest.raises(ModelError, match="not a plain state_dict"):
+        load_weights(EncoderConfig(weights=str(path)))
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_torchvision_weights_are_refused_for_the_other_network() -> None:
+    with pytest.raises(ModelError, match="belong to encoder.name resnet50"):
+        load_weights(EncoderConfig(name="resnet50_v1", weights="IMAGENET1K_V1"))
+
+
+def test_missing_network_names_the_file_to_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(ModelError, match=r"place the file at .*checkpoints/resnet50-11ad3fa6\.pth"):
+        load_weights(EncoderConfig())
