@@ -1,0 +1,66 @@
+# Everything runs from the repository root in a private environment, .venv; nothing is installed outside it.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/requirements.installed
+PYTEST := $(PYTHON) -m pytest
+
+.PHONY: help install demo test test-unit test-cluster lint type requirements clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
+		| while IFS=$$'\t' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
+
+install: $(INSTALLED) ## Create .venv with the pinned requirements (also done by the targets below)
+
+# uv comes from pip where it is missing. pip's --target works without the venv module and on
+# distributions whose Python is marked as externally managed.
+$(INSTALLED): requirements.txt
+	@works() { "$$@" >/dev/null 2>&1; }; \
+	right="import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))"; \
+	python=; \
+	for name in python3.12 python3.11 python3 python; do \
+		if works "$$name" -c "$$right"; then python=$$name; break; fi; \
+	done; \
+	if [[ -z $$python ]]; then echo "Python 3.11 or 3.12 is needed and was not found" >&2; exit 2; fi; \
+	uv=uv; \
+	if ! works uv --version; then \
+		uv=$(VENV)/uv/bin/uv; \
+		works "$$uv" --version || "$$python" -m pip install --quiet --upgrade --target $(VENV)/uv uv; \
+	fi; \
+	works $(PYTHON) -c "$$right" \
+		|| "$$uv" venv --quiet --allow-existing --python "$$("$$python" -c 'import sys; print(sys.executable)')" $(VENV); \
+	"$$uv" pip install --python $(PYTHON) -r requirements.txt; \
+	touch $@
+
+demo: $(INSTALLED) ## Extract, train, evaluate and caption generated pictures; results in runs/demo
+	$(PYTHON) -m ray_jobs.demo
+
+test: lint ## Run ruff and every test
+	$(PYTEST) --durations=5 tests/unit
+	$(PYTEST) --durations=10 --ignore=tests/unit tests
+
+test-unit: $(INSTALLED) ## Run the tests that need no Ray
+	$(PYTEST) --durations=5 tests/unit
+
+test-cluster: $(INSTALLED) ## Run the tests that start a local Ray
+	$(PYTEST) --durations=10 tests/cluster
+
+lint: $(INSTALLED) ## Check style and formatting with ruff
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+type: $(INSTALLED) ## Check types with mypy
+	$(PYTHON) -m mypy
+
+requirements: $(INSTALLED) ## Pin the newest versions that pyproject.toml allows
+	uv="$$(command -v uv || echo $(VENV)/uv/bin/uv)"; \
+	"$$uv" pip compile --upgrade --universal --python-version 3.11 --no-header --no-annotate \
+		--no-emit-index-url --group dev pyproject.toml -o requirements.txt
+
+clean: ## Remove caches; .venv and runs stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,7 @@
+"""Pictures of a run: learning curves, captioned photographs, attention maps. Each is returned as the bytes of a PNG."""
+
+from captioner.plots.attention import attention_maps
+from captioner.plots.curves import plot_history
+from captioner.plots.grids import best_and_worst, caption_grid
+
+__all__ = ["attention_maps", "best_and_worst", "caption_grid", "plot_history"]

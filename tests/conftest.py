@@ -1,0 +1,42 @@
+"""Fixtures and markers shared by all tests."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+# Read by Ray when it is first imported, and inherited by every child process of a test.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark everything in tests/cluster and tests/jobs by its folder."""
+    for item in items:
+        folder = item.path.parent.name
+        if folder in ("cluster", "jobs"):
+            item.add_marker(folder)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real photographs and weights beside the checkout, where there is one."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the folder {SHARED.name} beside the checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """One real local Ray for the tests of a module; its four logical CPUs need not be four cores."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
