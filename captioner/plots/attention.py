@@ -62,7 +62,7 @@ def _overlay(image: NDArray[np.uint8], grid: NDArray[np.float32]) -> NDArray[np.
     colour = colormaps["inferno"](0.25 + 0.7 * weights)[..., :3]
     opacity = 0.65 * weights[..., None]
     mixed = (1 - opacity) * (0.15 + 0.75 * grey) + opacity * colour
-    return np.rint(255 * mixed).astype(np.uint8)
+    return np.asarray(np.rint(255 * mixed), dtype=np.uint8)
 
 
 def _draw(panels: list[tuple[str, str, NDArray[np.uint8]]], panel_height: float) -> bytes:

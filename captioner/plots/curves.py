@@ -52,7 +52,7 @@ def plot_history(history: Sequence[Mapping[str, Any] | object]) -> bytes:
                 name = f"best epoch {epochs[best]:g}: {number}"
                 axes.plot([], [], "o", color=color, markersize=7, label=name)
         _dress(axes, label)
-    accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=1))
+    accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     return to_png(figure)
 
 

@@ -29,7 +29,8 @@ class _Cell:
     @property
     def picture_height(self) -> float:
         """Height of the photograph as drawn, in inches; its proportions are kept."""
-        return min(PICTURE_HEIGHT, PICTURE_WIDTH * self.image.shape[0] / self.image.shape[1])
+        height, width, _ = self.image.shape
+        return float(min(PICTURE_HEIGHT, PICTURE_WIDTH * height / width))
 
     @property
     def text_height(self) -> float:

@@ -1,0 +1,181 @@
+"""The rules of the layout: imports point one way, Ray stays where it belongs, nothing large or private is committed."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A module imports only from its own layer or from those above it, and no two modules import each other.
+LAYERS = (
+    ("errors",),
+    ("config", "schema"),
+    ("storage", "text", "cluster", "cli", "presets", "progress"),
+    ("images", "sources", "models", "store", "model_store"),
+    ("encoder", "metrics", "plots", "pipeline"),
+    ("features", "training", "captioning", "captioning_job", "collection"),
+    ("tuning", "evaluation", "serving"),
+)
+WITH_RAY = (
+    "captioner.cluster",
+    "captioner.progress",
+    "captioner.sources",
+    "captioner.pipeline",
+    "captioner.features",
+    "captioner.training.worker",
+    "captioner.training.run",
+    "captioner.captioning_job",
+    "captioner.collection",
+    "captioner.tuning",
+    "captioner.evaluation",
+    "captioner.serving",
+    "ray_jobs",
+)
+RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+MAX_ENTRY_LINES = 80
+MAX_FILE_BYTES = 2**20
+
+
+def module_name(root: Path, path: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def python_files(root: Path) -> Iterator[Path]:
+    for package in ("captioner", "ray_jobs"):
+        yield from sorted((root / package).rglob("*.py"))
+
+
+def imports(path: Path, module: str) -> Iterator[tuple[str, int]]:
+    """Modules that a file imports anywhere in it, inside functions too, with the line."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, base]).rstrip(".")
+            for alias in node.names:
+                # "from captioner import store" names a module, "from captioner.store import X" does not.
+                yield (f"{base}.{alias.name}" if base == "captioner" else base), node.lineno
+
+
+def within(module: str, prefixes: tuple[str, ...]) -> bool:
+    return any(module == prefix or module.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def violations(root: Path) -> list[str]:
+    """Every broken rule of the code under ``root``, one line each."""
+    found = []
+    graph: dict[str, set[str]] = {}
+    for path in python_files(root):
+        module = module_name(root, path)
+        where = path.relative_to(root)
+        unit = module.removeprefix("captioner").lstrip(".").split(".")[0]
+        library = module.split(".")[0] == "captioner"
+        if path.name == "utils.py":
+            found.append(f"{where}: a module is named for what it does, not utils")
+        if not path.name.startswith("_") and not ast.get_docstring(ast.parse(path.read_text())):
+            found.append(f"{where}: no docstring")
+        if not library and len(path.read_text().splitlines()) > MAX_ENTRY_LINES:
+            found.append(f"{where}: more than {MAX_ENTRY_LINES} lines")
+        if library and unit and unit not in RANKS:
+            found.append(f"{where}: captioner.{unit} has no place in LAYERS")
+            continue
+        for imported, line in imports(path, module):
+            top, _, rest = imported.partition(".")
+            target = rest.split(".")[0]
+            if top == "ray" and not within(module, WITH_RAY):
+                found.append(f"{where}:{line}: imports ray")
+            elif top == "tests" or (top == "ray_jobs" and library):
+                found.append(f"{where}:{line}: imports {top}")
+            elif top == "captioner" and library and target in RANKS and target != unit:
+                graph.setdefault(unit, set()).add(target)
+                if unit and RANKS[target] > RANKS[unit]:
+                    found.append(f"{where}:{line}: {unit} imports {target}, a later layer")
+                elif not unit:
+                    found.append(f"{where}:{line}: importing captioner must import nothing else")
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found.append(f"modules import each other: {' -> '.join(error.args[1])}")
+    return found
+
+
+def test_code_keeps_the_layout() -> None:
+    assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "complaint"),
+    [
+        ("captioner/text.py", '"""Text."""\nimport captioner.features', "text imports features"),
+        ("captioner/text.py", '"""Text."""\nfrom captioner import features', "text imports feat"),
+        ("captioner/text.py", '"""Text."""\nfrom .training import run', "text imports training"),
+        ("captioner/text.py", '"""Text."""\nfrom . import training', "text imports training"),
+        ("captioner/text.py", '"""Text."""\ndef f():\n    import ray', "text.py:3: imports ray"),
+        ("captioner/training/steps.py", '"""S."""\nfrom ray import train', "imports ray"),
+        ("captioner/text.py", '"""Text."""\nimport ray_jobs.demo', "imports ray_jobs"),
+        ("captioner/text.py", '"""Text."""\nimport captioner.storage', "import each other"),
+        ("captioner/__init__.py", '"""C."""\nfrom captioner import text', "must import nothing"),
+        ("captioner/training/utils.py", '"""Helpers."""', "not utils"),
+        ("captioner/novelty.py", '"""New."""', "captioner.novelty has no place"),
+        ("captioner/text.py", "import re", "captioner/text.py: no docstring"),
+        ("ray_jobs/train.py", '"""Train."""' + "\n" * MAX_ENTRY_LINES + "x = 1", "more than 80"),
+    ],
+)
+def test_checker_finds_each_violation(tmp_path: Path, path: str, text: str, complaint: str) -> None:
+    clean = {
+        "captioner/__init__.py": '"""Captioner."""',
+        "captioner/storage.py": '"""Storage."""\nfrom captioner.text import clean',
+        "captioner/training/run.py": '"""Run."""\nimport ray\nfrom captioner import schema',
+        "ray_jobs/train.py": '"""Train."""\nimport ray\nfrom captioner.training import run',
+    }
+    for name, content in clean.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert violations(tmp_path) == []
+    (tmp_path / path).write_text(text)
+    found = violations(tmp_path)
+    assert len(found) == 1
+    assert complaint in found[0]
+
+
+def test_settings_load_without_ray_and_torch() -> None:
+    program = (
+        "import sys, captioner, captioner.config, captioner.errors\n"
+        "print(sorted({'ray', 'torch', 'matplotlib', 'pandas', 'pyarrow'} & set(sys.modules)))"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert child.stdout.strip() == "[]"
+
+
+def test_nothing_large_is_committed() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    assert len(files) > 10
+    # A file may be deleted and not yet committed.
+    sizes = {str(file): file.stat().st_size for file in files if file.is_file()}
+    assert {name: size for name, size in sizes.items() if size > MAX_FILE_BYTES} == {}
+
+
+def test_requirements_are_pinned_and_name_no_index() -> None:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pinned = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+( ; [^:/]+)?")
+    assert [line for line in lines if not pinned.fullmatch(line)] == []
+    assert len(lines) > 50
