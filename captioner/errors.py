@@ -9,6 +9,8 @@
     +-- ModelError    weights, vocabulary, encoder and features do not fit
     +-- TrainingError training cannot go on (a loss that is not finite)
     +-- ImageError    bytes that are not a picture we accept
+        +-- ImageTypeError      of a type that is not on the list
+        +-- ImageTooLargeError  over the byte or the pixel limit
 
 A message is one line: what is wrong, with which value, and what would be right. Jobs print it and exit with status 2.
 """
@@ -40,3 +42,11 @@ class TrainingError(CaptionerError):
 
 class ImageError(CaptionerError):
     """The bytes are not an image this project accepts; the message is the reason, without the image's name."""
+
+
+class ImageTypeError(ImageError):
+    """Not an image of an accepted type."""
+
+
+class ImageTooLargeError(ImageError):
+    """More bytes or pixels than the limits allow."""
