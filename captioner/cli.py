@@ -28,7 +28,7 @@ def run(job: Callable[[AnyConfig], object], config_type: type[AnyConfig], **pars
     Keyword arguments go to ``parse``.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "botocore", "fsspec", "huggingface_hub"):
+    for noisy in ("ray.data", "ray.train", "httpx", "botocore", "fsspec", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         job(parse(config_type, sys.argv[1:], **parse_options))

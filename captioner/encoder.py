@@ -1,7 +1,7 @@
 """The frozen ResNet50: uint8 images -> one pooled vector and, if asked for, a 7x7 grid of vectors.
 
-He et al., "Deep Residual Learning for Image Recognition" (2015). ``resnet50`` is torchvision's variant (a stage's stride
-on its first 3x3 convolution), ``resnet50_v1`` the original (stride on the first 1x1), which is what Keras ships.
+He et al., "Deep Residual Learning for Image Recognition" (2015). ``resnet50`` is torchvision's variant (a stage's
+stride on its first 3x3 convolution), ``resnet50_v1`` the original (stride on the first 1x1), which is what Keras ships.
 
 Shapes: B batch, C channels, P grid cells (49, row-major).
 """
@@ -199,6 +199,8 @@ class Encoder:
             pooled float32 [B, C] and, with ``grid``, float16 [B, P, C], on the encoder's device.
         """
         # NHWC seen as NCHW is exactly the channels-last layout: no copy.
+        if not images.flags.writeable:
+            images = images.copy()  # shared memory of Ray's object store, which torch would warn about
         pixels = torch.from_numpy(images).to(self.device, non_blocking=True)
         pixels = ((pixels.float() - self.mean) / self.scale).to(self.dtype)
         feature_map = self.network(pixels.permute(0, 3, 1, 2))  # (B, C, 7, 7) or (B, C, 14, 14)

@@ -19,7 +19,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
-from ray.data.context import FixedShapeTensorFormat
+from ray.data.extensions import FixedShapeTensorFormat
 
 from captioner import storage
 from captioner.cluster import PoolPlan
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = "_checkpoint"
 PIXELS = "pixels"
 _IMAGE_SHAPE = (224, 224, 3)
+_ACTOR_MEMORY = 3 * 2**29
 
 
 class Stage(Protocol):
@@ -156,9 +157,9 @@ def run_pipeline(
             batch_format="pyarrow",
             num_cpus=None if pool.num_gpus else pool.num_cpus,
             num_gpus=pool.num_gpus or None,
-            # Different resources from the decoding tasks on purpose: equal ones would be fused into one actor, and
-            # decoding would wait for the model.
-            memory=1,
+            # What an actor with the network in it uses. It also keeps this stage from having the decoding tasks'
+            # resources: equal ones would be fused into one actor, and decoding would wait for the model.
+            memory=_ACTOR_MEMORY,
         )
         try:
             done.write_parquet(path, filesystem=filesystem)

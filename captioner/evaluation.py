@@ -1,0 +1,220 @@
+"""Scores a model on one split of a feature store: captions found freely, and loss and accuracy under teacher forcing.
+
+The two never share a name: ``standard`` and ``seed`` scores compare free-running captions with the references,
+``loss`` and ``accuracy`` are those of the next word given the reference's own beginning.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from ray.data import ActorPoolStrategy
+from ray.data.expressions import col
+
+from captioner import storage
+from captioner.captioning import Captioner
+from captioner.cluster import PoolPlan, plan_pool, start_ray
+from captioner.config import DecodeConfig, EvaluateConfig
+from captioner.errors import ModelError
+from captioner.images import decode_image
+from captioner.metrics import StandardScores, score_seed, score_standard
+from captioner.model_store import check_features_fit, load_record
+from captioner.plots import caption_grid
+from captioner.schema import ReportManifest
+from captioner.sources import read_image
+from captioner.store import FeatureStore
+from captioner.text import clean
+from captioner.training.steps import teacher_forcing
+
+logger = logging.getLogger(__name__)
+
+GRID_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation found."""
+
+    uri: str
+    scores: dict[str, Any]
+    """The content of ``scores.json``."""
+
+
+class ScoreImages:
+    """Ray Data actor: features of a batch of images -> captions and teacher-forced sums."""
+
+    def __init__(
+        self, model_uri: str, decode: DecodeConfig, captions: ray.ObjectRef, threads: int
+    ):
+        if not torch.cuda.is_available():
+            torch.set_num_threads(threads)
+        self.captioner = Captioner.load(model_uri)
+        self.decode = decode
+        self.captions: dict[str, list[str]] = ray.get(captions)
+
+    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        model = self.captioner.model
+        features = {
+            name: torch.from_numpy(np.array(batch[name])).float().to(self.captioner.device)
+            for name in model.decoder.columns
+        }
+        found = self.captioner.caption_features(features, self.decode)
+        references = [self.captions.get(str(name), []) for name in batch["image_id"]]
+        image = torch.tensor([row for row, texts in enumerate(references) for _ in texts])
+        text = model.record.text
+        tokens = [
+            model.vocabulary.encode(clean(caption, text.rules), text.max_length)
+            for captions in references
+            for caption in captions
+        ]
+        loss, correct, words = teacher_forcing(model.decoder, features, image, tokens)
+        rows = len(found)
+        # Sums of the whole batch travel on its first row.
+        first = np.arange(rows) == 0
+        return {
+            "image_id": batch["image_id"],
+            "caption": np.array([caption.text for caption in found], object),
+            "log_prob": np.array([caption.log_prob for caption in found], np.float32),
+            "loss_sum": np.where(first, loss, 0.0),
+            "correct": np.where(first, correct, 0),
+            "words": np.where(first, words, 0),
+        }
+
+
+def evaluate(config: EvaluateConfig) -> Report:
+    """Score ``config.model`` on a split and publish scores.json, predictions.parquet and grid.png.
+
+    Raises:
+        StoreError: the features, the split or its captions are missing; the output belongs to another run.
+        ModelError: the model is unusable or was trained on other features.
+    """
+    store = FeatureStore.open(config.features)
+    model_uri = storage.absolute(config.model)
+    record = load_record(model_uri)
+    check_features_fit(record, store.manifest)
+    store.require(config.split, (), captions=True)
+    output = storage.Output(
+        config.output,
+        {
+            "job": "evaluate",
+            "model": record.weights_sha256,
+            "features": store.manifest.model_dump(mode="json", include={"encoder", "source"}),
+            "split": config.split,
+            "decode": config.decode.model_dump(mode="json"),
+        },
+    )
+    if output.complete:
+        logger.info("%s is complete: nothing to do", output.root)
+        return Report(output.root, storage.read_json(output.uri("scores.json")))
+    start_ray()
+    captions = store.captions(config.split)
+    rows = _score(config, store, model_uri, captions)
+    references = [captions[name] for name in rows["image_id"].to_pylist()]
+    hypotheses = rows["caption"].to_pylist()
+    standard = score_standard(references, hypotheses)
+    scores = {
+        "standard": standard.summary(),
+        "seed": score_seed(references, hypotheses).model_dump(),
+        "loss": pa.compute.sum(rows["loss_sum"]).as_py() / pa.compute.sum(rows["words"]).as_py(),
+        "accuracy": pa.compute.sum(rows["correct"]).as_py() / pa.compute.sum(rows["words"]).as_py(),
+        "images": len(rows),
+        "split": config.split,
+        "decode": config.decode.model_dump(),
+    }
+    _publish(config, output, store, rows, references, scores, standard)
+    return Report(output.root, scores)
+
+
+def score_table(report: Report) -> str:
+    """The scores as a small table for a terminal; the seed protocol stands beside the standard one, never alone."""
+    standard: Mapping[str, Any] = report.scores["standard"]
+    seed: Mapping[str, float] = report.scores["seed"]
+    lines = [f"{report.scores['images']} images, split {report.scores['split']}", ""]
+    lines.append(f"{'':10}{'standard':>10}{'seed':>10}")
+    for name, value in standard.items():
+        if isinstance(value, float):
+            beside = f"{seed[name]:10.4f}" if name in seed else ""
+            lines.append(f"{name:10}{value:10.4f}{beside}")
+    lines += ["", "next word, teacher forcing:"]
+    lines += [f"{name:10}{report.scores[name]:10.4f}" for name in ("loss", "accuracy")]
+    return "\n".join([*lines, "", f"report: {report.uri}"])
+
+
+def _score(
+    config: EvaluateConfig, store: FeatureStore, model_uri: str, captions: dict[str, list[str]]
+) -> pa.Table:
+    record = load_record(model_uri)
+    filesystem, path = storage.resolve(store.uri)
+    files = [f"{path}/{file.path}" for file in store.manifest.files if file.path.startswith("features/")]
+    pool: PoolPlan = plan_pool()
+    logger.info("captioning %s images of split %s", f"{len(captions):,}", config.split)
+    good = (col("split") == config.split) & col("error").is_null()
+    dataset = (
+        ray.data.read_parquet(files, filesystem=filesystem)
+        .select_columns(["image_id", "split", "error", *record.columns])
+        .filter(expr=good)
+        .map_batches(
+            ScoreImages,
+            fn_constructor_kwargs={
+                "model_uri": model_uri,
+                "decode": config.decode,
+                "captions": ray.put(captions),
+                "threads": pool.threads,
+            },
+            compute=ActorPoolStrategy(size=pool.size),
+            batch_size=config.batch_size,
+            num_cpus=None if pool.num_gpus else pool.num_cpus,
+            num_gpus=pool.num_gpus or None,
+        )
+    )
+    blocks = ray.get(dataset.to_arrow_refs())
+    rows = pa.concat_tables([block for block in blocks if len(block)]).sort_by("image_id")
+    if rows["image_id"].to_pylist() != sorted(captions):
+        raise ModelError(
+            f"{store.uri}: {len(captions)} images have captions in split {config.split!r}, "
+            f"{len(rows)} were scored"
+        )
+    return rows
+
+
+def _publish(
+    config: EvaluateConfig,
+    output: storage.Output,
+    store: FeatureStore,
+    rows: pa.Table,
+    references: list[list[str]],
+    scores: dict[str, Any],
+    standard: StandardScores,
+) -> None:
+    predictions = rows.select(["image_id", "caption", "log_prob"]).append_column(
+        "references", pa.array(references, pa.list_(pa.string()))
+    )
+    for name, values in standard.per_image.items():
+        predictions = predictions.append_column(name, pa.array(values, pa.float32()))
+    with storage.atomic_writer(output.uri("predictions.parquet")) as file:
+        pq.write_table(predictions, file)
+    chosen = np.random.default_rng(config.seed).permutation(len(rows))[:GRID_IMAGES]
+    uris = store.image_uris(config.split)
+    names = rows["image_id"].to_pylist()
+    pictures = [decode_image(read_image(uris[names[row]])) for row in chosen]
+    texts = rows["caption"].to_pylist()
+    storage.write_bytes(
+        output.uri("grid.png"),
+        caption_grid(pictures, [texts[row] for row in chosen], [references[row] for row in chosen]),
+    )
+    storage.write_bytes(output.uri("scores.json"), json.dumps(scores, indent=1).encode())
+    manifest = ReportManifest(
+        model=storage.absolute(config.model),
+        features=store.uri,
+        split=config.split,
+        images=len(rows),
+        files=["scores.json", "predictions.parquet", "grid.png"],
+    )
+    output.publish(manifest.model_dump_json(indent=1))

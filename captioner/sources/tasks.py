@@ -1,0 +1,62 @@
+"""A Ray Data datasource made of independent pieces, each emitting ``schema.SOURCE_ROWS``."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+from ray.data import DataContext, Datasource
+from ray.data.block import BlockMetadata
+from ray.data.datasource import ReadTask
+
+from captioner.schema import SOURCE_ROWS
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a source that one task reads: small enough to be a block, and the unit of a checkpoint."""
+
+    read: Callable[[], Iterator[pa.Table]]
+    rows: int
+    size: int
+    """Encoded bytes, roughly."""
+
+
+class PieceSource(Datasource):
+    """Ray Data's view of a source; one read task per piece, whatever parallelism is asked for."""
+
+    def __init__(self, name: str, pieces: Sequence[Piece]):
+        super().__init__()
+        self._name = name
+        self._pieces = pieces
+
+    def get_name(self) -> str:
+        return self._name
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return sum(piece.size for piece in self._pieces)
+
+    def get_read_tasks(
+        self,
+        parallelism: int,
+        per_task_row_limit: int | None = None,
+        data_context: DataContext | None = None,
+    ) -> list[ReadTask]:
+        return [
+            ReadTask(
+                piece.read,
+                BlockMetadata(
+                    num_rows=piece.rows, size_bytes=piece.size, input_files=None, exec_stats=None
+                ),
+                schema=SOURCE_ROWS,
+            )
+            for piece in self._pieces
+        ]
+
+
+def source_rows(
+    ids: list[str], splits: list[str], uris: list[str], data: list[bytes | None], errors: list[str | None]
+) -> pa.Table:
+    """A table of ``schema.SOURCE_ROWS``."""
+    return pa.table(
+        dict(zip(SOURCE_ROWS.names, (ids, splits, uris, data, errors), strict=True)), schema=SOURCE_ROWS
+    )

@@ -1,0 +1,69 @@
+"""Everything end to end on generated pictures: extract, train, evaluate, caption; no network, a few minutes.
+
+python -m ray_jobs.demo --output runs/demo
+"""
+
+import logging
+import time
+
+import pyarrow.parquet as pq
+
+from captioner import cli, storage
+from captioner.collection import caption_collection
+from captioner.config import (
+    CaptionConfig,
+    DemoConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    ShapesConfig,
+    SourceConfig,
+)
+from captioner.evaluation import evaluate, score_table
+from captioner.features import extract
+from captioner.presets import demo as demo_training
+from captioner.training.run import run_training
+
+logger = logging.getLogger(__name__)
+
+
+def demo(config: DemoConfig) -> None:
+    started = time.monotonic()
+    features, model, report, captions = (
+        storage.join(storage.absolute(config.output), part)
+        for part in ("features", "model", "report", "captions")
+    )
+    scenes = SourceConfig(shapes=config.shapes)
+    extract(
+        ExtractConfig(
+            source="shapes", output=features, encoder=config.encoder, source_options=scenes
+        )
+    )
+    training = demo_training().model_copy(
+        update={"features": features, "output": model, "epochs": config.epochs}
+    )
+    run_training(training)
+    result = evaluate(
+        EvaluateConfig(
+            features=features, model=model, output=report, split="test", decode=config.decode
+        )
+    )
+    unseen = ShapesConfig(train=1, validation=1, test=30, seed=config.shapes.seed + 1)
+    manifest = caption_collection(
+        CaptionConfig(
+            images="shapes", source_options=SourceConfig(shapes=unseen), model=model, output=captions
+        )
+    )
+    print(f"\n{score_table(result)}\n\nNew pictures, and what the model says:")
+    table = pq.read_table(storage.join(captions, manifest.files[0].path)).slice(0, 8)
+    for row in table.to_pylist():
+        print(f"  {row['image_id']:18} {row['caption']}")
+    print(f"\npicture: {storage.join(report, 'grid.png')}")
+    print(f"model:   {model}\n{time.monotonic() - started:.0f} s")
+
+
+def main() -> None:
+    cli.run(demo, DemoConfig)
+
+
+if __name__ == "__main__":
+    main()

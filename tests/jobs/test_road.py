@@ -1,0 +1,147 @@
+"""The whole road as its users walk it: every job as a child process and through ``ray job submit``."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from captioner.captioning import Captioner
+from captioner.config import DecodeConfig
+from captioner.images import decode_image
+from captioner.sources import read_image
+from captioner.store import FeatureStore
+
+from .conftest import RunJob
+
+SHAPES = [
+    "--source-options.shapes.train", "120", "--source-options.shapes.validation", "16",
+    "--source-options.shapes.test", "16",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory, submit_job: RunJob) -> Path:
+    """Features, model, report and captions of a tiny run, each made by a submitted job."""
+    root = tmp_path_factory.mktemp("road")
+    steps = [
+        ("extract_features", "--source", "shapes", "--output", f"{root}/features", *SHAPES,
+         "--encoder.weights", "random", "--encoder.layer", "layer3", "--grid"),
+        ("train", "--features", f"{root}/features", "--output", f"{root}/model",
+         "--decoder.kind", "merge", "--decoder.width", "64", "--epochs", "3", "--num-workers", "2"),
+        ("evaluate", "--features", f"{root}/features", "--model", f"{root}/model",
+         "--split", "validation", "--output", f"{root}/report", "--decode.beam-size", "3"),
+    ]  # fmt: skip
+    for name, *arguments in steps:
+        done = submit_job(name, *arguments)
+        assert done.returncode == 0, f"{name}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    folder = root / "photos" / "deep"
+    folder.mkdir(parents=True)
+    store = FeatureStore.open(f"{root}/features")
+    for name, uri in list(store.image_uris("test").items())[:5]:
+        (folder / f"{name.replace('/', '_')}.png").write_bytes(read_image(uri))
+    (folder / "notes.jpg").write_text("not a picture")
+    done = submit_job(
+        "caption", "--images", str(root / "photos"), "--model", f"{root}/model", "--output", f"{root}/captions"
+    )
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return root
+
+
+def test_store_holds_every_image_once(road: Path) -> None:
+    manifest = json.loads((road / "features/manifest.json").read_text())
+    assert manifest["total"] == {"images": 152, "ok": 152, "rejected": 0, "captions": 760}
+    rows = pq.read_table(road / "features/features")
+    assert sorted(rows["image_id"].to_pylist()) == sorted(set(rows["image_id"].to_pylist()))
+    assert len(rows) == 152
+    assert not (road / "features/_checkpoint").exists()
+
+
+def test_scores_have_the_promised_form(road: Path) -> None:
+    scores = json.loads((road / "report/scores.json").read_text())
+    bleu = {"bleu_1", "bleu_2", "bleu_3", "bleu_4"}
+    assert bleu | {"rouge_l", "cider"} <= scores["standard"].keys()
+    assert scores["seed"].keys() == bleu
+    assert scores["images"] == 16
+    assert 0 < scores["loss"] < 8
+    assert 0 < scores["accuracy"] < 1
+
+
+def test_predictions_carry_captions_probabilities_and_references(road: Path) -> None:
+    rows = pq.read_table(road / "report/predictions.parquet")
+    assert {"image_id", "caption", "log_prob", "references"} <= set(rows.column_names)
+    assert len(rows) == 16
+    assert all(len(references) == 5 for references in rows["references"].to_pylist())
+    assert all(value < 0 for value in rows["log_prob"].to_pylist())
+
+
+def test_report_picture_is_a_picture(road: Path) -> None:
+    with Image.open(road / "report/grid.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_captions_cover_good_images_and_name_the_bad_one(road: Path) -> None:
+    rows = pq.read_table(road / "captions/captions").to_pylist()
+    assert len(rows) == 6
+    bad = [row for row in rows if row["error"] is not None]
+    assert [row["image_id"] for row in bad] == ["deep/notes.jpg"]
+    assert bad[0]["caption"] is None
+    assert all(row["caption"] and row["log_prob"] < 0 for row in rows if row["error"] is None)
+
+
+def test_captioner_gives_the_same_vector_and_caption_as_the_jobs(road: Path) -> None:
+    store = FeatureStore.open(str(road / "features"))
+    captioner = Captioner.load(str(road / "model"), device="cpu")
+    predictions = pq.read_table(road / "report/predictions.parquet").to_pylist()
+    expected = {row["image_id"]: row["caption"] for row in predictions}
+    table = store.load("validation", ("pooled", "grid"))
+    uris = store.image_uris("validation")
+    for position, name in enumerate(table.image_ids[:4]):
+        data = read_image(uris[name])
+        pooled, grid = captioner.encoder(decode_image(data)[np.newaxis], grid=True)
+        np.testing.assert_array_equal(pooled[0].numpy(), table.columns["pooled"][position])
+        assert grid is not None
+        np.testing.assert_array_equal(grid[0].numpy(), table.columns["grid"][position])
+        assert captioner.caption([data], DecodeConfig(beam_size=3))[0].text == expected[name]
+
+
+def test_finished_store_is_left_alone_and_another_is_refused(road: Path, run_job: RunJob) -> None:
+    before = {file: file.stat().st_mtime_ns for file in (road / "features").rglob("*")}
+    arguments = ["--source", "shapes", "--output", f"{road}/features", *SHAPES,
+                 "--encoder.weights", "random", "--encoder.layer", "layer3"]  # fmt: skip
+    again = run_job("extract_features", *arguments, "--grid")
+    assert again.returncode == 0, again.stderr
+    assert "is complete" in again.stderr
+    other = run_job("extract_features", *arguments)
+    assert other.returncode == 2
+    assert "grid: True there, False asked" in other.stderr
+    assert before == {file: file.stat().st_mtime_ns for file in (road / "features").rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["extract_features", "--source", "{tmp}/absent"], "absent"),
+        (["extract_features", "--source", "{tmp}/empty"], "empty"),
+        (["train", "--features", "{tmp}/empty"], "not a feature store"),
+        (["train", "--features", "{road}/model"], "not a feature store"),
+        (["evaluate", "--features", "{road}/features", "--model", "{tmp}/empty"], "model"),
+        (["evaluate", "--features", "{road}/features", "--model", "{road}/model", "--split", "tset"],
+         "'train', 'validation', 'test'"),
+        (["caption", "--images", "{tmp}/absent.jpg", "--model", "{road}/model"], "absent.jpg"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_status_2_and_publishes_nothing(
+    road: Path, run_job: RunJob, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    name, *rest = [text.format(tmp=tmp_path, road=road) for text in arguments]
+    done = run_job(name, *rest, "--output", f"{tmp_path}/out")
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "manifest.json").exists()
