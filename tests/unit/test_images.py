@@ -1,0 +1,345 @@
+"""Every kind of picture comes out as upright RGB, and everything else is refused with a reason."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from captioner.config import ImageLimits
+from captioner.errors import ImageError, ImageTooLargeError, ImageTypeError
+from captioner.images import decode_image, sniff_format
+from tests.fuzz_images import LIMITS, fuzz, mutate, seed_images
+
+# Pillow warns about what it can still read in damaged files.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+
+ORIGINALS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "originals"
+SEEDS = seed_images()
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.copy().save(file, kind, **options)
+    return file.getvalue()
+
+
+def solid(mode: str, color: object, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    return Image.new(mode, size, color)  # type: ignore[arg-type]
+
+
+def halves(left: tuple[int, int, int], right: tuple[int, int, int]) -> Image.Image:
+    image = Image.new("RGB", (64, 48), left)
+    image.paste(right, (32, 0, 64, 48))
+    return image
+
+
+RED, BLUE, GREY = (255, 0, 0), (0, 0, 255), (128, 128, 128)
+
+
+@pytest.mark.parametrize("name", sorted(SEEDS))
+def test_every_format_and_mode_decodes_to_one_shape(name: str) -> None:
+    pixels = decode_image(SEEDS[name])
+    assert pixels.shape == (224, 224, 3)
+    assert pixels.dtype == np.uint8
+    assert pixels.std() > 10
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "options", "expected"),
+    [
+        (solid("RGB", RED), "PNG", {}, RED),
+        (solid("RGB", RED), "JPEG", {"quality": 100, "subsampling": 0}, RED),
+        (solid("RGB", RED), "JPEG", {"progressive": True}, RED),
+        (solid("RGB", RED), "WEBP", {"lossless": True}, RED),
+        (solid("RGB", RED), "GIF", {}, RED),
+        (solid("RGB", RED), "BMP", {}, RED),
+        (solid("RGB", RED), "TIFF", {}, RED),
+        (solid("L", 128), "PNG", {}, GREY),
+        (solid("LA", (128, 255)), "PNG", {}, GREY),
+        (solid("LA", (0, 0)), "PNG", {}, (255, 255, 255)),
+        (solid("RGBA", (255, 0, 0, 255)), "PNG", {}, RED),
+        (solid("RGBA", (255, 0, 0, 0)), "PNG", {}, (255, 255, 255)),
+        (solid("RGBA", (255, 0, 0, 128)), "PNG", {}, (255, 127, 127)),
+        (solid("RGB", RED), "PNG", {"transparency": RED}, (255, 255, 255)),
+        (solid("L", 7), "PNG", {"transparency": 7}, (255, 255, 255)),
+        (solid("RGB", RED).quantize(4), "PNG", {}, RED),
+        (solid("RGB", RED).quantize(4), "PNG", {"transparency": 0}, (255, 255, 255)),
+        (solid("RGB", RED).quantize(4), "GIF", {"transparency": 0}, (255, 255, 255)),
+        (solid("CMYK", (0, 255, 255, 0)), "TIFF", {}, RED),
+        # Pillow writes and reads CMYK JPEGs the way Adobe does, inverted and marked so.
+        (solid("CMYK", (0, 255, 255, 0)), "JPEG", {"quality": 100}, (255, 0, 0)),
+        (solid("1", 1), "PNG", {}, (255, 255, 255)),
+        (solid("1", 0), "PNG", {}, (0, 0, 0)),
+        (solid("I;16", 128 * 257), "PNG", {}, GREY),
+        (solid("I;16", 128 * 257), "TIFF", {}, GREY),
+        (solid("I;16", 65535), "PNG", {}, (255, 255, 255)),
+    ],
+)
+def test_colors_survive(
+    image: Image.Image, kind: str, options: dict[str, object], expected: tuple[int, int, int]
+) -> None:
+    pixels = decode_image(encode(image, kind, **options)).astype(int)
+    assert np.abs(pixels - expected).max() <= 2
+
+
+def test_adobe_inverted_cmyk_is_not_a_negative() -> None:
+    data = encode(solid("CMYK", (0, 0, 0, 0)), "JPEG")
+    assert b"Adobe" in data
+    assert decode_image(data).min() >= 250
+
+
+def test_sixteen_bit_greys_are_scaled_not_clipped() -> None:
+    ramp = np.linspace(0, 65535, 224 * 224).reshape(224, 224).astype(np.uint16)
+    pixels = decode_image(encode(Image.fromarray(ramp)))
+    np.testing.assert_array_equal(pixels[:, :, 0], ramp // 256)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_orientation_tag_is_applied(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned: the viewer must turn it a quarter clockwise
+    pixels = decode_image(encode(halves(RED, BLUE), kind, exif=exif)).astype(int)
+    assert np.abs(pixels[:100] - RED).mean() < 10
+    assert np.abs(pixels[124:] - BLUE).mean() < 10
+
+
+def test_orientation_of_a_transparent_sixteen_bit_or_palette_picture_is_applied_too() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    left_white = np.zeros((48, 64), np.uint16)
+    left_white[:, :32] = 65535
+    variants = [Image.fromarray(left_white), halves((255, 255, 255), (0, 0, 0)).convert("RGBA")]
+    variants.append(halves((255, 255, 255), (0, 0, 0)).quantize(4))
+    for image in variants:
+        pixels = decode_image(encode(image, exif=exif))
+        assert pixels[:, :100].max() < 5, image.mode
+        assert pixels[:, 124:].min() > 250, image.mode
+
+
+def test_all_eight_orientations_come_out_upright() -> None:
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8))
+    # How each orientation stores the picture: the inverse of what the viewer must do.
+    stored = {
+        1: upright,
+        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: upright.transpose(Image.Transpose.ROTATE_180),
+        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: upright.transpose(Image.Transpose.TRANSPOSE),
+        6: upright.transpose(Image.Transpose.ROTATE_90),
+        7: upright.transpose(Image.Transpose.TRANSVERSE),
+        8: upright.transpose(Image.Transpose.ROTATE_270),
+    }
+    for orientation, image in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encode(image, exif=exif)
+        np.testing.assert_array_equal(decode_image(data), np.asarray(upright), str(orientation))
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"],
+)
+def test_damaged_exif_does_not_cost_the_picture(exif: bytes) -> None:
+    plain = encode(halves(RED, BLUE), "JPEG")
+    np.testing.assert_array_equal(
+        decode_image(encode(halves(RED, BLUE), "JPEG", exif=exif)), decode_image(plain)
+    )
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_first_frame_of_several_is_taken(kind: str) -> None:
+    data = encode(
+        solid("RGB", RED),
+        kind,
+        save_all=True,
+        append_images=[solid("RGB", BLUE), solid("RGB", GREY)],
+    )
+    assert np.abs(decode_image(data).astype(int) - RED).max() <= 5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (224, 224), (223, 225)])
+def test_any_shape_is_squashed(size: tuple[int, int]) -> None:
+    pixels = decode_image(encode(solid("RGB", RED, size)))
+    np.testing.assert_array_equal(pixels, np.broadcast_to(RED, (224, 224, 3)))
+
+
+def test_picture_of_the_target_size_is_left_as_it_is() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
+    np.testing.assert_array_equal(decode_image(encode(Image.fromarray(pixels))), pixels)
+
+
+def test_squashing_averages_what_it_leaves_out() -> None:
+    checks = np.indices((896, 896)).sum(axis=0) % 2 * 255
+    pixels = decode_image(encode(Image.fromarray(checks.astype(np.uint8))))
+    assert np.abs(pixels[8:-8, 8:-8].astype(int) - 127).max() <= 2
+
+
+def test_large_jpeg_decoded_at_reduced_size_stays_close_to_the_full_decode() -> None:
+    smooth = Image.effect_noise((64, 48), 80).resize((2400, 1800), Image.Resampling.BICUBIC)
+    fine = Image.effect_noise((2400, 1800), 30)
+    data = encode(Image.blend(smooth, fine, 0.3).convert("RGB"), "JPEG", quality=90)
+    full = Image.open(io.BytesIO(data)).resize((224, 224), Image.Resampling.BILINEAR)
+    difference = np.abs(decode_image(data).astype(int) - np.asarray(full).astype(int))
+    assert difference.mean() < 1
+    assert difference.max() < 12
+
+
+def test_same_bytes_give_the_same_pixels() -> None:
+    for data in SEEDS.values():
+        np.testing.assert_array_equal(decode_image(data), decode_image(data))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"plain text",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%PDF-1.7",
+        b"RIFF\0\0\0\0WAVE",
+        b"\0",
+    ],
+)
+def test_other_types_are_refused(data: bytes) -> None:
+    assert sniff_format(data) is None
+    with pytest.raises(ImageTypeError, match="not a JPEG, PNG, WebP, GIF, BMP or TIFF image"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("kind", ["PPM", "ICO", "PCX", "TGA", "SGI", "JPEG2000"])
+def test_formats_off_the_list_are_refused_though_pillow_reads_them(kind: str) -> None:
+    with pytest.raises(ImageTypeError):
+        decode_image(encode(solid("RGB", RED), kind))
+
+
+def test_empty_file_is_refused() -> None:
+    with pytest.raises(ImageError, match="^empty file$"):
+        decode_image(b"")
+
+
+def test_byte_limit_is_inclusive() -> None:
+    data = encode(solid("RGB", RED))
+    decode_image(data, ImageLimits(max_bytes=len(data)))
+    with pytest.raises(
+        ImageTooLargeError, match=f"^{len(data)} bytes, over the limit of {len(data) - 1}$"
+    ):
+        decode_image(data, ImageLimits(max_bytes=len(data) - 1))
+
+
+def test_pixel_limit_is_inclusive() -> None:
+    data = encode(solid("RGB", RED, (40, 30)))
+    decode_image(data, ImageLimits(max_pixels=1200))
+    with pytest.raises(ImageTooLargeError, match="^40x30 pixels, over the limit of 1199 in all$"):
+        decode_image(data, ImageLimits(max_pixels=1199))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that ends in the middle of its pixels, whatever size it claims."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100)))
+
+
+@pytest.mark.parametrize("size", [(8001, 8001), (50_000, 50_000), (2**31 - 1, 2**31 - 1)])
+def test_pixel_limit_is_checked_before_anything_is_decoded(size: tuple[int, int]) -> None:
+    # Decoding would report the missing pixels instead.
+    with pytest.raises(ImageTooLargeError, match="pixels"):
+        decode_image(png_header(*size))
+
+
+def test_pixel_limit_above_pillows_own_leaves_pillows_in_force() -> None:
+    with pytest.raises(ImageTooLargeError, match="more pixels than Pillow decodes"):
+        decode_image(png_header(50_000, 50_000), ImageLimits(max_pixels=10**10))
+
+
+@pytest.mark.parametrize("name", sorted(SEEDS))
+def test_truncated_image_is_refused(name: str) -> None:
+    data = SEEDS[name]
+    # Several pictures in one file: the first is whole when the cut falls behind it.
+    pages = 3 if name in ("mpo", "apng", "webp-animated", "gif-animated", "tiff-pages") else 1
+    for length in (16, 40, len(data) // (2 * pages)):
+        with pytest.raises(ImageError, match="truncated or damaged|damaged .* header") as refusal:
+            decode_image(data[:length])
+        assert not isinstance(refusal.value, ImageTypeError | ImageTooLargeError), length
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_samples_without_a_defined_white_are_refused(mode: str) -> None:
+    with pytest.raises(ImageError, match="32-bit samples"):
+        decode_image(encode(solid(mode, 1), "TIFF"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content_type"),
+    [
+        ("jpeg", "image/jpeg"),
+        ("jpeg-progressive", "image/jpeg"),
+        ("mpo", "image/jpeg"),
+        ("png", "image/png"),
+        ("webp", "image/webp"),
+        ("gif", "image/gif"),
+        ("bmp", "image/bmp"),
+        ("tiff", "image/tiff"),
+    ],
+)
+def test_content_type_goes_by_content(name: str, content_type: str) -> None:
+    assert sniff_format(SEEDS[name]) == content_type
+
+
+def test_big_endian_tiff_is_known() -> None:
+    data = encode(Image.fromarray(np.zeros((4, 4), ">u2")), "TIFF", big_tiff=False)
+    assert sniff_format(b"MM\0*" + data[4:]) == "image/tiff"
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(ImageError):
+        decode_image(data)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(sorted(SEEDS)), st.sampled_from(sorted(SEEDS)), st.integers(0, 2**32))
+def test_mutated_image_decodes_or_is_refused(name: str, other: str, seed: int) -> None:
+    data = mutate(SEEDS[name], SEEDS[other], Random(seed))
+    try:
+        pixels = decode_image(data, LIMITS)
+    except ImageError:
+        return
+    assert pixels.shape == (224, 224, 3)
+
+
+def test_fuzzer_reports_what_gets_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(data: bytes, limits: ImageLimits | None = None) -> np.ndarray:
+        if limits is not None:
+            raise KeyError("escaped")
+        return np.zeros((224, 224, 3), np.uint8)
+
+    monkeypatch.setattr("tests.fuzz_images.decode_image", broken)
+    outcomes, _, _ = fuzz(3, seed=0)
+    assert outcomes == {"FAILED: KeyError: 'escaped'": 3}
+
+
+def test_real_photographs_decode() -> None:
+    files = sorted(ORIGINALS.glob("*.jpg"))
+    if not files:
+        pytest.skip("needs the photographs in ../shared/data/originals")
+    for file in files:
+        data = file.read_bytes()
+        exact = (
+            Image.open(io.BytesIO(data))
+            .convert("RGB")
+            .resize((224, 224), Image.Resampling.BILINEAR)
+        )
+        np.testing.assert_array_equal(decode_image(data), np.asarray(exact))
