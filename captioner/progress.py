@@ -80,3 +80,49 @@ class ProgressLine:
         if rejected:
             parts.append(f"{rejected:,} rejected")
         return " | ".join(parts)
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Lines that workers want shown by the driver."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def put(self, line: str) -> None:
+        self.lines.append(line)
+
+    def take(self) -> list[str]:
+        lines, self.lines = self.lines, []
+        return lines
+
+
+class MessageLog:
+    """Context manager that logs, in the driver, the lines that workers put into ``actor``."""
+
+    def __init__(self, target: logging.Logger):
+        self.actor: ActorHandle = Mailbox.remote()
+        self._target = target
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "MessageLog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._drain()
+        ray.kill(self.actor)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1.0):
+            self._drain()
+
+    def _drain(self) -> None:
+        try:
+            for line in ray.get(self.actor.take.remote(), timeout=10):
+                self._target.info(line)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return  # lines are for people to look at; training goes on without them

@@ -1,18 +1,19 @@
 """The protocol between decoders, training and search.
 
-Shapes: B batch, T tokens, P grid cells, C channels, D width, V vocabulary.
+Shapes: B batch, T tokens, P grid cells, C channels, D width, O output width, V vocabulary.
 """
 
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 State = dict[str, Tensor]
 """What a decoder remembers between steps. Every tensor has the batch as its first dimension, so search can
 reorder, repeat and select beams without knowing the decoder."""
 
 Features = dict[str, Tensor]
-"""Columns of the feature store for a batch of images: ``pooled`` float [B, C] and, if asked for, ``grid`` float [B, P, C]."""
+"""Columns of the feature store for a batch of images, float32: ``pooled`` [B, C], ``grid`` [B, P, C]."""
 
 
 class Decoder(Protocol):
@@ -21,16 +22,23 @@ class Decoder(Protocol):
     columns: tuple[str, ...]
     """Feature columns it reads: ``("pooled",)`` or ``("grid",)``."""
 
-    def forward(self, features: Features, tokens: Tensor) -> Tensor:
-        """Logits of every next word.
+    output: nn.Linear
+    """The projection [O] -> [V] to logits, apart from ``hidden`` so that a loss can project real words only."""
+
+    def hidden(self, features: Features, tokens: Tensor) -> Tensor:
+        """What the logits of every next word are projected from.
 
         Args:
             features: columns of B images.
             tokens: int64 [B, T], ``<start>`` first, ``<pad>`` after the words.
 
         Returns:
-            float [B, T, V]; position t predicts token t + 1 from tokens 0..t alone.
+            float [B, T, O]; position t sees tokens 0..t alone.
         """
+        ...
+
+    def forward(self, features: Features, tokens: Tensor) -> Tensor:
+        """Logits of every next word: ``output(hidden(features, tokens))``, float [B, T, V]."""
         ...
 
     def start(self, features: Features) -> State:
@@ -47,3 +55,25 @@ class Decoder(Protocol):
             logits float [B, V], the new state, and attention over the grid float [B, P] (None where the decoder has none).
         """
         ...
+
+
+class Standardize(nn.Module):
+    """Features to zero mean and unit variance per channel; the statistics are those of the train split.
+
+    A frozen network's channels differ in scale by orders of magnitude, those of random weights most of all.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("scale", torch.ones(channels))
+        self.mean: Tensor
+        self.scale: Tensor
+
+    def fit(self, mean: Tensor, deviation: Tensor) -> None:
+        """Set the statistics, both float32 [C]. A channel that never varies is left at zero, not blown up."""
+        self.mean.copy_(mean)
+        self.scale.copy_(torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.scale

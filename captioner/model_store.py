@@ -1,0 +1,161 @@
+"""The model directory: everything needed to caption, in files that hold no code."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from captioner import storage
+from captioner.config import DecoderConfig, TextConfig
+from captioner.errors import ModelError
+from captioner.models import build_decoder
+from captioner.schema import SCHEMA_VERSION, EncoderIdentity, Record, StoreManifest
+from captioner.store import ENCODER_WEIGHTS
+from captioner.text import Vocabulary
+
+CONFIG, VOCABULARY, WEIGHTS = "config.json", "vocab.json", "weights.safetensors"
+
+
+class ModelRecord(Record):
+    """``config.json``: how to rebuild the decoder, and which features it reads."""
+
+    schema_version: int = SCHEMA_VERSION
+    decoder: DecoderConfig
+    text: TextConfig
+    encoder: EncoderIdentity
+    columns: tuple[str, ...]
+    """Feature columns it reads."""
+    vocabulary_size: int
+    parameters: int
+    """Trainable parameters of the decoder."""
+    weights_sha256: str
+    """SHA-256 of ``weights.safetensors``."""
+    training: dict[str, Any]
+    """The training configuration, for the record."""
+
+
+class ModelManifest(Record):
+    """``manifest.json`` of a model directory."""
+
+    kind: str = "model"
+    schema_version: int = SCHEMA_VERSION
+    weights_sha256: str
+    files: list[str]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to use: the decoder in evaluation mode, on the CPU."""
+
+    uri: str
+    record: ModelRecord
+    vocabulary: Vocabulary
+    decoder: nn.Module
+
+    @property
+    def encoder_weights_uri(self) -> str:
+        return storage.join(self.uri, ENCODER_WEIGHTS)
+
+
+def pack_weights(decoder: nn.Module) -> bytes:
+    """All parameters and buffers of a decoder as safetensors."""
+    # Tied tensors share memory, which the format refuses; a copy each is small and loads back tied.
+    return safetensors.torch.save(
+        {name: tensor.detach().cpu().clone().contiguous() for name, tensor in decoder.state_dict().items()}
+    )
+
+
+def unpack_weights(decoder: nn.Module, data: bytes, name: str = WEIGHTS) -> None:
+    """Load what ``pack_weights`` made.
+
+    Raises:
+        ModelError: names or shapes differ; the first difference is named.
+    """
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise ModelError(f"{name} is not a safetensors file: {error}") from error
+    wanted = decoder.state_dict()
+    for key in sorted(wanted.keys() | tensors.keys()):
+        there, expected = tensors.get(key), wanted.get(key)
+        if there is None or expected is None or there.shape != expected.shape:
+            raise ModelError(
+                f"{name} does not fit its configuration: {key} is "
+                f"{'missing' if there is None else tuple(there.shape)}, expected "
+                f"{'nothing' if expected is None else tuple(expected.shape)}"
+            )
+    decoder.load_state_dict(tensors)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def load_record(uri: str) -> ModelRecord:
+    """The description of a published model.
+
+    Raises:
+        ModelError: the directory holds no published model, or one this release cannot read.
+    """
+    uri = storage.absolute(uri)
+    manifest = storage.join(uri, storage.MANIFEST)
+    if not storage.exists(manifest):
+        raise ModelError(f"{uri} is not a model directory: it has no {storage.MANIFEST}")
+    if storage.read_json(manifest).get("kind") != "model":
+        raise ModelError(f"{uri} is not a model directory")
+    raw = storage.read_json(storage.join(uri, CONFIG))
+    if raw.get("schema_version") != SCHEMA_VERSION:
+        raise ModelError(
+            f"{uri} has schema version {raw.get('schema_version')}, this release reads {SCHEMA_VERSION}"
+        )
+    try:
+        return ModelRecord.model_validate(raw)
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ModelError(f"{uri}/{CONFIG} is damaged: {where}: {error.errors()[0]['msg']}") from error
+
+
+def load_model(uri: str) -> LoadedModel:
+    """Load a published model and check that its parts agree.
+
+    Raises:
+        ModelError: configuration, vocabulary and weights do not fit each other.
+    """
+    uri = storage.absolute(uri)
+    record = load_record(uri)
+    vocabulary = Vocabulary.from_json(storage.read_bytes(storage.join(uri, VOCABULARY)))
+    if len(vocabulary) != record.vocabulary_size:
+        raise ModelError(
+            f"{uri}: {VOCABULARY} has {len(vocabulary)} entries, the decoder {record.vocabulary_size}"
+        )
+    weights = storage.read_bytes(storage.join(uri, WEIGHTS))
+    decoder = build_decoder(record.decoder, record.vocabulary_size, record.encoder.channels)
+    unpack_weights(decoder, weights, storage.join(uri, WEIGHTS))
+    if sha256(weights) != record.weights_sha256:
+        raise ModelError(f"{uri}: {WEIGHTS} is not the file that {CONFIG} describes")
+    if not storage.exists(storage.join(uri, ENCODER_WEIGHTS)):
+        raise ModelError(f"{uri}: {ENCODER_WEIGHTS} is missing")
+    return LoadedModel(uri, record, vocabulary, decoder.eval())
+
+
+def check_features_fit(record: ModelRecord, manifest: StoreManifest) -> None:
+    """Refuse features that the model was not trained on.
+
+    Raises:
+        ModelError: another encoder made them, or a column is missing; the difference is named.
+    """
+    # bfloat16 and float32 embeddings of one network agree; anything else does not.
+    there = manifest.encoder.model_dump(exclude={"compute", "weights"})
+    wanted = record.encoder.model_dump(exclude={"compute", "weights"})
+    for field, value in wanted.items():
+        if there[field] != value:
+            raise ModelError(
+                f"the model does not fit the features: encoder.{field} is {value!r} in the model, "
+                f"{there[field]!r} in the store"
+            )
+    if "grid" in record.columns and not manifest.grid:
+        raise ModelError("the model does not fit the features: it reads the grid, the store has none")

@@ -1,0 +1,62 @@
+"""The notebook's merge decoder: the image leads the word sequence, and is added again to the LSTM's output.
+
+Tanti et al., "Where to put the Image in an Image Caption Generator" (2018), name the two ways "pre-inject" and "merge".
+
+Shapes: B batch, T tokens, C channels, D width, O output width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from captioner.config import DecoderConfig
+from captioner.models.base import Features, Standardize, State
+
+
+class MergeDecoder(nn.Module):
+    """``relu(image)`` and the words through one LSTM; each output plus the image through a dense layer to the words."""
+
+    columns = ("pooled",)
+
+    def __init__(self, config: DecoderConfig, vocabulary_size: int, channels: int):
+        super().__init__()
+        self.standardize = Standardize(channels)
+        self.image = nn.Linear(channels, config.width)
+        self.embedding = nn.Embedding(vocabulary_size, config.width)
+        self.lstm = nn.LSTM(config.width, config.width, batch_first=True)
+        self.dense = nn.Linear(config.width, config.output_width)
+        self.output = nn.Linear(config.output_width, vocabulary_size)
+        self.dropout = nn.Dropout(config.dropout)
+        # Keras' initial embedding; torch's unit normal would drown the image at the start.
+        nn.init.uniform_(self.embedding.weight, -0.05, 0.05)
+
+    def project(self, features: Features) -> Tensor:
+        """The image as a word: float [B, D]."""
+        return torch.relu(self.image(self.standardize(features["pooled"])))
+
+    def read(self, image: Tensor, tokens: Tensor) -> Tensor:
+        """LSTM outputs after each token, float [B, T, D]; the image is the first element of its sequence."""
+        sequence = torch.cat([image.unsqueeze(1), self.embedding(tokens).to(image.dtype)], dim=1)
+        return self.lstm(sequence)[0][:, 1:]
+
+    def merge(self, image: Tensor, output: Tensor) -> Tensor:
+        """LSTM outputs and the image (broadcast over T) to what the logits are projected from, float [..., O]."""
+        return self.dropout(torch.relu(self.dense(self.dropout(output) + image)))
+
+    def hidden(self, features: Features, tokens: Tensor) -> Tensor:
+        image = self.project(features)
+        return self.merge(image.unsqueeze(1), self.read(image, tokens))
+
+    def forward(self, features: Features, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.output(self.hidden(features, tokens))
+        return logits
+
+    def start(self, features: Features) -> State:
+        image = self.project(features)
+        _, (hidden, cell) = self.lstm(image.unsqueeze(1))
+        return {"image": image, "hidden": hidden[0], "cell": cell[0]}
+
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
+        memory = (state["hidden"].unsqueeze(0), state["cell"].unsqueeze(0))
+        output, (hidden, cell) = self.lstm(self.embedding(tokens).unsqueeze(1), memory)
+        logits = self.output(self.merge(state["image"], output[:, 0]))
+        return logits, {"image": state["image"], "hidden": hidden[0], "cell": cell[0]}, None

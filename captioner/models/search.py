@@ -1,0 +1,197 @@
+"""Beam search over any decoder. It knows token ids alone, no words and no decoder.
+
+Length normalisation as in Wu et al., "Google's Neural Machine Translation System" (2016), without their offset: the
+log-probability is divided by ``length ** penalty``, the length counting the words and ``<end>``.
+
+Shapes: B images, K beams, V vocabulary, P grid cells.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from captioner.config import DecodeConfig
+from captioner.models.base import Decoder, Features, State
+from captioner.text import END, PAD, START, UNK
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A finished caption."""
+
+    tokens: tuple[int, ...]
+    """Word ids, without ``<start>`` and ``<end>``."""
+    log_prob: float
+    """Natural logarithm of the probability, ``<end>`` included."""
+    score: float
+    """``log_prob`` normalised by length: what captions are ranked by."""
+    attention: Tensor | None
+    """float32 [words, P], or None."""
+
+
+@torch.inference_mode()
+def search(decoder: Decoder, features: Features, config: DecodeConfig) -> list[list[Hypothesis]]:
+    """The ``num_captions`` best captions of every image, best first.
+
+    A beam that reaches ``<end>`` leaves the beam and is kept aside. An image is done, and leaves the batch, when no
+    living beam would be among its ``num_captions`` best by ending at the next word. At ``max_length`` words the living
+    beams are ended by force. ``beam_size`` 1 is greedy search.
+
+    Args:
+        decoder: in evaluation mode.
+        features: columns of B images, float32, on the decoder's device.
+    """
+    state = decoder.start(features)
+    beams = _Beams(len(next(iter(features.values()))), config)
+    tokens = torch.full((beams.batch,), START, device=next(iter(features.values())).device)
+    for length in range(config.max_length + 1):
+        logits, state, attention = decoder.step(tokens, state)
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        last = length == config.max_length
+        chosen = beams.advance(log_probs, attention, force_end=last)
+        if chosen is None:
+            break
+        rows, tokens = chosen
+        state = _select(state, rows)
+    return beams.results()
+
+
+def _select(state: State, rows: Tensor) -> State:
+    return {name: tensor.index_select(0, rows) for name, tensor in state.items()}
+
+
+class _Beams:
+    """Living beams of the images that are not done, and the finished captions of all images."""
+
+    def __init__(self, images: int, config: DecodeConfig):
+        self.config = config
+        self.live = list(range(images))  # images still searched, in the order of the batch
+        self.length = 0  # words of the living beams
+        self.width = 1  # beams per image: one before the first word
+        self.scores: Tensor | None = None  # log-probabilities [images, K]
+        self.words: list[list[tuple[int, ...]]] = [[()] for _ in range(images)]
+        self.maps: list[list[tuple[Tensor, ...]]] = [[()] for _ in range(images)]
+        self.finished: list[list[Hypothesis]] = [[] for _ in range(images)]
+
+    @property
+    def batch(self) -> int:
+        return len(self.live) * self.width
+
+    def advance(
+        self, log_probs: Tensor, attention: Tensor | None, *, force_end: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Take the step that ``log_probs`` [images * K, V] offers.
+
+        Returns:
+            rows of the decoder's batch that live on (with repeats) and their new tokens; None when all images are done.
+        """
+        images, beams, vocabulary = len(self.live), self.config.beam_size, log_probs.shape[-1]
+        log_probs = log_probs.clone()
+        log_probs[:, [PAD, START, UNK]] = -torch.inf
+        self._forbid_repeats(log_probs)
+        if force_end:
+            ended = log_probs[:, END].clone()
+            log_probs[:] = -torch.inf
+            log_probs[:, END] = ended
+        if self.scores is None:
+            self.scores = log_probs.new_zeros(images, 1)
+        totals = (self.scores.reshape(-1, 1) + log_probs).reshape(images, -1)
+        # Twice the beam: at most `beams` of the best candidates can be ends, so as many words remain.
+        count = min(2 * beams, totals.shape[1])
+        # A stable sort breaks ties by beam and word, so that a result never depends on the batch; restricted to the
+        # few values that matter, because sorting whole vocabularies would cost more than the decoder.
+        values, flat = totals.topk(count, dim=1)
+        order = _stable_order(values, flat)
+        values, flat = values.gather(1, order), flat.gather(1, order)
+        return self._take(values.tolist(), flat.tolist(), vocabulary, attention, log_probs)
+
+    def _take(
+        self,
+        values: list[list[float]],
+        flat: list[list[int]],
+        vocabulary: int,
+        attention: Tensor | None,
+        like: Tensor,
+    ) -> tuple[Tensor, Tensor] | None:
+        beams = self.config.beam_size
+        rows, tokens, scores, live, words, maps = [], [], [], [], [], []
+        for position, image in enumerate(self.live):
+            new_words, new_maps, new_scores, new_rows = [], [], [], []
+            for rank, (value, index) in enumerate(zip(values[position], flat[position], strict=True)):
+                source, token = divmod(index, vocabulary)
+                row = position * self.width + source
+                if value == -torch.inf or len(new_words) == beams:
+                    continue
+                if token == END:
+                    if rank < beams:  # an end that would not have made the beam is no result of beam search
+                        self._finish(image, self.words[position][source], value, self.maps[position][source])
+                    continue
+                new_words.append((*self.words[position][source], token))
+                new_maps.append(
+                    self.maps[position][source] if attention is None else (*self.maps[position][source], attention[row])
+                )
+                new_scores.append(value)
+                new_rows.append(row)
+            if not new_words or self._settled(image, new_scores[0]):
+                continue
+            padding = beams - len(new_words)  # a tiny vocabulary offers fewer candidates than beams
+            live.append(image)
+            words.append(new_words + [new_words[0]] * padding)
+            maps.append(new_maps + [new_maps[0]] * padding)
+            scores.append(new_scores + [-torch.inf] * padding)
+            rows += new_rows + [new_rows[0]] * padding
+            tokens += [sequence[-1] for sequence in words[-1]]
+        self.live, self.words, self.maps, self.width = live, words, maps, beams
+        self.length += 1
+        if not live:
+            return None
+        self.scores = like.new_tensor(scores)
+        return torch.tensor(rows, device=like.device), torch.tensor(tokens, device=like.device)
+
+    def _finish(
+        self, image: int, words: tuple[int, ...], log_prob: float, maps: tuple[Tensor, ...]
+    ) -> None:
+        score = log_prob / (len(words) + 1) ** self.config.length_penalty
+        self.finished[image].append(
+            Hypothesis(words, log_prob, score, torch.stack(maps).float() if maps else None)
+        )
+
+    def _settled(self, image: int, best_living: float) -> bool:
+        """Whether the living beams of an image are given up."""
+        wanted, length = self.config.num_captions, self.length + 1
+        if len(self.finished[image]) < wanted:
+            return False
+        if self.config.beam_size == 1:
+            return True
+        worst_kept = sorted((one.score for one in self.finished[image]), reverse=True)[wanted - 1]
+        return worst_kept >= best_living / (length + 1) ** self.config.length_penalty
+
+    def _forbid_repeats(self, log_probs: Tensor) -> None:
+        size = self.config.no_repeat_ngram
+        if not size:
+            return
+        for position, sequences in enumerate(self.words):
+            for source, words in enumerate(sequences):
+                if len(words) + 1 < size:
+                    continue
+                start = words[len(words) - size + 1 :]
+                seen = {
+                    words[begin + size - 1]
+                    for begin in range(len(words) - size + 1)
+                    if words[begin : begin + size - 1] == start
+                }
+                if seen:
+                    log_probs[position * self.width + source, list(seen)] = -torch.inf
+
+    def results(self) -> list[list[Hypothesis]]:
+        return [
+            sorted(found, key=lambda one: (-one.score, one.tokens))[: self.config.num_captions]
+            for found in self.finished
+        ]
+
+
+def _stable_order(values: Tensor, flat: Tensor) -> Tensor:
+    by_index = flat.argsort(dim=1, stable=True)
+    by_value = values.gather(1, by_index).argsort(dim=1, descending=True, stable=True)
+    return by_index.gather(1, by_value)

@@ -1,0 +1,231 @@
+"""One training run: a feature store in, a model directory out."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+)
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from captioner import storage
+from captioner.cluster import num_cpus, num_gpus, start_ray
+from captioner.config import TrainConfig
+from captioner.errors import CaptionerError, ConfigError, StoreError
+from captioner.model_store import (
+    CONFIG,
+    VOCABULARY,
+    WEIGHTS,
+    ModelManifest,
+    ModelRecord,
+    load_model,
+    sha256,
+)
+from captioner.models import build_decoder
+from captioner.plots import plot_history
+from captioner.progress import MessageLog
+from captioner.store import ENCODER_WEIGHTS, FeatureStore
+from captioner.text import Vocabulary, clean
+from captioner.training.worker import BEST, HISTORY, EpochRecord, read_history, train_worker
+
+logger = logging.getLogger(__name__)
+
+WORK = "_training"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished training run."""
+
+    uri: str
+    history: list[EpochRecord]
+
+    @property
+    def best(self) -> EpochRecord:
+        return min(self.history, key=lambda record: record.validation_loss)
+
+
+def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> TrainResult:
+    """Train ``config.decoder`` on a feature store and publish the weights of the epoch with the lowest validation loss.
+
+    Continues a killed run from its last epoch; leaves a complete model of the same settings alone.
+
+    Raises:
+        StoreError: the features are missing something, or the output belongs to another run.
+        ConfigError: the cluster is too small for ``num_workers``.
+        TrainingError: the loss stopped being finite.
+    """
+    store = FeatureStore.open(config.features)
+    columns = build_decoder(config.decoder, 5, 1).columns
+    for split in ("train", "validation"):
+        store.require(split, columns, captions=True)
+    output = storage.Output(config.output, _identity(config, store))
+    if output.complete:
+        logger.info("%s is complete: nothing to do", output.root)
+        return TrainResult(output.root, _published_history(output))
+    words = (
+        clean(caption, config.text.rules)
+        for captions in store.captions("train").values()
+        for caption in captions
+    )
+    vocabulary = Vocabulary.build(words, config.text.min_count, config.text.rules)
+    start_ray()
+    logger.info(
+        "training %s on %s captions, %s words, %d worker%s",
+        config.decoder.kind,
+        f"{store.manifest.splits['train'].captions:,}",
+        f"{len(vocabulary):,}",
+        config.num_workers,
+        "s" if config.num_workers > 1 else "",
+    )
+    best, history = _fit(config, output, vocabulary, callbacks)
+    _publish(config, output, store, vocabulary, best, history)
+    result = TrainResult(output.root, history)
+    logger.info(
+        "%s: best epoch %d of %d, validation loss %.4f, accuracy %.4f",
+        output.root,
+        result.best.epoch,
+        len(history),
+        result.best.validation_loss,
+        result.best.validation_accuracy,
+    )
+    return result
+
+
+def _identity(config: TrainConfig, store: FeatureStore) -> dict[str, Any]:
+    # How many workers share a batch, and where the store lies, changes nothing in the model.
+    settings = config.model_dump(
+        mode="json", exclude={"features", "output", "num_workers", "max_failures"}
+    )
+    features = store.manifest.model_dump(mode="json", include={"encoder", "source"})
+    return {"job": "train", "features": features, "training": settings}
+
+
+def _fit(
+    config: TrainConfig, output: storage.Output, vocabulary: Vocabulary, callbacks: Sequence[UserCallback]
+) -> tuple[bytes, list[EpochRecord]]:
+    """Weights of the best epoch, and the history."""
+    gpu = num_gpus() > 0
+    if (num_gpus() if gpu else num_cpus()) < config.num_workers:
+        raise ConfigError(
+            f"num-workers: {config.num_workers} need as many {'GPUs' if gpu else 'CPUs'}, the cluster has "
+            f"{num_gpus() if gpu else num_cpus()}"
+        )
+    filesystem, path = storage.resolve(output.uri(WORK))
+    with MessageLog(logger) as messages:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={
+                "config": config.model_copy(
+                    update={"features": storage.absolute(config.features)}
+                ).model_dump_json(),
+                "vocabulary": vocabulary.save_json(),
+                "messages": messages.actor,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=config.num_workers, use_gpu=gpu, resources_per_worker=None if gpu else {"CPU": 1}
+            ),
+            run_config=RunConfig(
+                # A second fit() under the same name and path continues from the last checkpoint.
+                name="run",
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=config.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                callbacks=list(callbacks),
+                # Ray's own account of every report; ours is one line per epoch.
+                logging_config=LoggingConfig(log_level="WARNING"),
+            ),
+        )
+        try:
+            checkpoint = trainer.fit().checkpoint
+        except TrainingFailedError as failure:
+            raise _user_error(failure) from failure
+    with checkpoint.as_directory() as folder:
+        root = Path(folder)
+        return (root / BEST).read_bytes(), read_history((root / HISTORY).read_text())
+
+
+def _user_error(failure: TrainingFailedError) -> BaseException:
+    """The error of ours behind a failed run, if there is one."""
+    for error in failure.worker_failures.values():
+        while error is not None:
+            if isinstance(error, CaptionerError):
+                return type(error)(str(error).strip().splitlines()[-1].partition(": ")[2] or str(error))
+            error = error.__cause__
+    return failure
+
+
+def _publish(
+    config: TrainConfig,
+    output: storage.Output,
+    store: FeatureStore,
+    vocabulary: Vocabulary,
+    weights: bytes,
+    history: list[EpochRecord],
+) -> None:
+    channels = store.manifest.encoder.channels
+    decoder = build_decoder(config.decoder, len(vocabulary), channels)
+    record = ModelRecord(
+        decoder=config.decoder,
+        text=config.text,
+        encoder=store.manifest.encoder,
+        columns=decoder.columns,
+        vocabulary_size=len(vocabulary),
+        parameters=sum(parameter.numel() for parameter in decoder.parameters()),
+        weights_sha256=sha256(weights),
+        training=config.model_dump(mode="json"),
+    )
+    best = min(history, key=lambda epoch: epoch.validation_loss)
+    storage.copy_file(store.encoder_weights_uri, output.uri(ENCODER_WEIGHTS))
+    storage.write_bytes(output.uri(WEIGHTS), weights)
+    storage.write_bytes(output.uri(VOCABULARY), vocabulary.save_json().encode())
+    storage.write_bytes(output.uri(CONFIG), record.model_dump_json(indent=1).encode())
+    storage.write_bytes(output.uri("metrics.json"), best.model_dump_json(indent=1).encode())
+    with storage.atomic_writer(output.uri("history.parquet")) as file:
+        pq.write_table(pa.Table.from_pylist([epoch.model_dump() for epoch in history]), file)
+    storage.write_bytes(output.uri("curves.png"), plot_history(history))
+    _write_tensorboard(output, history)
+    files = [ENCODER_WEIGHTS, WEIGHTS, VOCABULARY, CONFIG, "metrics.json", "history.parquet", "curves.png"]
+    output.publish(
+        ModelManifest(weights_sha256=record.weights_sha256, files=files).model_dump_json(indent=1)
+    )
+    # The published directory must load; a defect here should stop the run that made it, not the one that uses it.
+    load_model(output.root)
+    filesystem, path = storage.resolve(output.uri(WORK))
+    filesystem.delete_dir(path)
+
+
+def _write_tensorboard(output: storage.Output, history: list[EpochRecord]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+            for record in history:
+                for name, value in record.model_dump(exclude={"epoch"}).items():
+                    head, _, tail = name.partition("_")
+                    tag = f"{tail}/{head}" if head in ("train", "validation") else f"speed/{name}"
+                    writer.add_scalar(tag.replace("speed/learning_rate", "learning_rate"), value, record.epoch)
+        for file in Path(folder).iterdir():
+            storage.write_bytes(output.uri("tensorboard", file.name), file.read_bytes())
+
+
+def _published_history(output: storage.Output) -> list[EpochRecord]:
+    with storage.open_input(output.uri("history.parquet")) as file:
+        rows = pq.read_table(file).to_pylist()
+    if not rows:
+        raise StoreError(f"{output.uri('history.parquet')} is empty")
+    return read_history(json.dumps(rows))

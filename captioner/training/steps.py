@@ -1,0 +1,164 @@
+"""The arithmetic of training, on tensors alone: loss, optimizer, schedule, early stopping.
+
+Shapes: B captions, T tokens, O output width, V vocabulary, W next words that are not padding.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from captioner.config import OptimizerConfig, TrainConfig
+from captioner.errors import TrainingError
+from captioner.models.base import Decoder, Features
+from captioner.text import PAD
+
+
+class TeacherForcing(nn.Module):
+    """A decoder with its loss: what DDP wraps, so that a pass over whole captions is one ``forward``."""
+
+    def __init__(self, decoder: nn.Module, label_smoothing: float = 0.0):
+        super().__init__()
+        self.decoder = decoder
+        self.label_smoothing = label_smoothing
+
+    def forward(self, features: Features, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over all next words of the captions ``tokens`` int64 [B, T].
+
+        Returns:
+            summed cross-entropy (smoothed while training), and the number of words that were the most probable.
+        """
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        real = targets != PAD
+        # Only real words meet the vocabulary: that projection is most of the work.
+        hidden = self.decoder.hidden(features, inputs)[real]  # (W, O)
+        logits = self.decoder.output(hidden).float()  # (W, V)
+        smoothing = self.label_smoothing if self.training else 0.0
+        loss = functional.cross_entropy(logits, targets[real], reduction="sum", label_smoothing=smoothing)
+        correct = (logits.detach().argmax(dim=-1) == targets[real]).sum()
+        return loss, correct
+
+
+@torch.inference_mode()
+def teacher_forcing(
+    decoder: nn.Module | Decoder, features: Features, rows: Tensor, captions: Sequence[Sequence[int]]
+) -> tuple[float, int, int]:
+    """Teacher-forced sums over captions of a batch of images.
+
+    Args:
+        features: columns of the images.
+        rows: int64, each caption's image.
+        captions: token ids, ``<start>`` first.
+
+    Returns:
+        summed cross-entropy, correctly predicted words, words.
+    """
+    if not captions:
+        return 0.0, 0, 0
+    tokens = nn.utils.rnn.pad_sequence(
+        [torch.tensor(caption) for caption in captions], batch_first=True, padding_value=PAD
+    )
+    device = next(iter(features.values())).device
+    picked = {name: column[rows.to(device)] for name, column in features.items()}
+    loss, correct = TeacherForcing(decoder).eval()(picked, tokens.to(device))
+    return float(loss), int(correct), sum(len(caption) - 1 for caption in captions)
+
+
+def build_optimizer(config: OptimizerConfig, decoder: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of ``config`` over all parameters."""
+    parameters, rate, decay = decoder.parameters(), config.learning_rate, config.weight_decay
+    if config.name == "rmsprop":
+        # Keras' decay of the squared gradients, 0.9; torch's own default is 0.99.
+        return torch.optim.RMSprop(parameters, rate, alpha=0.9, weight_decay=decay)
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(parameters, rate, weight_decay=decay, fused=True)
+
+
+class Schedule:
+    """Learning rate by step and, for ``plateau``, by validation loss. Its state is two numbers."""
+
+    def __init__(self, config: OptimizerConfig, total_steps: int):
+        self.config = config
+        self.total_steps = total_steps
+        self.factor = 1.0
+        self.waited = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        config = self.config
+        if step < config.warmup_steps:
+            return config.learning_rate * (step + 1) / config.warmup_steps
+        if config.schedule == "cosine":
+            done = (step - config.warmup_steps) / max(1, self.total_steps - config.warmup_steps)
+            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return max(config.minimum, config.learning_rate * self.factor)
+
+    def after_epoch(self, improved: bool) -> None:
+        """Keras' ReduceLROnPlateau: after ``plateau_patience`` epochs without improvement, multiply."""
+        self.waited = 0 if improved else self.waited + 1
+        if self.config.schedule == "plateau" and self.waited >= max(1, self.config.plateau_patience):
+            self.factor *= self.config.plateau_factor
+            self.waited = 0
+
+
+@dataclass
+class EpochSums:
+    """Sums of one epoch on one worker."""
+
+    loss: float = 0.0
+    correct: int = 0
+    words: int = 0
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    features: Features,
+    tokens: Tensor,
+    *,
+    global_targets: int,
+    workers: int,
+    config: TrainConfig,
+    compute: str,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step on a worker's part of a global batch.
+
+    DDP averages gradients over the workers, so the local sum is scaled by workers / global words: the gradient is then
+    that of the mean over the global batch, for any number of workers.
+
+    Args:
+        model: ``TeacherForcing``, wrapped in DDP or not.
+        global_targets: next words of the global batch.
+        compute: ``float32`` or ``bfloat16``, the arithmetic of the passes; weights stay float32.
+
+    Returns:
+        the local sums that ``TeacherForcing`` returns, detached.
+    """
+    with autocast(tokens.device, compute):
+        loss, correct = model(features, tokens)
+    optimizer.zero_grad(set_to_none=True)
+    (loss * (workers / global_targets)).backward()
+    if config.optimizer.clip_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+    optimizer.step()
+    return loss.detach(), correct
+
+
+def autocast(device: torch.device, compute: str) -> torch.autocast:
+    """bfloat16 autocasting, or none."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute == "bfloat16")
+
+
+def require_finite(loss: float, epoch: int, what: str) -> None:
+    """
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"{what} loss is {loss} in epoch {epoch + 1}: lower optimizer.learning-rate or set optimizer.clip-norm; "
+            "the checkpoint of the epoch before is kept"
+        )
