@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from captioner.config import ImageLimits
 from captioner.errors import ImageError, ImageTooLargeError, ImageTypeError
@@ -183,12 +183,15 @@ def test_squashing_averages_what_it_leaves_out() -> None:
 
 
 def test_large_jpeg_decoded_at_reduced_size_stays_close_to_the_full_decode() -> None:
-    smooth = Image.effect_noise((64, 48), 80).resize((2400, 1800), Image.Resampling.BICUBIC)
-    fine = Image.effect_noise((2400, 1800), 30)
-    data = encode(Image.blend(smooth, fine, 0.3).convert("RGB"), "JPEG", quality=90)
+    generator = np.random.default_rng(0)
+    tiles = Image.fromarray(generator.integers(0, 256, (48, 64, 3), np.uint8))
+    tiles = tiles.resize((2400, 1800), Image.Resampling.NEAREST)
+    grain = Image.fromarray(generator.integers(0, 256, (1800, 2400, 3), np.uint8))
+    data = encode(Image.blend(tiles, grain, 0.3), "JPEG", quality=90)
     full = Image.open(io.BytesIO(data)).resize((224, 224), Image.Resampling.BILINEAR)
     difference = np.abs(decode_image(data).astype(int) - np.asarray(full).astype(int))
-    assert difference.mean() < 1
+    # Decoded at the next smaller size the mean is 2.3.
+    assert 0 < difference.mean() < 1
     assert difference.max() < 12
 
 
@@ -318,6 +321,19 @@ def test_mutated_image_decodes_or_is_refused(name: str, other: str, seed: int) -
     except ImageError:
         return
     assert pixels.shape == (224, 224, 3)
+
+
+@pytest.mark.parametrize("error", [OSError, SyntaxError, ValueError, TypeError, struct.error])
+def test_whatever_pillow_raises_on_damaged_data_becomes_one_error(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All five occur among half a million mutants, some of them once in 100,000.
+    def fail(*args: object) -> None:
+        raise error("from Pillow")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    with pytest.raises(ImageError, match="^truncated or damaged PNG data$"):
+        decode_image(SEEDS["png"])
 
 
 def test_fuzzer_reports_what_gets_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,6 +193,17 @@ def test_image_scores_are_in_the_order_given() -> None:
         assert sum(scores.per_image[name]) / 2 == pytest.approx(NLG_EVAL_SCORES[name], abs=1e-6)
 
 
+def test_image_scores_are_those_of_the_image_alone() -> None:
+    # CIDEr is left out: it weighs words by how many of the images they occur in.
+    scores = score_standard(NLG_EVAL_REFERENCES, NLG_EVAL_HYPOTHESES)
+    for row, (references, hypothesis) in enumerate(
+        zip(NLG_EVAL_REFERENCES, NLG_EVAL_HYPOTHESES, strict=True)
+    ):
+        alone = score_standard([references], [hypothesis])
+        assert scores.per_image["bleu_4"][row] == pytest.approx(alone.bleu_4)
+        assert scores.per_image["rouge_l"][row] == pytest.approx(alone.rouge_l)
+
+
 def test_scores_do_not_depend_on_the_hash_seed() -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
