@@ -48,7 +48,7 @@ class EncoderConfig(Config):
 class ShapesConfig(Config):
     """Size of the generated data set (source ``shapes``)."""
 
-    train: Positive = 1600
+    train: Positive = 2400
     """Images in the train split."""
     validation: Positive = 200
     """Images in the validation split."""

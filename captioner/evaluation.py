@@ -121,7 +121,7 @@ def evaluate(config: EvaluateConfig) -> Report:
     standard = score_standard(references, hypotheses)
     scores = {
         "standard": standard.summary(),
-        "seed": score_seed(references, hypotheses).model_dump(),
+        "seed": score_seed(references, hypotheses, record.text.rules).model_dump(),
         "loss": pa.compute.sum(rows["loss_sum"]).as_py() / pa.compute.sum(rows["words"]).as_py(),
         "accuracy": pa.compute.sum(rows["correct"]).as_py() / pa.compute.sum(rows["words"]).as_py(),
         "images": len(rows),

@@ -14,7 +14,7 @@ from captioner.config import DecoderConfig, TextConfig
 from captioner.errors import ModelError
 from captioner.models import build_decoder
 from captioner.schema import SCHEMA_VERSION, EncoderIdentity, Record, StoreManifest
-from captioner.store import ENCODER_WEIGHTS
+from captioner.store import ENCODER_WEIGHTS, FeatureStore
 from captioner.text import Vocabulary
 
 CONFIG, VOCABULARY, WEIGHTS = "config.json", "vocab.json", "weights.safetensors"
@@ -93,6 +93,42 @@ def unpack_weights(decoder: nn.Module, data: bytes, name: str = WEIGHTS) -> None
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def save_model(
+    output: storage.Output,
+    *,
+    weights: bytes,
+    vocabulary: Vocabulary,
+    decoder: DecoderConfig,
+    text: TextConfig,
+    store: FeatureStore,
+    training: dict[str, Any],
+) -> ModelRecord:
+    """Write what ``load_model`` reads, the manifest excepted, which the caller publishes last.
+
+    Args:
+        weights: the decoder's, from ``pack_weights``.
+        store: the features it was trained on; their encoder's weights are copied from it.
+        training: the training configuration, for the record.
+    """
+    channels = store.manifest.encoder.channels
+    network = build_decoder(decoder, len(vocabulary), channels)
+    record = ModelRecord(
+        decoder=decoder,
+        text=text,
+        encoder=store.manifest.encoder,
+        columns=network.columns,
+        vocabulary_size=len(vocabulary),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        weights_sha256=sha256(weights),
+        training=training,
+    )
+    storage.copy_file(store.encoder_weights_uri, output.uri(ENCODER_WEIGHTS))
+    storage.write_bytes(output.uri(WEIGHTS), weights)
+    storage.write_bytes(output.uri(VOCABULARY), vocabulary.save_json().encode())
+    storage.write_bytes(output.uri(CONFIG), record.model_dump_json(indent=1).encode())
+    return record
 
 
 def load_record(uri: str) -> ModelRecord:

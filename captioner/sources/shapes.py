@@ -115,7 +115,7 @@ def make_scene(seed: int, split: str, index: int) -> tuple[Scene, bytes]:
         )
 
     first, second, relation = group(), None, None
-    if choose.random() < 0.6:
+    if choose.random() < 0.5:
         relation = choose.choice(tuple(RELATIONS))
         second = group()
         while (second.colour, second.shape) == (first.colour, first.shape):

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 from ray.train import (
     CheckpointConfig,
     FailureConfig,
-    LoggingConfig,
     RunConfig,
     ScalingConfig,
     UserCallback,
@@ -30,9 +29,8 @@ from captioner.model_store import (
     VOCABULARY,
     WEIGHTS,
     ModelManifest,
-    ModelRecord,
     load_model,
-    sha256,
+    save_model,
 )
 from captioner.models import build_decoder
 from captioner.plots import plot_history
@@ -146,8 +144,6 @@ def _fit(
                 failure_config=FailureConfig(max_failures=config.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 callbacks=list(callbacks),
-                # Ray's own account of every report; ours is one line per epoch.
-                logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
         try:
@@ -177,23 +173,16 @@ def _publish(
     weights: bytes,
     history: list[EpochRecord],
 ) -> None:
-    channels = store.manifest.encoder.channels
-    decoder = build_decoder(config.decoder, len(vocabulary), channels)
-    record = ModelRecord(
+    record = save_model(
+        output,
+        weights=weights,
+        vocabulary=vocabulary,
         decoder=config.decoder,
         text=config.text,
-        encoder=store.manifest.encoder,
-        columns=decoder.columns,
-        vocabulary_size=len(vocabulary),
-        parameters=sum(parameter.numel() for parameter in decoder.parameters()),
-        weights_sha256=sha256(weights),
+        store=store,
         training=config.model_dump(mode="json"),
     )
     best = min(history, key=lambda epoch: epoch.validation_loss)
-    storage.copy_file(store.encoder_weights_uri, output.uri(ENCODER_WEIGHTS))
-    storage.write_bytes(output.uri(WEIGHTS), weights)
-    storage.write_bytes(output.uri(VOCABULARY), vocabulary.save_json().encode())
-    storage.write_bytes(output.uri(CONFIG), record.model_dump_json(indent=1).encode())
     storage.write_bytes(output.uri("metrics.json"), best.model_dump_json(indent=1).encode())
     with storage.atomic_writer(output.uri("history.parquet")) as file:
         pq.write_table(pa.Table.from_pylist([epoch.model_dump() for epoch in history]), file)

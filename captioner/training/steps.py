@@ -38,7 +38,9 @@ class TeacherForcing(nn.Module):
         logits = self.decoder.output(hidden).float()  # (W, V)
         smoothing = self.label_smoothing if self.training else 0.0
         loss = functional.cross_entropy(logits, targets[real], reduction="sum", label_smoothing=smoothing)
-        correct = (logits.detach().argmax(dim=-1) == targets[real]).sum()
+        # The target is the most probable word if its logit is the largest; several times faster than argmax on a CPU.
+        of_target = logits.detach().gather(1, targets[real].unsqueeze(1)).squeeze(1)
+        correct = (of_target >= logits.detach().amax(dim=-1)).sum()
         return loss, correct
 
 

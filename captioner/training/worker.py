@@ -1,6 +1,7 @@
 """What every Ray Train worker runs: epochs over its share of each global batch, a checkpoint after each."""
 
 import json
+import logging
 import os
 import tempfile
 import time
@@ -70,6 +71,8 @@ class Worker:
     """One data-parallel worker: its data, its replica of the decoder, and the state that a restart needs."""
 
     def __init__(self, config: TrainConfig, vocabulary: Vocabulary, messages: Any):
+        # Ray Train's own account of every report and checkpoint; ours is one line per epoch.
+        logging.getLogger("ray.train").setLevel(logging.WARNING)
         context = ray.train.get_context()
         self.config, self.messages = config, messages
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()

@@ -1,0 +1,241 @@
+"""Whole training runs on a real local Ray: workers agree, failures change nothing, the model directory is whole."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from ray.train import UserCallback
+
+from captioner.config import DecoderConfig, OptimizerConfig, TrainConfig
+from captioner.errors import ConfigError, StoreError, TrainingError
+from captioner.model_store import load_model
+from captioner.store import FeatureStore
+from captioner.training import run
+from captioner.training.data import CaptionData, sequential_order
+from captioner.training.run import TrainResult, run_training
+from captioner.training.steps import TeacherForcing
+from captioner.training.worker import EpochRecord
+from tests.stores import write_store
+
+ROOT = Path(__file__).resolve().parents[2]
+EPOCHS = 6
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """75 train captions: in batches of 37 the last one holds a single caption, nothing for a second worker."""
+    return write_store(tmp_path_factory.mktemp("store") / "features", {"train": 25, "validation": 7})
+
+
+def settings(features: str, output: Path, **changes: Any) -> TrainConfig:
+    base = TrainConfig(
+        features=features,
+        output=str(output),
+        decoder=DecoderConfig(width=16, output_width=16, dropout=0.3),
+        optimizer=OptimizerConfig(
+            learning_rate=5e-3, schedule="plateau", plateau_patience=1, warmup_steps=3
+        ),
+        epochs=EPOCHS,
+        global_batch=37,
+        patience=None,
+        compute="float32",
+    )
+    return base.model_copy(update=changes)
+
+
+def values(history: list[EpochRecord]) -> list[dict[str, Any]]:
+    """What of a history is not a matter of the clock."""
+    clock = {"seconds", "captions_per_second", "data_wait_fraction"}
+    return [record.model_dump(exclude=clock) for record in history]
+
+
+@pytest.fixture(scope="module")
+def unbroken(features: str, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """Two workers with dropout, undisturbed."""
+    output = tmp_path_factory.mktemp("unbroken") / "model"
+    return run_training(settings(features, output, num_workers=2))
+
+
+class KillOneWorker(UserCallback):
+    """SIGKILL to one training worker after a given epoch's report, once."""
+
+    def __init__(self, marker: Path, epoch: int):
+        self.marker, self.epoch = marker, epoch
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if metrics[0]["epoch"] != self.epoch or self.marker.exists():
+            return
+        # The callback runs in the run's controller; workers are its siblings under one raylet.
+        listed = subprocess.run(
+            ["ps", "-o", "pid=,args=", "--ppid", str(os.getppid())], capture_output=True, text=True
+        ).stdout
+        workers = [line.split()[0] for line in listed.splitlines() if "RayTrainWorker" in line]
+        self.marker.write_text(str(len(workers)))
+        os.kill(int(workers[-1]), signal.SIGKILL)
+
+
+def test_two_workers_train_as_one(features: str, tmp_path: Path) -> None:
+    without_dropout = DecoderConfig(width=16, output_width=16, dropout=0.0)
+    alone, together = (
+        run_training(
+            settings(features, tmp_path / str(workers), decoder=without_dropout, num_workers=workers)
+        )
+        for workers in (1, 2)
+    )
+    assert len(alone.history) == EPOCHS
+    assert alone.history[-1].train_loss < 0.7 * alone.history[0].train_loss
+    for one, two in zip(values(alone.history), values(together.history), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+    models = [load_model(result.uri).decoder.state_dict() for result in (alone, together)]
+    torch.testing.assert_close(dict(models[0]), dict(models[1]), rtol=1e-3, atol=1e-5)
+
+
+def test_same_seed_same_history_and_weights_another_seed_not(
+    unbroken: TrainResult, features: str, tmp_path: Path
+) -> None:
+    again = run_training(settings(features, tmp_path / "again", num_workers=2))
+    assert values(again.history) == values(unbroken.history)
+    weights = "weights.safetensors"
+    assert (Path(again.uri) / weights).read_bytes() == (Path(unbroken.uri) / weights).read_bytes()
+    other = run_training(settings(features, tmp_path / "other", num_workers=2, seed=1, epochs=1))
+    assert other.history[0].train_loss != again.history[0].train_loss
+
+
+def test_a_killed_worker_changes_nothing(unbroken: TrainResult, features: str, tmp_path: Path) -> None:
+    marker = tmp_path / "killed"
+    config = settings(features, tmp_path / "model", num_workers=2)
+    result = run_training(config, callbacks=[KillOneWorker(marker, epoch=3)])
+    assert marker.read_text() == "2"
+    assert values(result.history) == values(unbroken.history)
+
+
+def test_a_killed_driver_changes_nothing(unbroken: TrainResult, features: str, tmp_path: Path) -> None:
+    config = settings(features, tmp_path / "model", num_workers=2)
+    program = (
+        "import sys; from captioner.config import TrainConfig; from captioner.training.run import run_training;"
+        "run_training(TrainConfig.model_validate_json(sys.argv[1]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    driver = subprocess.Popen(
+        [sys.executable, "-c", program, config.model_dump_json()],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    work = tmp_path / "model" / run.WORK / "run"
+    deadline = time.monotonic() + 200
+    while len(list(work.glob("checkpoint_*/history.json"))) < 2:
+        assert driver.poll() is None, "the driver ended before it could be killed"
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert not (tmp_path / "model" / "manifest.json").exists()
+    result = run_training(config)
+    assert values(result.history) == values(unbroken.history)
+    assert not (tmp_path / "model" / run.WORK).exists()
+
+
+def test_a_run_killed_before_publishing_publishes_without_training_again(
+    features: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(features, tmp_path / "model", epochs=2)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_model", killed)
+        with pytest.raises(Killed) as stopped:
+            run_training(config)
+    # The traceback holds the claim on the directory, which a dead process would have lost.
+    stopped.tb.tb_next.tb_frame.f_locals["output"].close()
+    before = next((tmp_path / "model" / run.WORK).rglob("history.json"))
+    first = json.loads(before.read_text())
+    result = run_training(config)
+    assert [record.seconds for record in result.history][0] == first[0]["seconds"]
+    assert len(result.history) == 2
+
+
+def test_finished_model_is_left_alone_and_another_is_refused(
+    unbroken: TrainResult, features: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = settings(features, Path(unbroken.uri), num_workers=1)
+    before = {file: file.stat().st_mtime_ns for file in Path(unbroken.uri).rglob("*")}
+    with caplog.at_level(logging.INFO):
+        assert run_training(config) == unbroken
+    assert "is complete" in caplog.text
+    with pytest.raises(StoreError, match="training.seed: 0 there, 5 asked"):
+        run_training(config.model_copy(update={"seed": 5}))
+    assert before == {file: file.stat().st_mtime_ns for file in Path(unbroken.uri).rglob("*")}
+
+
+def test_published_weights_are_those_of_the_best_epoch(unbroken: TrainResult, features: str) -> None:
+    model = load_model(unbroken.uri)
+    data = CaptionData.load(
+        FeatureStore.open(features), "validation", ("pooled",), model.vocabulary, model.record.text
+    )
+    batch = next(data.batches(sequential_order(data.lengths, len(data)), 0, 1))
+    with torch.no_grad():
+        loss, correct = TeacherForcing(model.decoder).eval()(batch.features, batch.tokens)
+    assert float(loss) / batch.global_targets == pytest.approx(unbroken.best.validation_loss, rel=1e-5)
+    assert int(correct) / batch.global_targets == pytest.approx(unbroken.best.validation_accuracy)
+
+
+def test_model_directory_holds_history_curves_and_events(unbroken: TrainResult) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    root = Path(unbroken.uri)
+    history = pd.read_parquet(root / "history.parquet")
+    assert history["epoch"].tolist() == list(range(1, EPOCHS + 1))
+    assert json.loads((root / "metrics.json").read_text()) == unbroken.best.model_dump()
+    assert (root / "curves.png").read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(root / "tensorboard"))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("loss/validation")]
+    assert losses == pytest.approx(history["validation_loss"].tolist())
+    assert {path.name for path in root.iterdir()} == {
+        "_job.json", "config.json", "curves.png", "encoder.safetensors", "history.parquet",
+        "manifest.json", "metrics.json", "tensorboard", "vocab.json", "weights.safetensors",
+    }  # fmt: skip
+
+
+def test_training_stops_early_when_validation_gets_worse(features: str, tmp_path: Path) -> None:
+    # A rate far too high makes the validation loss rise at once.
+    wild = OptimizerConfig(learning_rate=0.5, schedule="constant")
+    result = run_training(settings(features, tmp_path / "model", optimizer=wild, epochs=40, patience=2))
+    assert len(result.history) == result.best.epoch + 2 < 40
+
+
+def test_a_loss_that_is_not_finite_stops_at_once_and_keeps_the_last_checkpoint(
+    features: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # One step of this size overflows the weights; the warm-up leaves the first epoch's three steps harmless.
+    explosive = OptimizerConfig(
+        name="adam", learning_rate=1e38, warmup_steps=10**9, schedule="constant", clip_norm=None
+    )
+    config = settings(features, tmp_path / "model", optimizer=explosive, num_workers=2)
+    with pytest.raises(TrainingError, match=r"^training loss is \w+ in epoch \d") as stopped:
+        run_training(config)
+    assert "\n" not in str(stopped.value)
+    assert not (tmp_path / "model" / "manifest.json").exists()
+
+
+def test_more_workers_than_cpus_is_refused(features: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="num-workers: 5 need as many CPUs, the cluster has 4"):
+        run_training(settings(features, tmp_path / "model", num_workers=5))

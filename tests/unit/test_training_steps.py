@@ -1,0 +1,224 @@
+"""Loss, gradients over workers, clipping, optimizers and schedules, on the real merge decoder."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from captioner.config import DecoderConfig, OptimizerConfig, TrainConfig
+from captioner.errors import TrainingError
+from captioner.models import build_decoder
+from captioner.text import END, PAD, START
+from captioner.training.data import CaptionData, epoch_order
+from captioner.training.steps import (
+    Schedule,
+    TeacherForcing,
+    build_optimizer,
+    require_finite,
+    teacher_forcing,
+    train_step,
+)
+
+WORDS = 20
+CHANNELS = 3
+
+
+def decoder(seed: int = 0, dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(seed)
+    return build_decoder(DecoderConfig(width=8, output_width=8, dropout=dropout), WORDS, CHANNELS)
+
+
+def captions(count: int) -> CaptionData:
+    generator = np.random.default_rng(1)
+    tokens = [
+        [START, *generator.integers(4, WORDS, generator.integers(1, 9)).tolist(), END]
+        for _ in range(count)
+    ]
+    pooled = generator.normal(size=(4, CHANNELS)).astype(np.float32)
+    return CaptionData(tokens, np.arange(count) % 4, {"pooled": pooled})
+
+
+def config(**optimizer: object) -> TrainConfig:
+    settings = OptimizerConfig.model_validate({"clip_norm": None} | optimizer)
+    return TrainConfig(features="unused", output="unused", optimizer=settings)
+
+
+def change(
+    model: nn.Module, data: CaptionData, order: list, rank: int, workers: int, step: int
+) -> Tensor:
+    """Minus the gradient of one worker's step, as one vector: what SGD of rate 1 adds to the weights."""
+    replica = TeacherForcing(copy.deepcopy(model)).train()
+    batch = list(data.batches(order, rank, workers))[step]
+    train_step(
+        replica,
+        torch.optim.SGD(replica.parameters(), lr=1.0),
+        batch.features,
+        batch.tokens,
+        global_targets=batch.global_targets,
+        workers=workers,
+        config=config(),
+        compute="float32",
+    )
+    after = nn.utils.parameters_to_vector(replica.decoder.parameters())
+    return (after - nn.utils.parameters_to_vector(model.parameters())).detach()
+
+
+def test_loss_is_the_sum_over_real_next_words() -> None:
+    model = decoder().eval()
+    batch = next(captions(6).batches([np.arange(6)], 0, 1))
+    loss, correct = TeacherForcing(model).eval()(batch.features, batch.tokens)
+    logits = model(batch.features, batch.tokens[:, :-1])
+    expected = functional.cross_entropy(
+        logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), ignore_index=PAD, reduction="sum"
+    )
+    torch.testing.assert_close(loss, expected)
+    hits = (logits.argmax(-1) == batch.tokens[:, 1:]) & (batch.tokens[:, 1:] != PAD)
+    assert int(correct) == int(hits.sum())
+    assert batch.global_targets == int((batch.tokens[:, 1:] != PAD).sum())
+
+
+def test_more_padding_changes_nothing() -> None:
+    forcing = TeacherForcing(decoder()).eval()
+    batch = next(captions(6).batches([np.arange(6)], 0, 1))
+    wider = functional.pad(batch.tokens, (0, 5), value=PAD)
+    torch.testing.assert_close(
+        forcing(batch.features, wider), forcing(batch.features, batch.tokens)
+    )
+
+
+def test_batched_scoring_agrees_with_the_training_loss() -> None:
+    data = captions(6)
+    batch = next(data.batches([np.arange(6)], 0, 1))
+    model = decoder()
+    with torch.no_grad():
+        loss, correct = TeacherForcing(model).eval()(batch.features, batch.tokens)
+    lists = [[int(token) for token in row if token != PAD] for row in batch.tokens]
+    rows = torch.from_numpy(data.image_rows)
+    got = teacher_forcing(model, {"pooled": data.columns["pooled"]}, rows, lists)
+    assert got[0] == pytest.approx(float(loss), rel=1e-5)
+    assert got[1:] == (int(correct), batch.global_targets)
+
+
+def test_label_smoothing_is_for_training_alone() -> None:
+    batch = next(captions(6).batches([np.arange(6)], 0, 1))
+    plain, smooth = TeacherForcing(decoder(), 0.0), TeacherForcing(decoder(), 0.3)
+    assert (
+        smooth.train()(batch.features, batch.tokens)[0]
+        != plain.train()(batch.features, batch.tokens)[0]
+    )
+    torch.testing.assert_close(
+        smooth.eval()(batch.features, batch.tokens), plain.eval()(batch.features, batch.tokens)
+    )
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_mean_gradient_of_workers_is_one_workers_gradient(workers: int) -> None:
+    # 17 captions in batches of 8: a batch of one leaves all but one worker without a caption.
+    data, model = captions(17), decoder()
+    order = epoch_order(data.lengths, 8, 0, 0)
+    assert sorted(map(len, order)) == [1, 8, 8]
+    for step in range(len(order)):
+        alone = change(model, data, order, 0, 1, step)
+        parts = [change(model, data, order, rank, workers, step) for rank in range(workers)]
+        assert alone.norm() > 1e-3
+        torch.testing.assert_close(torch.stack(parts).mean(dim=0), alone, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_bounds_the_norm_of_all_gradients_together() -> None:
+    batch = next(captions(8).batches([np.arange(8)], 0, 1))
+    norms = {}
+    for clip in (None, 0.01):
+        forcing = TeacherForcing(decoder()).train()
+        before = nn.utils.parameters_to_vector(forcing.parameters()).detach().clone()
+        train_step(
+            forcing,
+            torch.optim.SGD(forcing.parameters(), lr=1.0),
+            batch.features,
+            batch.tokens,
+            global_targets=batch.global_targets,
+            workers=1,
+            config=config(clip_norm=clip),
+            compute="float32",
+        )
+        after = nn.utils.parameters_to_vector(forcing.parameters()).detach()
+        norms[clip] = float((after - before).norm())
+    assert norms[None] > 0.1
+    assert norms[0.01] == pytest.approx(0.01, rel=1e-2)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop"])
+def test_eight_captions_can_be_learnt_by_heart(name: str, compute: str) -> None:
+    generator = np.random.default_rng(2)
+    tokens = [[START, *generator.integers(4, WORDS, 5).tolist(), END] for _ in range(8)]
+    data = CaptionData(tokens, np.arange(8), {"pooled": np.eye(8, CHANNELS * 3, dtype=np.float32)})
+    torch.manual_seed(0)
+    model = build_decoder(
+        DecoderConfig(width=32, output_width=32, dropout=0.0), WORDS, CHANNELS * 3
+    )
+    forcing, settings = TeacherForcing(model).train(), config(name=name, learning_rate=0.02)
+    optimizer = build_optimizer(settings.optimizer, model)
+    batch = next(data.batches([np.arange(8)], 0, 1))
+    for _ in range(80):
+        train_step(
+            forcing,
+            optimizer,
+            batch.features,
+            batch.tokens,
+            global_targets=batch.global_targets,
+            workers=1,
+            config=settings,
+            compute=compute,
+        )
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    with torch.no_grad():
+        loss, correct = forcing.eval()(batch.features, batch.tokens)
+    assert int(correct) == batch.global_targets
+    assert float(loss) / batch.global_targets < 0.2
+
+
+def test_adamw_decays_weights_apart_from_the_gradient() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    nn.init.ones_(model.weight)
+    settings = OptimizerConfig(name="adamw", learning_rate=0.1, weight_decay=0.5)
+    model.weight.grad = torch.zeros_like(model.weight)
+    build_optimizer(settings, model).step()
+    torch.testing.assert_close(model.weight.detach(), torch.full((2, 2), 0.95))
+
+
+def test_warm_up_is_linear_and_ends_at_the_peak() -> None:
+    schedule = Schedule(
+        OptimizerConfig(learning_rate=1.0, warmup_steps=4, schedule="constant"), 100
+    )
+    assert [schedule.rate(step) for step in (0, 1, 2, 3, 4, 99)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_cosine_falls_from_the_peak_to_zero() -> None:
+    schedule = Schedule(OptimizerConfig(learning_rate=2.0, warmup_steps=10, schedule="cosine"), 110)
+    assert schedule.rate(10) == 2.0
+    assert schedule.rate(60) == pytest.approx(1.0)
+    assert schedule.rate(110) == pytest.approx(0.0, abs=1e-12)
+    rates = [schedule.rate(step) for step in range(10, 111)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_plateau_acts_after_its_patience_and_starts_counting_anew() -> None:
+    settings = OptimizerConfig(
+        learning_rate=1.0, schedule="plateau", plateau_patience=2, plateau_factor=0.1, minimum=0.05
+    )
+    schedule, rates = Schedule(settings, 100), []
+    for improved in (True, False, True, False, False, False, False):
+        schedule.after_epoch(improved)
+        rates.append(schedule.rate(50))
+    assert rates == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.05])
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_an_error_that_names_the_epoch(loss: float) -> None:
+    require_finite(3.0, 0, "training")
+    with pytest.raises(TrainingError, match="training loss is .* in epoch 3"):
+        require_finite(loss, 2, "training")
