@@ -2,7 +2,7 @@
 
 from captioner import storage
 from captioner.config import ImageLimits, SourceConfig
-from captioner.errors import SourceError
+from captioner.errors import SourceError, StoreError
 from captioner.sources.base import Source
 
 HUB_NAMES = ("flickr8k", "flickr30k")
@@ -13,13 +13,15 @@ def open_source(
 ) -> Source:
     """The source that ``spec`` names.
 
+    Hidden files (a name or directory that begins with a dot) are passed over.
+
     Args:
         spec: ``shapes``, ``flickr8k``, ``flickr30k``, or a path or URI of a folder of images, a single image, or
             Parquet files.
         limits: files over its byte limit are not read at all.
 
     Raises:
-        SourceError: nothing is there, or it holds neither images nor Parquet files.
+        SourceError: nothing is there, or it holds neither images nor Parquet files, or captions contradict the images.
     """
     options, limits = options or SourceConfig(), limits or ImageLimits()
     if spec == "shapes":
@@ -30,16 +32,27 @@ def open_source(
         from captioner.sources.hub import open_hub
 
         return open_hub(spec, options)
+    from captioner.sources.folder import FolderSource, is_image
+    from captioner.sources.parquet import ParquetSource
+    from captioner.sources.parquet_files import is_parquet
+
     uri = storage.absolute(spec)
-    if not storage.exists(uri):
-        raise SourceError(f"{spec}: no such file or directory, nor one of shapes, {', '.join(HUB_NAMES)}")
-    files = storage.list_files(uri) if storage.is_directory(uri) else []
-    if uri.endswith(".parquet") or any(file.path.endswith(".parquet") for file in files):
-        from captioner.sources.parquet import ParquetSource
-
-        return ParquetSource(uri, options)
-    from captioner.sources.folder import FolderSource
-
+    files = _list(spec, uri)
+    if files is None:
+        if is_parquet(uri):
+            return ParquetSource(uri, None, options)
+        return FolderSource(uri, None, options, limits)
+    tables = [file for file in files if is_parquet(file.path)]
+    images = [file for file in files if is_image(file.path)]
+    if tables and images:
+        raise SourceError(
+            f"{spec}: holds both Parquet files ({tables[0].path}, ...) and images ({images[0].path}, ...): "
+            "give the folder of one kind"
+        )
+    if not tables and not images:
+        raise SourceError(f"{spec}: no images and no Parquet files")
+    if tables:
+        return ParquetSource(uri, tables, options)
     return FolderSource(uri, files, options, limits)
 
 
@@ -50,11 +63,29 @@ def read_image(uri: str) -> bytes:
         SourceError, StoreError: it is no longer there.
     """
     if uri.startswith("shapes://"):
-        from captioner.sources.shapes import read_scene
+        from captioner.sources.scenes import read_scene
 
         return read_scene(uri)
-    if ".parquet#" in uri:
+    if ".parquet#" in uri.lower():
         from captioner.sources.parquet import read_cell
 
         return read_cell(uri)
     return storage.read_bytes(uri)
+
+
+def _list(spec: str, uri: str) -> list[storage.FileInfo] | None:
+    """The visible files of a directory; None when ``uri`` is a file."""
+    try:
+        if not storage.exists(uri):
+            raise SourceError(
+                f"{spec}: no such file or directory, nor one of shapes, {', '.join(HUB_NAMES)}"
+            )
+        if not storage.is_directory(uri):
+            return None
+        return [
+            file
+            for file in storage.list_files(uri)
+            if not any(part.startswith(".") for part in file.path.split("/"))
+        ]
+    except (StoreError, OSError) as error:
+        raise SourceError(f"{spec}: {' '.join(str(error).split())}") from error

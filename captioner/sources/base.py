@@ -1,12 +1,16 @@
 """What every source of images and captions promises to the extraction and captioning jobs."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
-from ray.data import Datasource
 
 from captioner.schema import SourceIdentity
+
+if (
+    TYPE_CHECKING
+):  # importing ray.data takes seconds, which the parsers beside this file can do without
+    from ray.data import Datasource
 
 
 class Source(Protocol):
@@ -20,14 +24,10 @@ class Source(Protocol):
         ...
 
     def num_images(self) -> int:
-        """Number of images, read from metadata or a listing (never by reading the images).
-
-        Raises:
-            SourceError: nothing is there.
-        """
+        """Number of images, read from metadata or a listing (never by reading the images)."""
         ...
 
-    def images(self) -> Datasource:
+    def images(self) -> "Datasource":
         """A Ray Data datasource whose Read itself emits ``schema.SOURCE_ROWS``.
 
         An unreadable file is a row with null ``bytes`` and an ``error``, never an exception.
@@ -38,6 +38,6 @@ class Source(Protocol):
         """Batches of ``schema.CAPTION_ROWS``, in a fixed order; nothing for a source without captions.
 
         Raises:
-            SourceError: captions contradict the images (a caption for an image that is not there, ids given twice).
+            SourceError: the captions cannot be read.
         """
         ...

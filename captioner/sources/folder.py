@@ -1,68 +1,84 @@
 """A folder of images, or one image, with a captions file or without."""
 
 import hashlib
+import json
+import logging
+import math
 import posixpath
+import re
 from collections.abc import Iterator
 from functools import partial
 
 import pyarrow as pa
+import ray
+from pyarrow.fs import FileSystem
 
 from captioner import storage
-from captioner.config import ImageLimits, SourceConfig
+from captioner.config import ImageLimits, SourceConfig, Split
 from captioner.errors import SourceError, StoreError
 from captioner.schema import CAPTION_ROWS, SourceIdentity
 from captioner.sources.captions import (
-    FLICKR_SPLIT_LISTS,
     CaptionFile,
     looks_like_captions,
+    merge_captions,
     parse_captions,
 )
-from captioner.sources.tasks import Piece, PieceSource, source_rows
+from captioner.sources.splits import hashed_split, split_of_list
+from captioner.sources.tasks import BYTES_PER_PIECE, Piece, PieceSource, one_line, source_rows
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-ROWS_PER_PIECE = 64
-BYTES_PER_PIECE = 32 * 2**20
+MOST_ROWS_PER_PIECE = 64
+LEAST_ROWS_PER_PIECE = 8
 _CAPTIONS_PER_BATCH = 10_000
+# Flickr8k.token.txt has five captions of 2258277193_586949ec62.jpg.1, which is not among its images.
+_NO_IMAGE = re.compile(r".+\.jpe?g\.\d+", re.I)
 
 
 class FolderSource:
-    """Image files below a folder; an image's id is its path relative to the folder.
+    """Image files below a folder, or one image; an image's id is its path relative to the folder.
 
-    Splits come from the captions file, from Flickr's lists (``Flickr_8k.trainImages.txt`` ...) beside it, from the
-    configuration, or, with captions but no lists, 80/10/10 from a hash of the id.
+    Splits come from the captions file or from Flickr8k's lists (``Flickr_8k.trainImages.txt`` ...) beside it. An image
+    that these leave out gets the configured split, and by default trains: it must not join a published test split.
+    Where there is neither, captioned images are split 80/10/10 by a hash of the id, others are all ``test``.
     """
 
     def __init__(
-        self, uri: str, files: list[storage.FileInfo], options: SourceConfig, limits: ImageLimits
+        self,
+        uri: str,
+        files: list[storage.FileInfo] | None,
+        options: SourceConfig,
+        limits: ImageLimits,
     ):
         """
         Args:
-            files: the listing of the folder; empty when ``uri`` is itself an image file.
+            files: what is below the folder, captions files included; None when ``uri`` is itself an image file.
+
+        Raises:
+            SourceError: the captions cannot be read, or name an image that is not there.
         """
         self.uri = uri
         self.options = options
         self.limits = limits
-        if files:
-            images = [file for file in files if file.path.lower().endswith(SUFFIXES)]
-        else:
-            images = [] if storage.is_directory(uri) else [_single(uri)]
-        if not images:
-            raise SourceError(f"{uri}: no images ({' '.join(SUFFIXES)}) and no Parquet files")
-        found = self._find_captions(files)
-        self._captions, splits = _match(found, images, found_in=self._captions_uri or "")
-        lists = _split_lists(files)
-        self._rows = self._choose(images, splits, lists)
+        self._single = files is None
+        others = [] if files is None else files
+        images = (
+            [_single(uri)] if files is None else [file for file in files if is_image(file.path)]
+        )
+        self._captions, splits = _match(_find_captions(uri, others, options.captions), images)
+        splits = _listed_splits(others, images) | splits
+        self._rows = self._choose(images, splits)
 
     def identity(self) -> SourceIdentity:
-        listing = "".join(f"{file.path}:{file.size};" for file, _ in self._rows)
-        captions = "".join(f"{name}:{texts};" for name, texts in sorted(self._captions.items()))
+        listing = "".join(f"{file.path}:{file.size}:{split};" for file, split in self._rows)
+        captions = json.dumps(self._captions, sort_keys=True) if self._captions else ""
         return SourceIdentity(
             kind="folder",
             uri=self.uri,
             options={
                 "files": hashlib.sha256(listing.encode()).hexdigest(),
                 "captions": hashlib.sha256(captions.encode()).hexdigest() if captions else None,
-                "split": self.options.split,
                 "limit": self.options.limit,
             },
         )
@@ -71,16 +87,23 @@ class FolderSource:
         return len(self._rows)
 
     def images(self) -> PieceSource:
+        # Two tasks for each CPU at least, so that a small folder too is read and decoded by all of them.
+        cpus = int(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else 1
+        most = math.ceil(len(self._rows) / (2 * cpus))
+        most = min(max(most, LEAST_ROWS_PER_PIECE), MOST_ROWS_PER_PIECE)
+        # Opened once and sent along: opening S3 may ask it for the bucket's region, and workers may lack its endpoint.
+        filesystem, root = storage.resolve(self.uri)
+        root = posixpath.dirname(root) if self._single else root
         pieces: list[Piece] = []
-        start = 0
-        while start < len(self._rows):
-            end, size = start, 0
-            while end < len(self._rows) and end - start < ROWS_PER_PIECE and size < BYTES_PER_PIECE:
-                size += self._rows[end][0].size
-                end += 1
-            chosen = self._rows[start:end]
-            pieces.append(Piece(partial(_read, chosen, self.limits.max_bytes), len(chosen), size))
-            start = end
+        chosen: list[tuple[storage.FileInfo, Split]] = []
+        size = 0
+        for number, (file, split) in enumerate(self._rows, 1):
+            chosen.append((file, split))
+            size += min(file.size, self.limits.max_bytes)
+            if len(chosen) == most or size >= BYTES_PER_PIECE // 2 or number == len(self._rows):
+                read = partial(_read, chosen, filesystem, root, self.limits.max_bytes)
+                pieces.append(Piece(read, len(chosen), size))
+                chosen, size = [], 0
         return PieceSource("Folder", pieces)
 
     def captions(self) -> Iterator[pa.RecordBatch]:
@@ -94,42 +117,29 @@ class FolderSource:
         if rows:
             yield pa.RecordBatch.from_pylist(rows, CAPTION_ROWS)
 
-    def _find_captions(self, files: list[storage.FileInfo]) -> CaptionFile:
-        self._captions_uri = self.options.captions
-        if self._captions_uri is None:
-            candidates = [file for file in files if looks_like_captions(file.path)]
-            if len(candidates) > 1:
-                names = ", ".join(file.path for file in candidates)
-                raise SourceError(f"{self.uri}: several captions files ({names}): choose one with source-options.captions")
-            if not candidates:
-                return CaptionFile({}, {})
-            self._captions_uri = candidates[0].uri
-        elif not storage.exists(self._captions_uri):
-            raise SourceError(f"source-options.captions: {self._captions_uri} is not there")
-        return parse_captions(self._captions_uri, storage.read_bytes(self._captions_uri))
-
     def _choose(
-        self, images: list[storage.FileInfo], splits: dict[str, str], lists: dict[str, str]
-    ) -> list[tuple[storage.FileInfo, str]]:
-        taken: dict[str, int] = {}
+        self, images: list[storage.FileInfo], splits: dict[str, Split]
+    ) -> list[tuple[storage.FileInfo, Split]]:
+        """The images taken, each with its split."""
+        taken: dict[Split, int] = {}
         rows = []
         for file in images:
-            split = self._split(file.path, splits, lists)
+            split = splits.get(file.path) or self._default_split(file.path, bool(splits))
             taken[split] = taken.get(split, 0) + 1
             if self.options.limit is None or taken[split] <= self.options.limit:
                 rows.append((file, split))
         return rows
 
-    def _split(self, path: str, splits: dict[str, str], lists: dict[str, str]) -> str:
+    def _default_split(self, path: str, others_have_one: bool) -> Split:
         if self.options.split != "auto":
             return self.options.split
-        known = splits.get(path) or lists.get(posixpath.basename(path))
-        if known:
-            return known
-        if not self._captions:
-            return "test"
-        bucket = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4]) % 10
-        return {8: "validation", 9: "test"}.get(bucket, "train")
+        if others_have_one:
+            return "train"
+        return hashed_split(path) if self._captions else "test"
+
+
+def is_image(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES)
 
 
 def _single(uri: str) -> storage.FileInfo:
@@ -137,53 +147,84 @@ def _single(uri: str) -> storage.FileInfo:
     return storage.FileInfo(uri, posixpath.basename(path), filesystem.get_file_info(path).size)
 
 
+def _find_captions(uri: str, files: list[storage.FileInfo], asked: str | None) -> CaptionFile:
+    found = [asked] if asked else [file.uri for file in files if looks_like_captions(file.path)]
+    parsed = {}
+    for name in found:
+        try:
+            parsed[name] = parse_captions(name, storage.read_bytes(name))
+        except StoreError as error:
+            raise SourceError(f"captions file {name}: {error}") from error
+    if len(parsed) > 1:
+        return merge_captions(parsed)
+    return next(iter(parsed.values()), CaptionFile({}, {}))
+
+
 def _match(
-    found: CaptionFile, images: list[storage.FileInfo], found_in: str
-) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Captions and splits by the images' own paths; a captions file may name only the base name."""
-    by_path = {file.path: file.path for file in images}
-    by_name: dict[str, str | None] = {}
-    for file in images:
-        name = posixpath.basename(file.path)
-        by_name[name] = None if name in by_name else file.path
+    found: CaptionFile, images: list[storage.FileInfo]
+) -> tuple[dict[str, list[str]], dict[str, Split]]:
+    """Captions and splits by the images' own paths.
+
+    A captions file may name an image by its path, its base name, or its base name without the suffix.
+    """
+    paths = {file.path for file in images}
+    short: dict[str, set[str]] = {}
+    for path in paths:
+        base = posixpath.basename(path)
+        short.setdefault(base, set()).add(path)
+        short.setdefault(posixpath.splitext(base)[0], set()).add(path)
     captions: dict[str, list[str]] = {}
-    splits: dict[str, str] = {}
+    splits: dict[str, Split] = {}
     for name, texts in found.captions.items():
-        base = posixpath.basename(name)
-        path = by_path.get(name) or by_name.get(base)
-        if path is None:
-            why = "which two images have" if base in by_name else "which is not there"
-            raise SourceError(f"{found_in}: a caption for image {name}, {why}")
+        candidates = {name} if name in paths else short.get(posixpath.basename(name), set())
+        if not candidates and not texts:  # merely listed
+            continue
+        if not candidates and _NO_IMAGE.fullmatch(name):
+            logger.warning(
+                "%d captions of %s are left out: not the name of an image", len(texts), name
+            )
+            continue
+        if len(candidates) != 1:
+            why = "which two images could be" if candidates else "which is not there"
+            raise SourceError(f"captions for image {name}, {why}")
+        (path,) = candidates
         if path in captions:
-            raise SourceError(f"{found_in}: captions for image {path} are given twice")
+            raise SourceError(f"captions for image {path} are given twice, once as {name}")
         captions[path] = [text for text in texts if text]
         if name in found.splits:
             splits[path] = found.splits[name]
     return captions, splits
 
 
-def _split_lists(files: list[storage.FileInfo]) -> dict[str, str]:
-    splits: dict[str, str] = {}
+def _listed_splits(
+    files: list[storage.FileInfo], images: list[storage.FileInfo]
+) -> dict[str, Split]:
+    """Splits by Flickr8k's lists of base names."""
+    listed: dict[str, Split] = {}
     for file in files:
-        for suffix, split in FLICKR_SPLIT_LISTS.items():
-            if file.path.endswith(suffix):
-                names = storage.read_bytes(file.uri).decode().split()
-                splits |= dict.fromkeys(names, split)
-    return splits
+        if split := split_of_list(file.path):
+            for name in storage.read_bytes(file.uri).decode("utf-8", "replace").split():
+                if listed.setdefault(name, split) != split:
+                    raise SourceError(f"{file.uri}: {name} is in the {listed[name]} list too")
+    names = {file.path: posixpath.basename(file.path) for file in images}
+    return {path: listed[name] for path, name in names.items() if name in listed}
 
 
-def _read(rows: list[tuple[storage.FileInfo, str]], max_bytes: int) -> Iterator[pa.Table]:
+def _read(
+    rows: list[tuple[storage.FileInfo, Split]], filesystem: FileSystem, root: str, max_bytes: int
+) -> Iterator[pa.Table]:
     data: list[bytes | None] = []
     errors: list[str | None] = []
     for file, _ in rows:
         content, error = None, None
         if file.size > max_bytes:
-            error = f"{file.size} bytes, the limit is {max_bytes}"
+            error = f"{file.size} bytes, over the limit of {max_bytes}"
         else:
             try:
-                content = storage.read_bytes(file.uri)
-            except (StoreError, OSError) as problem:
-                error = " ".join(str(problem).split())
+                with filesystem.open_input_file(f"{root}/{file.path}") as handle:
+                    content = handle.read()
+            except OSError as problem:
+                error = f"cannot be read: {one_line(problem)}"
         data.append(content)
         errors.append(error)
     yield source_rows(

@@ -1,33 +1,72 @@
-"""Flickr8k and Flickr30k from the Hugging Face hub: fetched once into its cache, then read as Parquet files."""
+"""Flickr8k and Flickr30k from the Hugging Face hub: fetched once into its cache, then read as Parquet files.
+
+Copies were chosen that are plain Parquet (loading scripts no longer run), hold the five captions and are split by file.
+For Flickr30k the much used ``nlphuji/flickr30k`` is a script, and ``lmms-lab/flickr30k`` puts all its images into one
+split; ``umaru97/flickr30k_train_val_test`` has Karpathy's splits, with the captions in a list column.
+"""
 
 import logging
+from dataclasses import dataclass
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
+from captioner import storage
 from captioner.config import SourceConfig
 from captioner.errors import SourceError
 from captioner.sources.parquet import ParquetSource
+from captioner.sources.parquet_files import is_parquet
 
 logger = logging.getLogger(__name__)
 
-REPOSITORIES = {"flickr8k": "jxie/flickr8k"}
+
+@dataclass(frozen=True)
+class Repository:
+    """A dataset repository and the images it must hold."""
+
+    name: str
+    images: dict[str, int]
+    """By split."""
+
+
+REPOSITORIES = {
+    "flickr8k": Repository("jxie/flickr8k", {"train": 6000, "validation": 1000, "test": 1000}),
+    "flickr30k": Repository(
+        "umaru97/flickr30k_train_val_test", {"train": 29000, "validation": 1014, "test": 1000}
+    ),
+}
 
 
 def open_hub(name: str, options: SourceConfig) -> ParquetSource:
     """The data set's Parquet files, from the hub's cache or, the first time, from the hub.
 
     Raises:
-        SourceError: they are not in the cache and the hub cannot be reached.
+        SourceError: they are not in the cache and the hub cannot be reached, or they are not all there.
     """
-    if name not in REPOSITORIES:
-        raise SourceError(f"{name}: not yet read from the hub; give a folder of its images or Parquet files")
     repository = REPOSITORIES[name]
+    advice = (
+        f"on a machine with a network run 'hf download --repo-type dataset {repository.name}' (the cache is "
+        "$HF_HOME/hub), or give the folder of its Parquet files as the source"
+    )
     try:
-        folder = snapshot_download(repository, repo_type="dataset", allow_patterns=["*.parquet"])
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        folder = snapshot_download(
+            repository.name, repo_type="dataset", allow_patterns=["*.parquet"]
+        )
+    except (LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise SourceError(
-            f"{name}: {repository} is neither in the hub's cache nor reachable ({type(error).__name__}); on a machine "
-            f"with a network run 'hf download --repo-type dataset {repository}', or give the folder of its Parquet files"
+            f"{name}: {repository.name} is not in the hub's cache and cannot be fetched "
+            f"({type(error).__name__}): {advice}"
         ) from error
-    return ParquetSource(folder, options, name=name)
+    logger.info("%s: %s in %s", name, repository.name, folder)
+    files = [file for file in storage.list_files(folder) if is_parquet(file.path)]
+    source = ParquetSource(folder, files, options, name)
+    found = source.rows_by_split()
+    if found != repository.images:
+        raise SourceError(
+            f"{name}: {folder} holds {_counts(found)} images, expected {_counts(repository.images)}: {advice}"
+        )
+    return source
+
+
+def _counts(images: dict[str, int]) -> str:
+    return ", ".join(f"{count} {split}" for split, count in sorted(images.items()))

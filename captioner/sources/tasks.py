@@ -1,5 +1,6 @@
 """A Ray Data datasource made of independent pieces, each emitting ``schema.SOURCE_ROWS``."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from captioner.schema import SOURCE_ROWS
+
+BYTES_PER_PIECE = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,13 @@ class Piece:
 
 
 class PieceSource(Datasource):
-    """Ray Data's view of a source; one read task per piece, whatever parallelism is asked for."""
+    """Ray Data's view of a source; one read task per piece, whatever parallelism is asked for.
+
+    Where that is more than there are pieces, Ray Data cuts the blocks that the tasks return.
+    """
 
     def __init__(self, name: str, pieces: Sequence[Piece]):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._name = name
         self._pieces = pieces
 
@@ -48,15 +54,27 @@ class PieceSource(Datasource):
                     num_rows=piece.rows, size_bytes=piece.size, input_files=None, exec_stats=None
                 ),
                 schema=SOURCE_ROWS,
+                per_task_row_limit=per_task_row_limit,
             )
             for piece in self._pieces
         ]
 
 
 def source_rows(
-    ids: list[str], splits: list[str], uris: list[str], data: list[bytes | None], errors: list[str | None]
+    ids: Sequence[str],
+    splits: Sequence[str],
+    uris: Sequence[str],
+    data: Sequence[bytes | None] | pa.Array | pa.ChunkedArray,
+    errors: Sequence[str | None],
 ) -> pa.Table:
     """A table of ``schema.SOURCE_ROWS``."""
     return pa.table(
-        dict(zip(SOURCE_ROWS.names, (ids, splits, uris, data, errors), strict=True)), schema=SOURCE_ROWS
+        dict(zip(SOURCE_ROWS.names, (ids, splits, uris, data, errors), strict=True)),
+        schema=SOURCE_ROWS,
     )
+
+
+def one_line(error: Exception) -> str:
+    """Why something could not be read, on one line and without the file's name where the system gives a reason."""
+    text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    return " ".join(text.split())
