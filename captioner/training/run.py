@@ -23,7 +23,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from captioner import storage
 from captioner.cluster import num_cpus, num_gpus, start_ray
 from captioner.config import TrainConfig
-from captioner.errors import CaptionerError, ConfigError, StoreError
+from captioner.errors import CaptionerError, ConfigError, StoreError, TrainingError
 from captioner.model_store import (
     CONFIG,
     VOCABULARY,
@@ -147,20 +147,24 @@ def _fit(
             ),
         )
         try:
-            checkpoint = trainer.fit().checkpoint
+            result = trainer.fit()
         except TrainingFailedError as failure:
             raise _user_error(failure) from failure
-    with checkpoint.as_directory() as folder:
+    if result.return_value is not None:
+        raise TrainingError(result.return_value)
+    with result.checkpoint.as_directory() as folder:
         root = Path(folder)
         return (root / BEST).read_bytes(), read_history((root / HISTORY).read_text())
 
 
-def _user_error(failure: TrainingFailedError) -> BaseException:
+def _user_error(failure: TrainingFailedError) -> Exception:
     """The error of ours behind a failed run, if there is one."""
-    for error in failure.worker_failures.values():
+    # Only failures of workers carry them; a failed controller or a preempted node has none.
+    for failed in getattr(failure, "worker_failures", {}).values():
+        error = failed
         while error is not None:
             if isinstance(error, CaptionerError):
-                return type(error)(str(error).strip().splitlines()[-1].partition(": ")[2] or str(error))
+                return error
             error = error.__cause__
     return failure
 
@@ -208,8 +212,9 @@ def _write_tensorboard(output: storage.Output, history: list[EpochRecord]) -> No
                     head, _, tail = name.partition("_")
                     tag = f"{tail}/{head}" if head in ("train", "validation") else f"speed/{name}"
                     writer.add_scalar(tag.replace("speed/learning_rate", "learning_rate"), value, record.epoch)
-        for file in Path(folder).iterdir():
-            storage.write_bytes(output.uri("tensorboard", file.name), file.read_bytes())
+        (file,) = Path(folder).iterdir()
+        # torch names it by clock and host, so publishing after a kill would add a second file with the same points.
+        storage.write_bytes(output.uri("tensorboard", "events.out.tfevents.training"), file.read_bytes())
 
 
 def _published_history(output: storage.Output) -> list[EpochRecord]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from captioner.config import TrainConfig
 from captioner.encoder import fast_bfloat16
+from captioner.errors import TrainingError
 from captioner.model_store import pack_weights, unpack_weights
 from captioner.models import build_decoder
 from captioner.schema import Record
@@ -26,7 +27,6 @@ from captioner.training.data import CaptionData, epoch_order, sequential_order
 from captioner.training.steps import (
     Schedule,
     TeacherForcing,
-    autocast,
     build_optimizer,
     require_finite,
     train_step,
@@ -53,18 +53,28 @@ class EpochRecord(Record):
     """Share of those seconds in which the first worker waited for its batches."""
 
 
-def train_worker(arguments: dict[str, Any]) -> None:
+def train_worker(arguments: dict[str, Any]) -> str | None:
     """Ray Train's per-worker function.
 
     Args:
         arguments: ``config`` (TrainConfig as JSON), ``vocabulary`` (its JSON), and ``messages``, an actor for progress
             lines or None.
+
+    Returns:
+        why training had to stop before its end, else None. It is not raised, because Ray Train would then restart the
+        workers, only for them to come to the same point again.
     """
-    Worker(
+    worker = Worker(
         TrainConfig.model_validate_json(arguments["config"]),
         Vocabulary.from_json(arguments["vocabulary"]),
         arguments["messages"],
-    ).run()
+    )
+    try:
+        worker.run()
+    except TrainingError as error:
+        # All workers stop here together: the loss they judge is the sum over all of them.
+        return str(error)
+    return None
 
 
 class Worker:
@@ -171,8 +181,9 @@ class Worker:
         order = sequential_order(self.validation.lengths, self.config.global_batch)
         for batch in self.validation.batches(order, self.rank, self.workers):
             features = {name: tensor.to(self.device) for name, tensor in batch.features.items()}
-            with autocast(self.device, self.compute):
-                loss, correct = unwrapped(features, batch.tokens.to(self.device))
+            # In float32 whatever training computes in: bfloat16 ties words that are not equally probable, and these
+            # figures must be those that evaluation finds.
+            loss, correct = unwrapped(features, batch.tokens.to(self.device))
             sums += torch.stack([loss.double(), correct.double()]).cpu()
         words = int(self.validation.lengths.sum()) - len(self.validation)
         loss, accuracy = (self.reduce(sums) / words).tolist()
