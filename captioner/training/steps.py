@@ -17,6 +17,10 @@ from captioner.models.base import Decoder, Features
 from captioner.text import PAD
 
 
+_ROUND = 64
+_IGNORED = -100
+
+
 class TeacherForcing(nn.Module):
     """A decoder with its loss: what DDP wraps, so that a pass over whole captions is one ``forward``."""
 
@@ -32,15 +36,22 @@ class TeacherForcing(nn.Module):
             summed cross-entropy (smoothed while training), and the number of words that were the most probable.
         """
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        real = targets != PAD
         # Only real words meet the vocabulary: that projection is most of the work.
-        hidden = self.decoder.hidden(features, inputs)[real]  # (W, O)
+        places = (targets != PAD).flatten().nonzero().squeeze(1)  # (W,)
+        wanted = targets.flatten()[places]
+        # Rounded up with words that count for nothing: oneDNN keeps buffers for every shape it has met.
+        excess = -len(places) % _ROUND
+        places = functional.pad(places, (0, excess))
+        wanted = functional.pad(wanted, (0, excess), value=_IGNORED)
+        hidden = self.decoder.hidden(features, inputs).flatten(0, 1)[places]  # (W, O)
         logits = self.decoder.output(hidden).float()  # (W, V)
         smoothing = self.label_smoothing if self.training else 0.0
-        loss = functional.cross_entropy(logits, targets[real], reduction="sum", label_smoothing=smoothing)
-        # The target is the most probable word if its logit is the largest; several times faster than argmax on a CPU.
-        of_target = logits.detach().gather(1, targets[real].unsqueeze(1)).squeeze(1)
-        correct = (of_target >= logits.detach().amax(dim=-1)).sum()
+        loss = functional.cross_entropy(
+            logits, wanted, reduction="sum", label_smoothing=smoothing, ignore_index=_IGNORED
+        )
+        # A target is the most probable word if its logit is the largest; several times faster than argmax on a CPU.
+        of_target = logits.detach().gather(1, wanted.clamp(min=0).unsqueeze(1)).squeeze(1)
+        correct = ((of_target >= logits.detach().amax(dim=-1)) & (wanted != _IGNORED)).sum()
         return loss, correct
 
 

@@ -49,6 +49,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         str(RAY), "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1",
         f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
         "--object-store-memory=1000000000",
+        # A fixed port by default, which another Ray on this machine may hold; without it no job can start.
+        f"--dashboard-agent-listen-port={free_port()}",
     ]  # fmt: skip
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -61,7 +63,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     finally:
         process.terminate()
         try:
-            process.wait(timeout=30)
+            process.wait(timeout=60)  # a head drains for up to 30 s
         finally:
             try:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -78,7 +80,7 @@ def _wait_for_agent(head: Head, process: "subprocess.Popen[bytes]", log: Path) -
         tried = subprocess.run(command, env=head.environment, capture_output=True, text=True)
         if tried.returncode == 0:
             return
-        time.sleep(1)
+        time.sleep(3)
     pytest.fail(f"no job could be submitted within 120 s: {tried.stdout}{tried.stderr}")
 
 

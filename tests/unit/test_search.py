@@ -1,0 +1,137 @@
+"""Beam search against brute force, and what it promises about its results."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from captioner.config import DecodeConfig, DecoderConfig
+from captioner.models import DECODERS, build_decoder
+from captioner.models.base import Features, State
+from captioner.models.search import search
+from captioner.text import END, PAD, START, UNK
+
+from .test_models import CHANNELS, VOCABULARY, features
+
+
+class Table(nn.Module):
+    """A decoder whose next word depends on the image, the last word and the position, by a random table."""
+
+    columns = ("pooled",)
+
+    def __init__(self, vocabulary: int, steps: int, images: int, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.table = torch.randn(images, steps, vocabulary, vocabulary, generator=generator) * 2
+
+    def start(self, features: Features) -> State:
+        image = features["pooled"][:, 0].long()
+        return {"image": image, "position": torch.zeros_like(image)}
+
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
+        logits = self.table[state["image"], state["position"], tokens]
+        return logits, {"image": state["image"], "position": state["position"] + 1}, None
+
+    def log_prob(self, image: int, words: tuple[int, ...]) -> float:
+        total, last = 0.0, START
+        for position, word in enumerate((*words, END)):
+            total += torch.log_softmax(self.table[image, position, last], dim=-1)[word].item()
+            last = word
+        return total
+
+
+def images(*numbers: int) -> Features:
+    return {"pooled": torch.tensor([[float(number)] for number in numbers])}
+
+
+def test_a_wide_beam_finds_what_brute_force_finds() -> None:
+    decoder, longest = Table(7, 5, images=6), 3
+    words = range(UNK + 1, 7)
+    config = DecodeConfig(beam_size=30, num_captions=5, max_length=longest, length_penalty=0.0)
+    for image, found in enumerate(search(decoder, images(*range(6)), config)):
+        everything = [
+            (decoder.log_prob(image, caption), caption)
+            for length in range(longest + 1)
+            for caption in itertools.product(words, repeat=length)
+        ]
+        best = sorted(everything, reverse=True)[:5]
+        assert [one.tokens for one in found] == [caption for _, caption in best]
+        assert [one.log_prob for one in found] == pytest.approx([value for value, _ in best], abs=1e-5)
+
+
+def test_beam_of_one_is_greedy() -> None:
+    decoder = Table(30, 21, images=8)
+    for image, found in enumerate(search(decoder, images(*range(8)), DecodeConfig(beam_size=1, max_length=20))):
+        words: list[int] = []
+        while len(words) < 20:
+            logits = decoder.table[image, len(words), words[-1] if words else START].clone()
+            logits[[PAD, START, UNK]] = -torch.inf
+            word = int(logits.argmax())
+            if word == END:
+                break
+            words.append(word)
+        assert list(found[0].tokens) == words
+
+
+def test_best_captions_are_sorted_distinct_and_as_many_as_asked_for() -> None:
+    config = DecodeConfig(beam_size=6, num_captions=4, max_length=8)
+    for found in search(Table(20, 9, images=5), images(*range(5)), config):
+        assert len(found) == 4
+        assert len({one.tokens for one in found}) == 4
+        assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
+        for one in found:
+            assert one.score == pytest.approx(one.log_prob / (len(one.tokens) + 1) ** config.length_penalty)
+
+
+def test_special_tokens_are_never_emitted_and_the_length_is_kept() -> None:
+    for found in search(Table(9, 7, images=5, seed=3), images(*range(5)), DecodeConfig(beam_size=4, max_length=6)):
+        assert set(found[0].tokens).isdisjoint({PAD, START, END, UNK})
+        assert len(found[0].tokens) <= 6
+
+
+def test_length_penalty_lengthens() -> None:
+    lengths = {}
+    for penalty in (0.0, 2.0):
+        config = DecodeConfig(beam_size=5, max_length=12, length_penalty=penalty)
+        found = search(Table(12, 13, images=20, seed=1), images(*range(20)), config)
+        lengths[penalty] = sum(len(one[0].tokens) for one in found)
+    assert lengths[2.0] > lengths[0.0]
+
+
+def test_no_ngram_is_repeated_where_that_is_forbidden() -> None:
+    class Stutter(Table):
+        def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
+            logits, state, attention = super().step(tokens, state)
+            return logits.index_fill(1, torch.tensor([END]), -20.0), state, attention
+
+    decoder = Stutter(7, 17, images=4)
+    free = search(decoder, images(*range(4)), DecodeConfig(beam_size=3, max_length=16))
+    bound = search(decoder, images(*range(4)), DecodeConfig(beam_size=3, max_length=16, no_repeat_ngram=2))
+
+    def repeats(tokens: tuple[int, ...]) -> bool:
+        pairs = list(itertools.pairwise(tokens))
+        return len(pairs) != len(set(pairs))
+
+    assert any(repeats(found[0].tokens) for found in free)
+    assert not any(repeats(found[0].tokens) for found in bound)
+
+
+@pytest.mark.parametrize("kind", sorted(DECODERS))
+def test_a_caption_does_not_depend_on_its_batch(kind: str) -> None:
+    torch.manual_seed(4)
+    config = DecoderConfig(kind=kind, width=16, output_width=12, attention_width=8, heads=4, layers=2)
+    decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
+    with torch.no_grad():
+        # Sharper than fresh weights, which leave every word about equally likely.
+        decoder.output.weight.mul_(20)
+    batch, decode = features(6), DecodeConfig(beam_size=3, num_captions=2, max_length=12)
+    together = search(decoder, batch, decode)
+    for row in range(6):
+        alone = search(decoder, {name: one[row : row + 1] for name, one in batch.items()}, decode)[0]
+        assert [one.tokens for one in alone] == [one.tokens for one in together[row]]
+        assert [one.log_prob for one in alone] == pytest.approx(
+            [one.log_prob for one in together[row]], abs=1e-4
+        )
+        for one in alone:
+            assert one.attention is None or one.attention.shape == (len(one.tokens), 49)
