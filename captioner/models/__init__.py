@@ -4,8 +4,16 @@ from torch import nn
 
 from captioner.config import DecoderConfig
 from captioner.models.merge import MergeDecoder
+from captioner.models.sequence_attention import SequenceAttentionDecoder
+from captioner.models.spatial_attention import SpatialAttentionDecoder
+from captioner.models.transformer import TransformerDecoder
 
-DECODERS = {"merge": MergeDecoder}
+DECODERS = {
+    "merge": MergeDecoder,
+    "sequence_attention": SequenceAttentionDecoder,
+    "spatial_attention": SpatialAttentionDecoder,
+    "transformer": TransformerDecoder,
+}
 
 
 def build_decoder(config: DecoderConfig, vocabulary_size: int, channels: int) -> nn.Module:

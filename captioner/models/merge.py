@@ -34,9 +34,10 @@ class MergeDecoder(nn.Module):
         return torch.relu(self.image(self.standardize(features["pooled"])))
 
     def read(self, image: Tensor, tokens: Tensor) -> Tensor:
-        """LSTM outputs after each token, float [B, T, D]; the image is the first element of its sequence."""
+        """LSTM outputs after the image, which leads its sequence, and after each token: float [B, 1 + T, D]."""
         sequence = torch.cat([image.unsqueeze(1), self.embedding(tokens).to(image.dtype)], dim=1)
-        return self.lstm(sequence)[0][:, 1:]
+        outputs: Tensor = self.lstm(sequence)[0]
+        return outputs
 
     def merge(self, image: Tensor, output: Tensor) -> Tensor:
         """LSTM outputs and the image (broadcast over T) to what the logits are projected from, float [..., O]."""
@@ -44,7 +45,7 @@ class MergeDecoder(nn.Module):
 
     def hidden(self, features: Features, tokens: Tensor) -> Tensor:
         image = self.project(features)
-        return self.merge(image.unsqueeze(1), self.read(image, tokens))
+        return self.merge(image.unsqueeze(1), self.read(image, tokens)[:, 1:])
 
     def forward(self, features: Features, tokens: Tensor) -> Tensor:
         logits: Tensor = self.output(self.hidden(features, tokens))
@@ -55,8 +56,12 @@ class MergeDecoder(nn.Module):
         _, (hidden, cell) = self.lstm(image.unsqueeze(1))
         return {"image": image, "hidden": hidden[0], "cell": cell[0]}
 
-    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
+    def read_one(self, tokens: Tensor, state: State) -> State:
+        """The state after one more token; its ``hidden`` [B, D] is the LSTM's output."""
         memory = (state["hidden"].unsqueeze(0), state["cell"].unsqueeze(0))
-        output, (hidden, cell) = self.lstm(self.embedding(tokens).unsqueeze(1), memory)
-        logits = self.output(self.merge(state["image"], output[:, 0]))
-        return logits, {"image": state["image"], "hidden": hidden[0], "cell": cell[0]}, None
+        _, (hidden, cell) = self.lstm(self.embedding(tokens).unsqueeze(1), memory)
+        return state | {"hidden": hidden[0], "cell": cell[0]}
+
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
+        state = self.read_one(tokens, state)
+        return self.output(self.merge(state["image"], state["hidden"])), state, None

@@ -1,0 +1,76 @@
+"""Soft attention over the picture: Xu et al., "Show, Attend and Tell" (2015), with its gate and deep output.
+
+Shapes: B batch, T tokens, P grid cells, C channels, D width, A attention width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from captioner.config import DecoderConfig
+from captioner.models.base import Features, Standardize, State
+
+
+class SpatialAttentionDecoder(nn.Module):
+    """An LSTM that looks at a weighted mean of the grid's cells before every word."""
+
+    columns = ("grid",)
+
+    def __init__(self, config: DecoderConfig, vocabulary_size: int, channels: int):
+        super().__init__()
+        width = config.width
+        self.standardize = Standardize(channels)
+        # Once per image: the attention then works on D channels instead of the network's one or two thousand.
+        self.cells = nn.Linear(channels, width)
+        self.key = nn.Linear(width, config.attention_width)
+        self.query = nn.Linear(width, config.attention_width)
+        self.score = nn.Linear(config.attention_width, 1, bias=False)
+        self.gate = nn.Linear(width, width)
+        self.initial = nn.Linear(width, 2 * width)
+        self.embedding = nn.Embedding(vocabulary_size, width)
+        self.lstm = nn.LSTMCell(2 * width, width)
+        self.deep = nn.Linear(3 * width, width)
+        self.output = nn.Linear(width, vocabulary_size)
+        self.dropout = nn.Dropout(config.dropout)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        if config.tie_embeddings:
+            self.output.weight = self.embedding.weight
+
+    def hidden(self, features: Features, tokens: Tensor) -> Tensor:
+        state = self.start(features)
+        words = self.dropout(self.embedding(tokens))  # (B, T, D)
+        outputs, contexts = [], []
+        for position in range(tokens.shape[1]):
+            state, context, _ = self.look(words[:, position], state)
+            outputs.append(state["hidden"])
+            contexts.append(context)
+        return self.deepen(words, torch.stack(outputs, dim=1), torch.stack(contexts, dim=1))
+
+    def forward(self, features: Features, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.output(self.hidden(features, tokens))
+        return logits
+
+    def start(self, features: Features) -> State:
+        cells = self.dropout(torch.relu(self.cells(self.standardize(features["grid"]))))  # (B, P, D)
+        hidden, cell = torch.tanh(self.initial(cells.mean(dim=1))).chunk(2, dim=1)
+        return {"cells": cells, "keys": self.key(cells), "hidden": hidden, "cell": cell}
+
+    def look(self, word: Tensor, state: State) -> tuple[State, Tensor, Tensor]:
+        """Attend, then read one word: word [B, D] -> new state, context [B, D], attention [B, P]."""
+        hidden = state["hidden"]
+        scores = self.score(torch.tanh(state["keys"] + self.query(hidden).unsqueeze(1))).squeeze(-1)
+        attention = torch.softmax(scores.float(), dim=1)  # (B, P)
+        context = torch.bmm(attention.unsqueeze(1).to(state["cells"].dtype), state["cells"]).squeeze(1)
+        context = torch.sigmoid(self.gate(hidden)) * context
+        hidden, cell = self.lstm(torch.cat([word, context.to(word.dtype)], dim=1), (hidden, state["cell"]))
+        new = {"cells": state["cells"], "keys": state["keys"], "hidden": hidden, "cell": cell}
+        return new, context, attention
+
+    def deepen(self, word: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
+        """The word, the LSTM and the picture together: what the logits are projected from, [..., D]."""
+        joined = torch.cat([word, self.dropout(hidden), context.to(word.dtype)], dim=-1)
+        return self.dropout(torch.tanh(self.deep(joined)))
+
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
+        word = self.embedding(tokens)
+        new, context, attention = self.look(word, state)
+        return self.output(self.deepen(word, new["hidden"], context)), new, attention
