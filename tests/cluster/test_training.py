@@ -248,10 +248,10 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_good_checkp
         run_training(config)
     assert "\n" not in str(stopped.value)
     assert not (tmp_path / "model" / "manifest.json").exists()
-    kept = max((tmp_path / "model" / run.WORK / "run").glob("checkpoint_*"))
-    history = json.loads((kept / "history.json").read_text())
+    kept = max((tmp_path / "model" / run.WORK / "run").glob("checkpoint_*/history.json"))
+    history = json.loads(kept.read_text())
     assert f"in epoch {len(history) + 1}:" in str(stopped.value)
-    weights = safetensors.torch.load_file(kept / "last.safetensors")
+    weights = safetensors.torch.load_file(kept.with_name("last.safetensors"))
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
