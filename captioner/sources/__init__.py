@@ -87,5 +87,7 @@ def _list(spec: str, uri: str) -> list[storage.FileInfo] | None:
             for file in storage.list_files(uri)
             if not any(part.startswith(".") for part in file.path.split("/"))
         ]
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{spec}: holds a file whose name is not UTF-8: rename it") from error
     except (StoreError, OSError) as error:
         raise SourceError(f"{spec}: {' '.join(str(error).split())}") from error

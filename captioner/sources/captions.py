@@ -75,16 +75,25 @@ def parse_captions(name: str, data: bytes) -> CaptionFile:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(f"{name}: not UTF-8 text: {error}") from error
-    if text.lstrip().startswith("{"):
-        try:
-            raw = json.loads(text)
-        except ValueError as error:
-            raise SourceError(f"{name}: not JSON: {error}") from error
-        return _json(name, raw)
     first = text.lstrip().partition("\n")[0].rstrip("\r")
-    if _TOKEN_LINE.match(first):
-        return _tokens(name, text)
-    return _table(name, text, first)
+    if first.startswith("{"):
+        try:
+            found = _json(name, json.loads(text))
+        except (ValueError, RecursionError) as error:
+            raise SourceError(f"{name}: not JSON: {error}") from error
+    elif _TOKEN_LINE.match(first):
+        found = _tokens(name, text)
+    else:
+        found = _table(name, text, first)
+    for image, captions in found.captions.items():
+        try:
+            "".join([image, *captions]).encode()
+        except (
+            TypeError,
+            UnicodeEncodeError,
+        ) as error:  # JSON allows numbers, and halves of characters
+            raise SourceError(f"{name}: image {image!r}: not text: {error}") from error
+    return found
 
 
 def _tokens(name: str, text: str) -> CaptionFile:

@@ -22,7 +22,7 @@ from captioner.sources.tasks import BYTES_PER_PIECE, Piece, PieceSource, one_lin
 ROWS_PER_PIECE = 128
 # Reading the middle of a row group means reading all before it, so a large one is cut into few slices.
 SLICES_PER_GROUP = 8
-# Without a buffer the reader takes in the image column of a whole row group at once.
+# Read page by page; the default takes in the image column of a whole row group at once, of any size.
 _READ_BUFFER = 4 * 2**20
 
 
@@ -216,7 +216,7 @@ def _cells(part: _Slice) -> pa.ChunkedArray:
     chunks = []
     position = 0
     with part.filesystem.open_input_file(part.path) as handle:
-        batches = pq.ParquetFile(handle, buffer_size=_READ_BUFFER).iter_batches(
+        batches = pq.ParquetFile(handle, buffer_size=_READ_BUFFER, pre_buffer=False).iter_batches(
             batch_size=ROWS_PER_PIECE, row_groups=list(part.groups), columns=[part.column]
         )
         for batch in batches:

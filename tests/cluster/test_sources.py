@@ -262,6 +262,30 @@ def test_large_row_groups_are_cut_and_small_ones_joined(tmp_path: Path) -> None:
         ]
 
 
+def test_a_slice_of_a_large_row_group_needs_little_memory(tmp_path: Path) -> None:
+    size, rows = 2**16, 1600
+    images = pa.array([os.urandom(size) for _ in range(rows)], pa.binary())
+    # A page holds at least one batch of what is written, 1,024 values unless told otherwise.
+    pq.write_table(
+        pa.table({"image": images}),
+        tmp_path / "x.parquet",
+        use_dictionary=False,
+        write_batch_size=16,
+    )
+    tasks = open_source(str(tmp_path)).images().get_read_tasks(1)
+    default = pa.default_memory_pool()
+    counting = pa.proxy_memory_pool(default)
+    pa.set_memory_pool(counting)
+    try:
+        (table,) = tasks[-1]()
+    finally:
+        pa.set_memory_pool(default)
+    assert table["bytes"].to_pylist() == images[-len(table) :].to_pylist()
+    # The slice as it is read and as it is handed on, and a few pages; 100 MiB is the row group.
+    assert table.nbytes < counting.max_memory() < 4 * table.nbytes < size * rows
+    del table
+
+
 def test_damaged_parquet_pages_are_rows_with_an_error(tmp_path: Path) -> None:
     path = tmp_path / "test.parquet"
     write_parquet(path, 300, captions=None)
@@ -470,12 +494,16 @@ def test_nothing_to_read_is_one_line(tmp_path: Path) -> None:
     write_images(tmp_path / "both", "a.jpg")
     write_parquet(tmp_path / "both/b.parquet", 1)
     write_images(tmp_path / "images", "a.jpg")
+    (tmp_path / "names").mkdir()
+    with open(os.fsencode(tmp_path) + b"/names/\xff.jpg", "wb") as file:
+        file.write(b"1")
     absent = SourceConfig(captions=str(tmp_path / "absent.txt"))
     cases = (
         (tmp_path / "absent", SourceConfig(), "no such file or directory, nor one of shapes"),
         (tmp_path / "empty", SourceConfig(), "no images and no Parquet files"),
         (tmp_path / "both", SourceConfig(), "holds both Parquet files"),
         (tmp_path / "images", absent, "absent.txt"),
+        (tmp_path / "names", SourceConfig(), "a file whose name is not UTF-8"),
         ("odd://somewhere", SourceConfig(), "Unrecognized filesystem"),
     )
     for spec, options, message in cases:

@@ -4,9 +4,16 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from captioner.errors import SourceError
-from captioner.sources.captions import looks_like_captions, merge_captions, parse_captions
+from captioner.sources.captions import (
+    CaptionFile,
+    looks_like_captions,
+    merge_captions,
+    parse_captions,
+)
 
 TOKENS = (
     "1000268201_693b08cb0e.jpg#0\tA child in a pink dress is climbing up a set of stairs .\n"
@@ -212,3 +219,46 @@ def test_captions_files_are_known_by_their_names() -> None:
     )
     assert [name for name in names if not looks_like_captions(name)] == []
     assert [name for name in others if looks_like_captions(name)] == []
+
+
+# Values of any kind where the schemas want a certain one.
+ANYTHING = st.recursive(
+    st.none() | st.integers(0, 2) | st.text(max_size=3) | st.sampled_from(["val", "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["raw", "id"]), inner)
+    ),
+    max_leaves=4,
+)
+JSON_FILES = st.fixed_dictionaries(
+    {
+        "images": ANYTHING
+        | st.lists(
+            st.fixed_dictionaries(
+                {},
+                optional={key: ANYTHING for key in ("id", "file_name", "filename", "filepath")}
+                | {"split": st.just("val") | ANYTHING}
+                | {"sentences": st.just([{"raw": "A."}]) | st.lists(ANYTHING, max_size=2)},
+            ),
+            max_size=2,
+        )
+    },
+    optional={
+        "annotations": ANYTHING
+        | st.lists(st.fixed_dictionaries({"image_id": ANYTHING, "caption": ANYTHING}), max_size=2)
+    },
+)
+TABLES = st.text('ab01.jpg#,\t"|\n\r\x00\u2028', max_size=40).map(
+    lambda text: "image,caption\n" + text
+)
+
+
+@given(JSON_FILES.map(as_bytes) | TABLES.map(str.encode) | st.text("a.#0\t\n{}").map(str.encode))
+def test_any_file_is_read_or_refused(data: bytes) -> None:
+    try:
+        found = parse_captions("f", data)
+    except SourceError:
+        return
+    assert isinstance(found, CaptionFile)
+    for name, captions in found.captions.items():
+        assert all(text.encode().decode() == text for text in [name, *captions])
+    assert found.splits.keys() <= found.captions.keys()
