@@ -1,5 +1,7 @@
 """Sources of images and captions, opened by name, path or URI with ``open_source``."""
 
+import posixpath
+
 from captioner import storage
 from captioner.config import ImageLimits, SourceConfig
 from captioner.errors import SourceError, StoreError
@@ -13,7 +15,8 @@ def open_source(
 ) -> Source:
     """The source that ``spec`` names.
 
-    Hidden files (a name or directory that begins with a dot) are passed over.
+    Passed over are hidden files (a name or directory that begins with a dot), directories that begin with ``_``, and
+    directories that a job of this package wrote.
 
     Args:
         spec: ``shapes``, ``flickr8k``, ``flickr30k``, or a path or URI of a folder of images, a single image, or
@@ -36,7 +39,8 @@ def open_source(
     from captioner.sources.parquet import ParquetSource
     from captioner.sources.parquet_files import is_parquet
 
-    uri = storage.absolute(spec)
+    # A local path says each name as it is; in a file:// URI '#', '%' and '?' would have to be escaped.
+    uri = storage.absolute(storage.resolve(spec)[1] if spec.startswith("file://") else spec)
     files = _list(spec, uri)
     if files is None:
         if is_parquet(uri):
@@ -66,11 +70,9 @@ def read_image(uri: str) -> bytes:
         from captioner.sources.scenes import read_scene
 
         return read_scene(uri)
-    if ".parquet#" in uri.lower():
-        from captioner.sources.parquet import read_cell
+    from captioner.sources.parquet_rows import is_cell, read_cell
 
-        return read_cell(uri)
-    return storage.read_bytes(uri)
+    return read_cell(uri) if is_cell(uri) else storage.read_bytes(uri)
 
 
 def _list(spec: str, uri: str) -> list[storage.FileInfo] | None:
@@ -82,12 +84,25 @@ def _list(spec: str, uri: str) -> list[storage.FileInfo] | None:
             )
         if not storage.is_directory(uri):
             return None
-        return [
-            file
-            for file in storage.list_files(uri)
-            if not any(part.startswith(".") for part in file.path.split("/"))
-        ]
+        files = storage.list_files(uri)
     except UnicodeDecodeError as error:
         raise SourceError(f"{spec}: holds a file whose name is not UTF-8: rename it") from error
     except (StoreError, OSError) as error:
         raise SourceError(f"{spec}: {' '.join(str(error).split())}") from error
+    written = [
+        posixpath.dirname(file.path)
+        for file in files
+        if posixpath.basename(file.path) == storage.CLAIM
+    ]
+    if "" in written:
+        raise SourceError(f"{spec}: written by a job of this package: not a source of images")
+    inside = tuple(f"{directory}/" for directory in written)
+    return [file for file in files if _is_visible(file.path) and not file.path.startswith(inside)]
+
+
+def _is_visible(path: str) -> bool:
+    *directories, name = path.split("/")
+    # Cameras name pictures _DSC0001.JPG: "_" hides directories only (_temporary, _delta_log).
+    return not (
+        name.startswith(".") or any(directory.startswith((".", "_")) for directory in directories)
+    )

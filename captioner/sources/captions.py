@@ -11,17 +11,11 @@ from typing import Any
 
 from captioner.config import Split
 from captioner.errors import SourceError
-from captioner.sources.splits import split_in_name
+from captioner.sources.splits import split_called, split_in_name
 
 _TOKEN_LINE = re.compile(r"^(?P<name>.+)#(?P<index>\d+)\t(?P<caption>.*)$")
 _IMAGE_COLUMNS = ("image", "filename", "file_name", "image_name", "image_id")
 _CAPTION_COLUMNS = ("caption", "comment", "raw", "text")
-_KARPATHY_SPLITS: dict[str, Split] = {
-    "train": "train",
-    "restval": "train",  # COCO's validation images that Karpathy's split trains on
-    "val": "validation",
-    "test": "test",
-}
 
 
 @dataclass(frozen=True)
@@ -140,10 +134,11 @@ def _karpathy(name: str, images: Iterable[dict[str, Any]]) -> CaptionFile:
         path = posixpath.join(image.get("filepath", ""), image["filename"])
         if path in captions:
             raise SourceError(f"{name}: image {path} is given twice")
-        if image["split"] not in _KARPATHY_SPLITS:
+        split = split_called(image["split"])
+        if split is None:
             raise SourceError(f"{name}: image {path}: unknown split {image['split']!r}")
         captions[path] = [sentence["raw"].strip() for sentence in image["sentences"]]
-        splits[path] = _KARPATHY_SPLITS[image["split"]]
+        splits[path] = split
     return CaptionFile(captions, splits)
 
 

@@ -1,4 +1,4 @@
-"""What is known of Parquet files before their rows are read: sizes, row groups, the columns of images and captions."""
+"""What is known of Parquet files before their images are read: sizes, row groups, columns and splits."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner import storage
+from captioner.config import Split
 from captioner.errors import SourceError, StoreError
+from captioner.sources.splits import split_called
 from captioner.sources.tasks import one_line
 
 _CAPTION_LISTS = ("captions", "caption", "sentences")
@@ -21,6 +23,8 @@ class Columns:
 
     image: str
     captions: tuple[str, ...]
+    split: str | None
+    """Column with the name of each row's split."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,28 @@ def open_file(info: storage.FileInfo) -> InspectedFile:
     return InspectedFile(info.uri, info.path, size, groups, _find_columns(info.uri, schema))
 
 
+def read_splits(file: InspectedFile) -> list[Split | None]:
+    """The split that each row of a file with a ``split`` column names, None where it is null.
+
+    Raises:
+        SourceError: the column cannot be read, or a split is unknown.
+    """
+    try:
+        with storage.open_input(file.uri) as handle:
+            column = pq.ParquetFile(handle).read(columns=[file.columns.split])[0]
+    except (pa.ArrowException, StoreError, OSError) as error:
+        raise SourceError(f"{file.uri}: splits cannot be read: {one_line(error)}") from error
+    splits: dict[str | None, Split | None] = {None: None}
+    for name in column.unique().to_pylist():
+        if name is not None:
+            splits[name] = split_called(name)
+            if splits[name] is None:
+                raise SourceError(
+                    f"{file.uri}: column {file.columns.split}: unknown split {name!r}"
+                )
+    return [splits[name] for name in column.to_pylist()]
+
+
 def _find_columns(uri: str, schema: pa.Schema) -> Columns:
     images = [field.name for field in schema if _holds_images(field.type)]
     if "image" in images:
@@ -122,7 +148,8 @@ def _find_columns(uri: str, schema: pa.Schema) -> Columns:
             raise SourceError(
                 f"{uri}: column {name} is {kind}, expected string or a list of strings"
             )
-    return Columns(images[0], tuple(captions))
+    by_row = "split" in schema.names and _is_text(schema.field("split").type)
+    return Columns(images[0], tuple(captions), "split" if by_row else None)
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -132,8 +159,12 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+    return bool(
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )

@@ -15,12 +15,18 @@ _NAMES: dict[str, Split] = {
     "dev": "validation",
     "test": "test",
     "testing": "test",
+    "restval": "train",  # COCO's validation images that Karpathy's split trains on
 }
 _LISTS: dict[str, Split] = {
     "trainImages.txt": "train",
     "devImages.txt": "validation",
     "testImages.txt": "test",
 }
+
+
+def split_called(name: str) -> Split | None:
+    """The split of a name such as ``dev`` or Karpathy's ``restval``; None for an unknown one."""
+    return _NAMES.get(name.strip().lower())
 
 
 def split_in_name(path: str) -> Split | None:

@@ -19,7 +19,7 @@ from captioner.errors import SourceError
 from captioner.schema import CAPTION_ROWS, SOURCE_ROWS
 from captioner.sources import hub, open_source, read_image
 from captioner.sources.base import Source
-from captioner.sources.parquet import SLICES_PER_GROUP
+from captioner.sources.parquet_rows import BYTES_PER_TABLE, SLICES_PER_GROUP
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -135,7 +135,7 @@ def make_source(kind: str, folder: Path, limit: int | None) -> Source:
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("kind", ["parquet", "folder"])
+@pytest.mark.parametrize("kind", ["parquet", "folder", "shapes"])
 def test_checkpointed_read_skips_done_images(tmp_path: Path, kind: str) -> None:
     part = make_source(kind, tmp_path / "in", limit=5)
     whole = make_source(kind, tmp_path / "in", limit=None)
@@ -262,28 +262,35 @@ def test_large_row_groups_are_cut_and_small_ones_joined(tmp_path: Path) -> None:
         ]
 
 
-def test_a_slice_of_a_large_row_group_needs_little_memory(tmp_path: Path) -> None:
-    size, rows = 2**16, 1600
+def test_a_large_row_group_is_read_in_tables_and_never_held_whole(tmp_path: Path) -> None:
+    size, rows = 2**16, 3200
     images = pa.array([os.urandom(size) for _ in range(rows)], pa.binary())
     # A page holds at least one batch of what is written, 1,024 values unless told otherwise.
     pq.write_table(
         pa.table({"image": images}),
         tmp_path / "x.parquet",
+        row_group_size=rows,
         use_dictionary=False,
         write_batch_size=16,
     )
     tasks = open_source(str(tmp_path)).images().get_read_tasks(1)
+    assert len(tasks) == SLICES_PER_GROUP
     default = pa.default_memory_pool()
     counting = pa.proxy_memory_pool(default)
     pa.set_memory_pool(counting)
     try:
-        (table,) = tasks[-1]()
+        sizes = []
+        for table in tasks[-1]():
+            sizes.append(table.nbytes)
+            last = table["bytes"][-1].as_py()
+            del table
     finally:
         pa.set_memory_pool(default)
-    assert table["bytes"].to_pylist() == images[-len(table) :].to_pylist()
-    # The slice as it is read and as it is handed on, and a few pages; 100 MiB is the row group.
-    assert table.nbytes < counting.max_memory() < 4 * table.nbytes < size * rows
-    del table
+    assert last == images[-1].as_py()
+    assert len(sizes) > 1
+    assert max(sizes) < 1.1 * BYTES_PER_TABLE
+    # Two tables while one follows the other, and a few pages; the slice is 25 MiB, the row group 200 MiB.
+    assert max(sizes) < counting.max_memory() < 3.5 * max(sizes) < size * rows / 4
 
 
 def test_damaged_parquet_pages_are_rows_with_an_error(tmp_path: Path) -> None:
@@ -298,6 +305,55 @@ def test_damaged_parquet_pages_are_rows_with_an_error(tmp_path: Path) -> None:
     assert [row["image_id"] for row in bad] == [f"test-{number:06d}" for number in range(100)]
     assert all(row["error"].startswith("cannot be read: ") for row in bad)
     assert all(row["error"] is None for row in rows[100:])
+    path.unlink()
+    rows = read_all(source)
+    assert {row["error"] for row in rows} == {"cannot be read: No such file or directory"}
+
+
+def write_split_column(path: Path, names: list[str | None], **more: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": picture(f"{path.name}/{n}"), "path": None} for n in range(len(names))]
+    columns = {"image": pa.array(images, IMAGE), "split": pa.array(names, pa.string())} | more
+    pq.write_table(pa.table(columns), path, row_group_size=3)
+
+
+def test_parquet_split_column_decides_before_the_file_name(tmp_path: Path) -> None:
+    names = ["train", "restval", "val", None, "test", "Train", "train", None]
+    texts = pa.array([[f"a {number}"] for number in range(8)])
+    write_split_column(tmp_path / "test-00000-of-00001.parquet", names, caption=texts)
+    source = open_source(str(tmp_path))
+    rows = read_all(source)
+    assert [row["split"] for row in rows] == [
+        "train", "train", "validation", "test", "test", "train", "train", "test",
+    ]  # fmt: skip
+    assert [row["image_id"] for row in rows] == [f"image-{number:06d}" for number in range(8)]
+    source = open_source(str(tmp_path), SourceConfig(limit=2))
+    rows = read_all(source)
+    kept = [0, 1, 2, 3, 4]
+    assert [row["image_id"] for row in rows] == [f"image-{number:06d}" for number in kept]
+    assert [row["bytes"] for row in rows] == [
+        picture(f"test-00000-of-00001.parquet/{number}") for number in kept
+    ]
+    assert captions_of(source) == {f"image-{number:06d}": [f"a {number}"] for number in kept}
+    rows = read_all(open_source(str(tmp_path), SourceConfig(limit=1)))
+    assert [row["image_id"] for row in rows] == ["image-000000", "image-000002", "image-000003"]
+    assert all(read_image(row["uri"]) == row["bytes"] for row in rows)
+
+
+def test_parquet_split_column_is_counted_over_all_files(tmp_path: Path) -> None:
+    write_split_column(tmp_path / "a.parquet", ["train", "test", "train"])
+    write_split_column(tmp_path / "b.parquet", ["train", None, "test"])
+    rows = read_all(open_source(str(tmp_path), SourceConfig(limit=2, split="validation")))
+    assert [(row["image_id"], row["split"]) for row in rows] == [
+        ("image-000000", "train"),
+        ("image-000001", "test"),
+        ("image-000002", "train"),
+        ("image-000004", "validation"),
+        ("image-000005", "test"),
+    ]
+    write_split_column(tmp_path / "b.parquet", ["train", "unseen", "test"])
+    with pytest.raises(SourceError, match=r"b.parquet: column split: unknown split 'unseen'"):
+        open_source(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -370,6 +426,63 @@ def test_folder_takes_images_alone_and_names_them_by_their_paths(tmp_path: Path)
         ("a/b.png", "train"),
         ("a/c.jpeg", "train"),
     ]
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_names_of_any_characters_are_read_by_task_and_by_uri(tmp_path: Path, prefix: str) -> None:
+    names = (
+        "a#b.jpg",
+        "c d.png",
+        "e%20f.jpg",
+        "g?h.jpg",
+        "x.parquet#1/i.jpg",
+        "_DSC1.jpg",
+        "ž/日本.jpg",
+    )
+    write_images(tmp_path / "images", *names)
+    write_parquet(tmp_path / "tables/a#1 b%20.parquet", 2, captions=None)
+    rows = read_all(open_source(prefix + str(tmp_path / "images")))
+    assert sorted(row["image_id"] for row in rows) == sorted(names)
+    rows += read_all(open_source(prefix + str(tmp_path / "tables")))
+    assert len(rows) == len(names) + 2
+    assert all(row["bytes"] == read_image(row["uri"]) for row in rows)
+    with pytest.raises(SourceError, match="no image there"):
+        read_image(str(tmp_path / "tables/a#1 b%20.parquet#2"))
+
+
+def test_folder_passes_over_what_jobs_write(tmp_path: Path) -> None:
+    write_images(
+        tmp_path, "a.jpg", "run/report/_job.json", "run/report/grid.png", "_temporary/b.jpg"
+    )
+    write_parquet(tmp_path / "run/features/part.parquet", 1)
+    (tmp_path / "run/features/_job.json").write_text("{}")
+    rows = read_all(open_source(str(tmp_path)))
+    assert [row["image_id"] for row in rows] == ["a.jpg"]
+    with pytest.raises(SourceError, match="report: written by a job"):
+        open_source(str(tmp_path / "run/report"))
+
+
+def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
+    write_images(tmp_path, "in/a.jpg", "out/b.jpg", "out/c.jpg")
+    (tmp_path / "in/link.jpg").symlink_to("../out/b.jpg")
+    (tmp_path / "in/folder").symlink_to("../out")
+    (tmp_path / "in/dangling.jpg").symlink_to("nowhere.jpg")
+    rows = read_all(open_source(str(tmp_path / "in")))
+    assert {row["image_id"]: row["bytes"] for row in rows} == {
+        "a.jpg": picture("in/a.jpg"),
+        "folder/b.jpg": picture("out/b.jpg"),
+        "folder/c.jpg": picture("out/c.jpg"),
+        "link.jpg": picture("out/b.jpg"),
+    }
+
+
+def test_equal_names_in_two_folders_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    write_images(tmp_path, "x/a.jpg", "y/a.jpg", "y/b.jpg")
+    table = "image,caption\nx/a.jpg,One\ny/a.jpg,Two\nx/a.jpg,Three\n"
+    (tmp_path / "captions.csv").write_text(table)
+    source = open_source(str(tmp_path))
+    assert source.num_images() == len(read_all(source)) == 3
+    assert captions_of(source) == {"x/a.jpg": ["One", "Three"], "y/a.jpg": ["Two"]}
 
 
 def test_single_file_is_taken_whatever_its_suffix(tmp_path: Path) -> None:

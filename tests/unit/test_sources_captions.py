@@ -168,8 +168,8 @@ def changed(value: dict[str, Any], key: str, entry: Any) -> bytes:
         ),
         (changed(KARPATHY, "images", KARPATHY["images"][1]), "f: image 2.jpg is given twice"),
         (
-            changed(KARPATHY, "images", {"filename": "3.jpg", "split": "dev", "sentences": []}),
-            "f: image 3.jpg: unknown split 'dev'",
+            changed(KARPATHY, "images", {"filename": "3.jpg", "split": "unseen", "sentences": []}),
+            "f: image 3.jpg: unknown split 'unseen'",
         ),
         (
             changed(COCO, "annotations", {"image_id": 7, "id": 1, "caption": "A cat."}),

@@ -1,0 +1,193 @@
+"""Reading the images of Parquet files in slices: whole row groups together, or parts of one."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow.fs import FileSystem
+
+from captioner import storage
+from captioner.config import Split
+from captioner.errors import SourceError
+from captioner.sources.parquet_files import InspectedFile, open_file
+from captioner.sources.splits import hashed_split
+from captioner.sources.tasks import one_line, source_rows
+
+ROWS_PER_PIECE = 128
+# Parquet is read from the start of a row group, so a slice of one reads what lies before it too. Eight slices read
+# their group 4.5 times over, whatever its size.
+SLICES_PER_GROUP = 8
+BYTES_PER_TABLE = 16 * 2**20
+# Read page by page; the default takes in the image column of a whole row group at once, of any size.
+_READ_BUFFER = 4 * 2**20
+_CELL = re.compile(r"(?P<file>.+\.parquet)#(?P<row>\d+)", re.I | re.S)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Ids and splits of consecutive rows, which are numbered over several files."""
+
+    prefix: str
+    first: int
+    """Number of the first row."""
+    split: Split | None
+    """Split of all rows; None: by a hash of each id."""
+    column: tuple[Split | None, ...] | None = None
+    """Split of each row, None for a row that a limit leaves out; instead of ``split``."""
+
+    def image_id(self, row: int) -> str:
+        return f"{self.prefix}-{self.first + row:06d}"
+
+    def split_of(self, row: int) -> Split | None:
+        if self.column is not None:
+            return self.column[row]
+        return self.split or hashed_split(self.image_id(row))
+
+    def taken(self, rows: range) -> Sequence[int]:
+        """The rows that no limit leaves out."""
+        if self.column is None:
+            return rows
+        return [row for row in rows if self.column[row] is not None]
+
+    def cut(self, rows: range) -> "Labels":
+        """The labels of some of the rows, which then begin at 0."""
+        column = None if self.column is None else self.column[rows.start : rows.stop]
+        return replace(self, first=self.first + rows.start, column=column)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows that one task reads."""
+
+    filesystem: FileSystem
+    path: str
+    uri: str
+    column: str
+    groups: range
+    skip: int
+    """Rows of ``groups`` before the first one."""
+    rows: range
+    """Numbers of the rows in the file."""
+    rows_per_table: int
+    labels: Labels
+    """Those of ``rows``, from 0."""
+
+    def read(self) -> Iterator[pa.Table]:
+        """``schema.SOURCE_ROWS``; where the file turns out to be damaged, the rows left have an error."""
+        done = 0
+        try:
+            for cells in self.cells():
+                yield self._table(done, cells, "no image bytes in the row")
+                done += len(cells)
+        except (pa.ArrowException, OSError) as problem:
+            cells = pa.nulls(len(self.rows) - done, pa.large_binary())
+            yield self._table(done, cells, f"cannot be read: {one_line(problem)}")
+
+    def cells(self) -> Iterator[pa.Array]:
+        """The image column of the rows as large_binary, in parts of ``rows_per_table``."""
+        position, end = -self.skip, len(self.rows)
+        with self.filesystem.open_input_file(self.path) as handle:
+            file = pq.ParquetFile(handle, buffer_size=_READ_BUFFER, pre_buffer=False)
+            for batch in file.iter_batches(
+                batch_size=self.rows_per_table, row_groups=list(self.groups), columns=[self.column]
+            ):
+                column = batch.column(0)[max(0, -position) : max(0, end - position)]
+                position += len(batch)
+                if len(column):
+                    if pa.types.is_struct(column.type):
+                        column = pc.struct_field(column, "bytes")
+                    yield column.cast(pa.large_binary())
+                if position >= end:
+                    return
+
+    def _table(self, done: int, cells: pa.Array, error: str) -> pa.Table:
+        chosen = [
+            (row, split)
+            for row in range(done, done + len(cells))
+            if (split := self.labels.split_of(row))
+        ]
+        if len(chosen) < len(cells):
+            cells = cells.take(pa.array([row - done for row, _ in chosen], pa.int64()))
+        return source_rows(
+            [self.labels.image_id(row) for row, _ in chosen],
+            [split for _, split in chosen],
+            [f"{self.uri}#{self.rows[row]}" for row, _ in chosen],
+            cells,
+            [None if there else error for there in cells.is_valid().to_pylist()],
+        )
+
+
+def slices(file: InspectedFile, labels: Labels, rows: int) -> Iterator[Slice]:
+    """The first ``rows`` rows of a file, small row groups together and large ones cut."""
+    # Opened once and sent along: workers may lack the endpoint of an S3 store.
+    filesystem, path = storage.resolve(file.uri)
+    group, row = 0, 0
+    while row < rows:
+        first, there = group, 0
+        while group < len(file.groups) and (
+            there == 0 or there + file.groups[group] <= ROWS_PER_PIECE
+        ):
+            there += file.groups[group]
+            group += 1
+        keep = min(there, rows - row)
+        step = math.ceil(keep / min(math.ceil(keep / ROWS_PER_PIECE), SLICES_PER_GROUP))
+        for skip in range(0, keep, step):
+            part = range(row + skip, row + min(skip + step, keep))
+            yield Slice(
+                filesystem,
+                path,
+                file.uri,
+                file.columns.image,
+                range(first, group),
+                skip,
+                part,
+                _rows_per_table(file),
+                labels.cut(part),
+            )
+        row += there
+
+
+def is_cell(uri: str) -> bool:
+    """Whether a URI is that of a row's image, ``file.parquet#row``."""
+    return _CELL.fullmatch(uri) is not None
+
+
+def read_cell(uri: str) -> bytes:
+    """The image behind ``file.parquet#row``.
+
+    Raises:
+        SourceError: there is no such row, or no image in it.
+        StoreError: the file cannot be read.
+    """
+    match = _CELL.fullmatch(uri)
+    if match is None:
+        raise SourceError(f"{uri}: expected file.parquet#row")
+    file = open_file(storage.FileInfo(match["file"], match["file"].rpartition("/")[2], 0))
+    row, begin = int(match["row"]), 0
+    for group, rows in enumerate(file.groups):
+        if begin <= row < begin + rows:
+            filesystem, path = storage.resolve(file.uri)
+            part = Slice(
+                filesystem,
+                path,
+                file.uri,
+                file.columns.image,
+                range(group, group + 1),
+                row - begin,
+                range(row, row + 1),
+                _rows_per_table(file),
+                Labels("image", row, "test"),
+            )
+            for cells in part.cells():
+                if cells[0].is_valid:
+                    return bytes(cells[0].as_py())
+        begin += rows
+    raise SourceError(f"{uri}: no image there")
+
+
+def _rows_per_table(file: InspectedFile) -> int:
+    return max(1, min(ROWS_PER_PIECE, BYTES_PER_TABLE * file.rows // file.size))
