@@ -99,7 +99,7 @@ class TextConfig(Config):
     """standard: lower-case letters and digits. seed: the notebook's own cleaning and tokenizer, for comparison."""
     min_count: Positive = 1
     """Words seen fewer times than this in the train split become <unk>."""
-    max_length: Annotated[int, Field(ge=3)] = 40
+    max_length: Annotated[int, Field(ge=3, le=202)] = 40
     """Longest caption in tokens, <start> and <end> included; longer ones are cut when training."""
 
 

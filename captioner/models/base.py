@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
-"""What a decoder remembers between steps. Every tensor has the batch as its first dimension, so search can
-reorder, repeat and select beams without knowing the decoder."""
+"""What a decoder remembers between steps. Every tensor has captions as its first dimension, or images where the
+decoder's ``image_state`` names it, so search can reorder, repeat and select beams without knowing the decoder."""
 
 Features = dict[str, Tensor]
 """Columns of the feature store for a batch of images, float32: ``pooled`` [B, C], ``grid`` [B, P, C]."""
@@ -21,6 +21,10 @@ class Decoder(Protocol):
 
     columns: tuple[str, ...]
     """Feature columns it reads: ``("pooled",)`` or ``("grid",)``."""
+
+    image_state: frozenset[str]
+    """Names of the state tensors that describe the image alone and that ``step`` hands on unchanged. They keep one row
+    per image however many captions of it are being written, so that search never copies them for its beams."""
 
     output: nn.Linear
     """The projection [O] -> [V] to logits, apart from ``hidden`` so that a loss can project real words only."""
@@ -42,17 +46,19 @@ class Decoder(Protocol):
         ...
 
     def start(self, features: Features) -> State:
-        """State before the first word, for B images."""
+        """State before the first word, for B images and one caption each."""
         ...
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
         """One word further.
 
         Args:
-            tokens: int64 [B], the last word of each caption (``<start>`` first).
+            tokens: int64 [B], the last word of each caption (``<start>`` first). The captions of an image follow each
+                other, and every image has equally many.
 
         Returns:
-            logits float [B, V], the new state, and attention over the grid float [B, P] (None where the decoder has none).
+            logits float [B, V], the new state, and attention over the grid float [B, P], None where the decoder has
+            none.
         """
         ...
 

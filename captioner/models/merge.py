@@ -16,6 +16,7 @@ class MergeDecoder(nn.Module):
     """``relu(image)`` and the words through one LSTM; each output plus the image through a dense layer to the words."""
 
     columns = ("pooled",)
+    image_state: frozenset[str] = frozenset()
 
     def __init__(self, config: DecoderConfig, vocabulary_size: int, channels: int):
         super().__init__()
@@ -41,7 +42,8 @@ class MergeDecoder(nn.Module):
 
     def merge(self, image: Tensor, output: Tensor) -> Tensor:
         """LSTM outputs and the image (broadcast over T) to what the logits are projected from, float [..., O]."""
-        return self.dropout(torch.relu(self.dense(self.dropout(output) + image)))
+        merged: Tensor = self.dropout(torch.relu(self.dense(self.dropout(output) + image)))
+        return merged
 
     def hidden(self, features: Features, tokens: Tensor) -> Tensor:
         image = self.project(features)

@@ -42,9 +42,12 @@ def search(decoder: Decoder, features: Features, config: DecodeConfig) -> list[l
         decoder: in evaluation mode.
         features: columns of B images, float32, on the decoder's device.
     """
+    column = next(iter(features.values()))
+    if not len(column):
+        return []
     state = decoder.start(features)
-    beams = _Beams(len(next(iter(features.values()))), config)
-    tokens = torch.full((beams.batch,), START, device=next(iter(features.values())).device)
+    beams = _Beams(len(column), config)
+    tokens = torch.full((len(column),), START, device=column.device)
     for length in range(config.max_length + 1):
         logits, state, attention = decoder.step(tokens, state)
         log_probs = torch.log_softmax(logits.float(), dim=-1)
@@ -52,13 +55,28 @@ def search(decoder: Decoder, features: Features, config: DecodeConfig) -> list[l
         chosen = beams.advance(log_probs, attention, force_end=last)
         if chosen is None:
             break
-        rows, tokens = chosen
-        state = _select(state, rows)
+        state, tokens = _select(state, decoder.image_state, chosen), chosen.tokens
     return beams.results()
 
 
-def _select(state: State, rows: Tensor) -> State:
-    return {name: tensor.index_select(0, rows) for name, tensor in state.items()}
+@dataclass(frozen=True)
+class _Chosen:
+    """What lives on after a step."""
+
+    rows: Tensor
+    """Rows of the decoder's batch, with repeats."""
+    tokens: Tensor
+    """Their new words."""
+    images: Tensor | None
+    """Positions of the images still searched; None: all of them."""
+
+
+def _select(state: State, image_state: frozenset[str], chosen: _Chosen) -> State:
+    kept = {}
+    for name, tensor in state.items():
+        rows = chosen.images if name in image_state else chosen.rows
+        kept[name] = tensor if rows is None else tensor.index_select(0, rows)
+    return kept
 
 
 class _Beams:
@@ -74,20 +92,15 @@ class _Beams:
         self.maps: list[list[tuple[Tensor, ...]]] = [[()] for _ in range(images)]
         self.finished: list[list[Hypothesis]] = [[] for _ in range(images)]
 
-    @property
-    def batch(self) -> int:
-        return len(self.live) * self.width
-
     def advance(
         self, log_probs: Tensor, attention: Tensor | None, *, force_end: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """Take the step that ``log_probs`` [images * K, V] offers.
+    ) -> _Chosen | None:
+        """Take the step that ``log_probs`` [images * K, V] offers; they are overwritten.
 
         Returns:
-            rows of the decoder's batch that live on (with repeats) and their new tokens; None when all images are done.
+            what lives on; None when all images are done.
         """
         images, beams, vocabulary = len(self.live), self.config.beam_size, log_probs.shape[-1]
-        log_probs = log_probs.clone()
         log_probs[:, [PAD, START, UNK]] = -torch.inf
         self._forbid_repeats(log_probs)
         if force_end:
@@ -96,7 +109,7 @@ class _Beams:
             log_probs[:, END] = ended
         if self.scores is None:
             self.scores = log_probs.new_zeros(images, 1)
-        totals = (self.scores.reshape(-1, 1) + log_probs).reshape(images, -1)
+        totals = log_probs.add_(self.scores.reshape(-1, 1)).reshape(images, -1)
         # Twice the beam: at most `beams` of the best candidates can be ends, so as many words remain.
         count = min(2 * beams, totals.shape[1])
         # A stable sort breaks ties by beam and word, so that a result never depends on the batch; restricted to the
@@ -113,11 +126,13 @@ class _Beams:
         vocabulary: int,
         attention: Tensor | None,
         like: Tensor,
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> _Chosen | None:
         beams = self.config.beam_size
-        rows, tokens, scores, live, words, maps = [], [], [], [], [], []
+        rows, tokens, scores, live, kept, words, maps = [], [], [], [], [], [], []
         for position, image in enumerate(self.live):
-            new_words, new_maps, new_scores, new_rows = [], [], [], []
+            new_words: list[tuple[int, ...]] = []
+            new_maps: list[tuple[Tensor, ...]] = []
+            new_scores, new_rows = [], []
             for rank, (value, index) in enumerate(zip(values[position], flat[position], strict=True)):
                 source, token = divmod(index, vocabulary)
                 row = position * self.width + source
@@ -137,17 +152,23 @@ class _Beams:
                 continue
             padding = beams - len(new_words)  # a tiny vocabulary offers fewer candidates than beams
             live.append(image)
+            kept.append(position)
             words.append(new_words + [new_words[0]] * padding)
             maps.append(new_maps + [new_maps[0]] * padding)
             scores.append(new_scores + [-torch.inf] * padding)
             rows += new_rows + [new_rows[0]] * padding
             tokens += [sequence[-1] for sequence in words[-1]]
+        all_live = len(live) == len(self.live)
         self.live, self.words, self.maps, self.width = live, words, maps, beams
         self.length += 1
         if not live:
             return None
         self.scores = like.new_tensor(scores)
-        return torch.tensor(rows, device=like.device), torch.tensor(tokens, device=like.device)
+        return _Chosen(
+            torch.tensor(rows, device=like.device),
+            torch.tensor(tokens, device=like.device),
+            None if all_live else torch.tensor(kept, device=like.device),
+        )
 
     def _finish(
         self, image: int, words: tuple[int, ...], log_prob: float, maps: tuple[Tensor, ...]
@@ -165,7 +186,8 @@ class _Beams:
         if self.config.beam_size == 1:
             return True
         worst_kept = sorted((one.score for one in self.finished[image]), reverse=True)[wanted - 1]
-        return worst_kept >= best_living / (length + 1) ** self.config.length_penalty
+        next_score: float = best_living / (length + 1) ** self.config.length_penalty
+        return worst_kept >= next_score
 
     def _forbid_repeats(self, log_probs: Tensor) -> None:
         size = self.config.no_repeat_ngram

@@ -1,8 +1,8 @@
 """The notebook's attention decoder: it attends over the words so far, not over the picture.
 
-Additive attention (Bahdanau et al., "Neural Machine Translation by Jointly Learning to Align and Translate", 2015) of the
-LSTM's last output over its own outputs. The notebook trained one prefix at a time; here every position attends to itself
-and to those before it, so that one pass over a whole caption gives the same losses.
+Additive attention (Bahdanau et al., "Neural Machine Translation by Jointly Learning to Align and Translate", 2015) of
+the LSTM's last output over its own outputs. The notebook trained one prefix at a time; here every position attends to
+itself and to those before it, so that one pass over a whole caption gives the same losses.
 
 Shapes: B batch, T tokens, S positions attended to, A attention width, D width, V vocabulary.
 """

@@ -14,6 +14,7 @@ class SpatialAttentionDecoder(nn.Module):
     """An LSTM that looks at a weighted mean of the grid's cells before every word."""
 
     columns = ("grid",)
+    image_state = frozenset({"cells", "keys"})
 
     def __init__(self, config: DecoderConfig, vocabulary_size: int, channels: int):
         super().__init__()
@@ -55,20 +56,25 @@ class SpatialAttentionDecoder(nn.Module):
         return {"cells": cells, "keys": self.key(cells), "hidden": hidden, "cell": cell}
 
     def look(self, word: Tensor, state: State) -> tuple[State, Tensor, Tensor]:
-        """Attend, then read one word: word [B, D] -> new state, context [B, D], attention [B, P]."""
-        hidden = state["hidden"]
-        scores = self.score(torch.tanh(state["keys"] + self.query(hidden).unsqueeze(1))).squeeze(-1)
-        attention = torch.softmax(scores.float(), dim=1)  # (B, P)
-        context = torch.bmm(attention.unsqueeze(1).to(state["cells"].dtype), state["cells"]).squeeze(1)
+        """Attend, then read one word: word [B, D] -> new state, context [B, D], attention [B, P].
+
+        ``cells`` and ``keys`` may be those of fewer images, each looked at by equally many of the B captions.
+        """
+        hidden, cells = state["hidden"], state["cells"]
+        images = len(cells)
+        queries = self.query(hidden).unflatten(0, (images, len(hidden) // max(1, images)))
+        pairs = torch.tanh(state["keys"].unsqueeze(1) + queries.unsqueeze(2))
+        attention = torch.softmax(self.score(pairs).squeeze(-1).float(), dim=-1)
+        context = (attention.to(cells.dtype) @ cells).flatten(0, 1)
         context = torch.sigmoid(self.gate(hidden)) * context
         hidden, cell = self.lstm(torch.cat([word, context.to(word.dtype)], dim=1), (hidden, state["cell"]))
-        new = {"cells": state["cells"], "keys": state["keys"], "hidden": hidden, "cell": cell}
-        return new, context, attention
+        return state | {"hidden": hidden, "cell": cell}, context, attention.flatten(0, 1)
 
     def deepen(self, word: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
         """The word, the LSTM and the picture together: what the logits are projected from, [..., D]."""
         joined = torch.cat([word, self.dropout(hidden), context.to(word.dtype)], dim=-1)
-        return self.dropout(torch.tanh(self.deep(joined)))
+        deepened: Tensor = self.dropout(torch.tanh(self.deep(joined)))
+        return deepened
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
         word = self.embedding(tokens)

@@ -19,6 +19,7 @@ class Table(nn.Module):
     """A decoder whose next word depends on the image, the last word and the position, by a random table."""
 
     columns = ("pooled",)
+    image_state = frozenset({"image"})
 
     def __init__(self, vocabulary: int, steps: int, images: int, seed: int = 0):
         super().__init__()
@@ -30,7 +31,8 @@ class Table(nn.Module):
         return {"image": image, "position": torch.zeros_like(image)}
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
-        logits = self.table[state["image"], state["position"], tokens]
+        image = state["image"].repeat_interleave(len(tokens) // len(state["image"]))
+        logits = self.table[image, state["position"], tokens]
         return logits, {"image": state["image"], "position": state["position"] + 1}, None
 
     def log_prob(self, image: int, words: tuple[int, ...]) -> float:
