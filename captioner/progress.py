@@ -35,9 +35,16 @@ class ProgressLine:
     A terminal sees one line rewritten every second, a log file a new line every ten.
     """
 
-    def __init__(self, total: int, already: int = 0, noun: str = "images"):
+    def __init__(
+        self, total: int, already: int = 0, noun: str = "images", counter: ActorHandle | None = None
+    ):
+        """
+        Args:
+            counter: a Counter that the caller keeps and reads too; default: one of this line's own.
+        """
         self.total, self.already, self.noun = total, already, noun
-        self.counter: ActorHandle = Counter.remote()
+        self._own = counter is None
+        self.counter: ActorHandle = Counter.remote() if counter is None else counter
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._terminal = sys.stderr.isatty()
@@ -50,7 +57,8 @@ class ProgressLine:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        ray.kill(self.counter)
+        if self._own:
+            ray.kill(self.counter)
 
     def _watch(self) -> None:
         while not self._stop.wait(1.0 if self._terminal else 10.0):

@@ -20,7 +20,7 @@ LAYERS = (
     ("images", "sources", "models", "store", "model_store"),
     ("encoder", "metrics", "plots", "pipeline"),
     ("features", "training", "captioning", "captioning_job", "collection"),
-    ("tuning", "evaluation", "serving"),
+    ("tuning", "evaluation", "benchmark", "serving"),
 )
 WITH_RAY = (
     "captioner.cluster",
@@ -34,6 +34,7 @@ WITH_RAY = (
     "captioner.collection",
     "captioner.tuning",
     "captioner.evaluation",
+    "captioner.benchmark",
     "captioner.serving",
     "ray_jobs",
 )
