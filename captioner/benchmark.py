@@ -132,7 +132,9 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
         logger.info("the model alone, %.0f s", config.seconds)
         model = _model_rate(sample, config, options, pool)
         logger.info("the pipeline")
-        steady, wall, watch, images = _pipeline_rate(source, config, output, identity, options, pool)
+        steady, wall, watch, images = _pipeline_rate(
+            source, config, output, identity, options, pool
+        )
     # On GPUs the stages run side by side; on CPUs alone they take turns on the same cores.
     limit = min(decode, model) if num_gpus() else 1 / (1 / decode + 1 / model)
     return ExtractBenchmark(
@@ -240,7 +242,9 @@ class _Watch:
             self.rss = max(self.rss, _largest_worker())
 
     def steady_rate(self, images: int) -> float:
-        inside = [(when, done) for when, done in self.samples if 0.2 * images <= done <= 0.9 * images]
+        inside = [
+            (when, done) for when, done in self.samples if 0.2 * images <= done <= 0.9 * images
+        ]
         if len(inside) < 2 or inside[-1][1] == inside[0][1]:
             # Too few images for a middle part: the whole, from the first finished batch on.
             inside = [sample for sample in self.samples if sample[1]]

@@ -22,7 +22,9 @@ from captioner.errors import CaptionerError, ConfigError
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
-def run(job: Callable[[AnyConfig], object], config_type: type[AnyConfig], **parse_options: Any) -> None:
+def run(
+    job: Callable[[AnyConfig], object], config_type: type[AnyConfig], **parse_options: Any
+) -> None:
     """Parse ``sys.argv`` into ``config_type``, call ``job`` with it, and turn user errors into status 2.
 
     Keyword arguments go to ``parse``.
@@ -142,5 +144,8 @@ def _unbox(box: str) -> str:
         group = "" if found["group"].endswith("Config") else found["group"] + "."
         if found["message"]:
             return f"--{group}{found['message']}".replace("_", "-")
-        return f"--{group}{found['field']}".replace("_", "-") + f": {found['rule']} (got {found['value']})"
+        return (
+            f"--{group}{found['field']}".replace("_", "-")
+            + f": {found['rule']} (got {found['value']})"
+        )
     return re.sub(r"^Missing from \S+?: ?", "missing: ", text)

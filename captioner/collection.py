@@ -75,33 +75,34 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
     if output.complete:
         logger.info("%s is complete: nothing to do", output.root)
         return CaptionsManifest.model_validate(storage.read_json(output.uri(storage.MANIFEST)))
-    started = time.monotonic()
-    pool = plan_pool(config.num_captioners, config.cpus_per_captioner)
-    logger.info("captioning %s images with %s", f"{total:,}", model)
-    run_pipeline(
-        source,
-        output,
-        "captions",
-        CAPTIONED_ROWS,
-        CaptionImages,
-        {"model_uri": model, "decode": config.decode, "threads": pool.threads},
-        limits=config.limits,
-        batch_size=config.batch_size,
-        pool=pool,
-    )
-    rows = finish_rows(output, "captions", total, config.max_reject_fraction)
-    rejected = rows["error"].length() - rows["error"].null_count
-    manifest = CaptionsManifest(
-        model=model,
-        weights_sha256=record.weights_sha256,
-        decode=config.decode.model_dump(),
-        source=source.identity(),
-        images=total,
-        rejected=rejected,
-        files=list_data_files(output, "captions"),
-    )
-    output.publish(manifest.model_dump_json(indent=1))
-    forget_checkpoint(output)
+    with output:
+        started = time.monotonic()
+        pool = plan_pool(config.num_captioners, config.cpus_per_captioner)
+        logger.info("captioning %s images with %s", f"{total:,}", model)
+        run_pipeline(
+            source,
+            output,
+            "captions",
+            CAPTIONED_ROWS,
+            CaptionImages,
+            {"model_uri": model, "decode": config.decode, "threads": pool.threads},
+            limits=config.limits,
+            batch_size=config.batch_size,
+            pool=pool,
+        )
+        rows = finish_rows(output, "captions", total, config.max_reject_fraction)
+        rejected = rows["error"].length() - rows["error"].null_count
+        manifest = CaptionsManifest(
+            model=model,
+            weights_sha256=record.weights_sha256,
+            decode=config.decode.model_dump(),
+            source=source.identity(),
+            images=total,
+            rejected=rejected,
+            files=list_data_files(output, "captions"),
+        )
+        output.publish(manifest.model_dump_json(indent=1))
+        forget_checkpoint(output)
     logger.info(
         "%s: %s images captioned, %s rejected, %.0f s",
         output.root,

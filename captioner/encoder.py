@@ -9,7 +9,9 @@ Shapes: B batch, C channels, P grid cells (49, row-major).
 import hashlib
 import os
 from collections import OrderedDict
-from pickle import UnpicklingError  # what torch.load(weights_only=True) raises on anything but tensors
+from pickle import (
+    UnpicklingError,  # what torch.load(weights_only=True) raises on anything but tensors
+)
 from typing import Any
 from urllib.error import URLError
 
@@ -170,7 +172,9 @@ class Encoder:
         missing = network.load_state_dict(tensors, strict=False)
         left = [name for name in missing.missing_keys if not name.endswith("num_batches_tracked")]
         if left or missing.unexpected_keys:
-            raise ModelError(f"encoder weights do not fit {identity.name}: {left or missing.unexpected_keys}")
+            raise ModelError(
+                f"encoder weights do not fit {identity.name}: {left or missing.unexpected_keys}"
+            )
         _fold_batch_norms(network)
         self.network = network.to(self.device, self.dtype, memory_format=torch.channels_last)
         _, mean, scale = PREPROCESSING[identity.name]
@@ -200,7 +204,9 @@ class Encoder:
         """
         # NHWC seen as NCHW is exactly the channels-last layout: no copy.
         if not images.flags.writeable:
-            images = images.copy()  # shared memory of Ray's object store, which torch would warn about
+            images = (
+                images.copy()
+            )  # shared memory of Ray's object store, which torch would warn about
         pixels = torch.from_numpy(images).to(self.device, non_blocking=True)
         pixels = ((pixels.float() - self.mean) / self.scale).to(self.dtype)
         feature_map = self.network(pixels.permute(0, 3, 1, 2))  # (B, C, 7, 7) or (B, C, 14, 14)
@@ -208,7 +214,9 @@ class Encoder:
         if not grid:
             return pooled, None
         if feature_map.shape[-1] != GRID_SIDE:
-            feature_map = nn.functional.avg_pool2d(feature_map.float(), feature_map.shape[-1] // GRID_SIDE)
+            feature_map = nn.functional.avg_pool2d(
+                feature_map.float(), feature_map.shape[-1] // GRID_SIDE
+            )
         cells = feature_map.flatten(2).transpose(1, 2)
         return pooled, cells.reshape(len(images), GRID_CELLS, -1).to(torch.float16).contiguous()
 

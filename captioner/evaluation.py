@@ -50,9 +50,7 @@ class Report:
 class ScoreImages:
     """Ray Data actor: features of a batch of images -> captions and teacher-forced sums."""
 
-    def __init__(
-        self, model_uri: str, decode: DecodeConfig, captions: ray.ObjectRef, threads: int
-    ):
+    def __init__(self, model_uri: str, decode: DecodeConfig, captions: ray.ObjectRef, threads: int):
         if not torch.cuda.is_available():
             torch.set_num_threads(threads)
         self.captioner = Captioner.load(model_uri)
@@ -113,22 +111,25 @@ def evaluate(config: EvaluateConfig) -> Report:
     if output.complete:
         logger.info("%s is complete: nothing to do", output.root)
         return Report(output.root, storage.read_json(output.uri("scores.json")))
-    start_ray()
-    captions = store.captions(config.split)
-    rows = _score(config, store, model_uri, captions)
-    references = [captions[name] for name in rows["image_id"].to_pylist()]
-    hypotheses = rows["caption"].to_pylist()
-    standard = score_standard(references, hypotheses)
-    scores = {
-        "standard": standard.summary(),
-        "seed": score_seed(references, hypotheses, record.text.rules).model_dump(),
-        "loss": pa.compute.sum(rows["loss_sum"]).as_py() / pa.compute.sum(rows["words"]).as_py(),
-        "accuracy": pa.compute.sum(rows["correct"]).as_py() / pa.compute.sum(rows["words"]).as_py(),
-        "images": len(rows),
-        "split": config.split,
-        "decode": config.decode.model_dump(),
-    }
-    _publish(config, output, store, rows, references, scores, standard)
+    with output:
+        start_ray()
+        captions = store.captions(config.split)
+        rows = _score(config, store, model_uri, captions)
+        references = [captions[name] for name in rows["image_id"].to_pylist()]
+        hypotheses = rows["caption"].to_pylist()
+        standard = score_standard(references, hypotheses)
+        scores = {
+            "standard": standard.summary(),
+            "seed": score_seed(references, hypotheses, record.text.rules).model_dump(),
+            "loss": pa.compute.sum(rows["loss_sum"]).as_py()
+            / pa.compute.sum(rows["words"]).as_py(),
+            "accuracy": pa.compute.sum(rows["correct"]).as_py()
+            / pa.compute.sum(rows["words"]).as_py(),
+            "images": len(rows),
+            "split": config.split,
+            "decode": config.decode.model_dump(),
+        }
+        _publish(config, output, store, rows, references, scores, standard)
     return Report(output.root, scores)
 
 
@@ -152,7 +153,9 @@ def _score(
 ) -> pa.Table:
     record = load_record(model_uri)
     filesystem, path = storage.resolve(store.uri)
-    files = [f"{path}/{file.path}" for file in store.manifest.files if file.path.startswith("features/")]
+    files = [
+        f"{path}/{file.path}" for file in store.manifest.files if file.path.startswith("features/")
+    ]
     pool: PoolPlan = plan_pool()
     logger.info("captioning %s images of split %s", f"{len(captions):,}", config.split)
     good = (col("split") == config.split) & col("error").is_null()

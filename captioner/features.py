@@ -70,7 +70,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
     total = source.num_images()
     tensors = load_weights(config.encoder)
     start_ray()
-    identity = identify(config.encoder, tensors, _compute_on_cluster(config.encoder.compute))
+    identity = identify(config.encoder, tensors, compute_on_cluster(config.encoder.compute))
     output = storage.Output(
         config.output,
         {
@@ -84,39 +84,42 @@ def extract(config: ExtractConfig) -> StoreManifest:
     if output.complete:
         logger.info("%s is complete: nothing to do", output.root)
         return FeatureStore.open(output.root).manifest
-    started = time.monotonic()
-    storage.write_bytes(output.uri(ENCODER_WEIGHTS), safetensors.torch.save(tensors))
-    _write_captions(source, output)
-    pool = plan_pool(config.num_encoders, config.cpus_per_encoder)
-    logger.info("extracting %s images with %s, %s", f"{total:,}", config.encoder.name, _describe(pool))
-    run_pipeline(
-        source,
-        output,
-        "features",
-        feature_rows(identity.channels, config.grid),
-        EncodeImages,
-        {
-            "weights_uri": output.uri(ENCODER_WEIGHTS),
-            "identity": identity,
-            "grid": config.grid,
-            "threads": pool.threads,
-        },
-        limits=config.limits,
-        batch_size=config.batch_size,
-        pool=pool,
-    )
-    rows = finish_rows(output, "features", total, config.max_reject_fraction)
-    splits = _count(rows, output)
-    manifest = StoreManifest(
-        encoder=identity,
-        source=source.identity(),
-        grid=config.grid,
-        total=_sum(list(splits.values())),
-        splits=splits,
-        files=list_data_files(output, "features") + list_data_files(output, "captions"),
-    )
-    output.publish(manifest.model_dump_json(indent=1))
-    forget_checkpoint(output)
+    with output:
+        started = time.monotonic()
+        storage.write_bytes(output.uri(ENCODER_WEIGHTS), safetensors.torch.save(tensors))
+        _write_captions(source, output)
+        pool = plan_pool(config.num_encoders, config.cpus_per_encoder)
+        logger.info(
+            "extracting %s images with %s, %s", f"{total:,}", config.encoder.name, _describe(pool)
+        )
+        run_pipeline(
+            source,
+            output,
+            "features",
+            feature_rows(identity.channels, config.grid),
+            EncodeImages,
+            {
+                "weights_uri": output.uri(ENCODER_WEIGHTS),
+                "identity": identity,
+                "grid": config.grid,
+                "threads": pool.threads,
+            },
+            limits=config.limits,
+            batch_size=config.batch_size,
+            pool=pool,
+        )
+        rows = finish_rows(output, "features", total, config.max_reject_fraction)
+        splits = _count(rows, output)
+        manifest = StoreManifest(
+            encoder=identity,
+            source=source.identity(),
+            grid=config.grid,
+            total=_sum(list(splits.values())),
+            splits=splits,
+            files=list_data_files(output, "features") + list_data_files(output, "captions"),
+        )
+        output.publish(manifest.model_dump_json(indent=1))
+        forget_checkpoint(output)
     seconds = time.monotonic() - started
     logger.info(
         "%s: %s images (%s rejected), %s captions, %.0f s",
@@ -129,7 +132,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
     return manifest
 
 
-def _compute_on_cluster(requested: str) -> str:
+def compute_on_cluster(requested: str) -> str:
     """The arithmetic that suits the machines the encoders will run on, which need not be the driver's."""
     if not num_gpus():
         return choose_compute(requested, "cpu")

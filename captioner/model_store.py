@@ -65,7 +65,10 @@ def pack_weights(decoder: nn.Module) -> bytes:
     """All parameters and buffers of a decoder as safetensors."""
     # Tied tensors share memory, which the format refuses; a copy each is small and loads back tied.
     return safetensors.torch.save(
-        {name: tensor.detach().cpu().clone().contiguous() for name, tensor in decoder.state_dict().items()}
+        {
+            name: tensor.detach().cpu().clone().contiguous()
+            for name, tensor in decoder.state_dict().items()
+        }
     )
 
 
@@ -152,7 +155,9 @@ def load_record(uri: str) -> ModelRecord:
         return ModelRecord.model_validate(raw)
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise ModelError(f"{uri}/{CONFIG} is damaged: {where}: {error.errors()[0]['msg']}") from error
+        raise ModelError(
+            f"{uri}/{CONFIG} is damaged: {where}: {error.errors()[0]['msg']}"
+        ) from error
 
 
 def load_model(uri: str) -> LoadedModel:
@@ -194,4 +199,6 @@ def check_features_fit(record: ModelRecord, manifest: StoreManifest) -> None:
                 f"{there[field]!r} in the store"
             )
     if "grid" in record.columns and not manifest.grid:
-        raise ModelError("the model does not fit the features: it reads the grid, the store has none")
+        raise ModelError(
+            "the model does not fit the features: it reads the grid, the store has none"
+        )

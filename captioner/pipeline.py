@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = "_checkpoint"
 PIXELS = "pixels"
+_PENDING = ".pending.parquet"
 _IMAGE_SHAPE = (224, 224, 3)
 _ACTOR_MEMORY = 3 * 2**29
 
@@ -88,7 +89,9 @@ class _StageActor:
         columns = rows.drop_columns([PIXELS])
         if count:
             images = rows[PIXELS].combine_chunks()
-            pixels = (images.chunk(0) if isinstance(images, pa.ChunkedArray) else images).to_numpy_ndarray()
+            pixels = (
+                images.chunk(0) if isinstance(images, pa.ChunkedArray) else images
+            ).to_numpy_ndarray()
             mask = good.to_numpy()
             output = self.stage(columns.filter(good), pixels if mask.all() else pixels[mask])
             # Positions of good rows in the output, null for rejected ones: take() then fills in nulls.
@@ -121,10 +124,12 @@ def run_pipeline(
     limits: ImageLimits,
     batch_size: int,
     pool: PoolPlan,
+    counter: ActorHandle | None = None,
 ) -> None:
     """Map ``stage`` over every image of ``source`` into ``<output>/<directory>/*.parquet``.
 
     Continues where a killed run stopped. ``schema`` is that of the files; it must hold ``image_id`` and ``error``.
+    ``counter`` is for callers who watch the progress themselves.
 
     Raises:
         StoreError: the output cannot be written.
@@ -132,10 +137,14 @@ def run_pipeline(
     filesystem, path = storage.resolve(output.uri(directory))
     _, checkpoint = storage.resolve(output.uri(CHECKPOINT))
     total = source.num_images()
+    _distrust_double_marks(output)
     already = _checkpointed(output)
     if already:
         logger.info("continuing: %s of %s images are done", f"{already:,}", f"{total:,}")
-    with _data_context(checkpoint, filesystem), ProgressLine(total, already) as progress:
+    with (
+        _data_context(checkpoint, filesystem),
+        ProgressLine(total, already, counter=counter) as progress,
+    ):
         images = ray.data.read_datasource(source.images())
         decoded = images.map_batches(
             decode_rows,
@@ -167,7 +176,9 @@ def run_pipeline(
             raise StoreError(f"cannot write {output.uri(directory)}: {_reason(error)}") from error
 
 
-def finish_rows(output: storage.Output, directory: str, total: int, max_reject_fraction: float) -> pa.Table:
+def finish_rows(
+    output: storage.Output, directory: str, total: int, max_reject_fraction: float
+) -> pa.Table:
     """Check that every image has exactly one row, and that few enough were rejected.
 
     Returns:
@@ -178,8 +189,14 @@ def finish_rows(output: storage.Output, directory: str, total: int, max_reject_f
         SourceError: more than ``max_reject_fraction`` of the images were rejected.
     """
     filesystem, path = storage.resolve(output.uri(directory))
-    names = [file.path for file in storage.list_files(output.uri(directory)) if file.path.endswith(".parquet")]
-    dataset = pads.dataset([f"{path}/{name}" for name in names], filesystem=filesystem, format="parquet")
+    names = [
+        file.path
+        for file in storage.list_files(output.uri(directory))
+        if file.path.endswith(".parquet")
+    ]
+    dataset = pads.dataset(
+        [f"{path}/{name}" for name in names], filesystem=filesystem, format="parquet"
+    )
     there = [name for name in ("image_id", "split", "uri", "error") if name in dataset.schema.names]
     rows = dataset.to_table(columns=there)
     unique = pa.compute.count_distinct(rows["image_id"]).as_py()
@@ -216,11 +233,24 @@ def forget_checkpoint(output: storage.Output) -> None:
         filesystem.delete_dir(path)
 
 
+def _distrust_double_marks(output: storage.Output) -> None:
+    """Of files that are marked both pending and complete, keep the pending mark: their rows are then done again.
+
+    A run leaves both when it is killed inside a rename, on S3 a copy and a delete, or while a lost task is repeated.
+    Ray Data would delete such a file and yet believe that its rows are done.
+    """
+    marks = {file.path for file in storage.list_files(output.uri(CHECKPOINT))}
+    filesystem, path = storage.resolve(output.uri(CHECKPOINT))
+    for mark in marks:
+        if mark.endswith(_PENDING) and (final := mark.removesuffix(_PENDING) + ".parquet") in marks:
+            filesystem.delete_file(f"{path}/{final}")
+
+
 def _checkpointed(output: storage.Output) -> int:
     names = [
         file
         for file in storage.list_files(output.uri(CHECKPOINT))
-        if file.path.endswith(".parquet") and ".pending" not in file.path
+        if file.path.endswith(".parquet") and not file.path.endswith(_PENDING)
     ]
     rows = 0
     for file in names:

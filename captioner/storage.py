@@ -211,7 +211,10 @@ def create_exclusively(uri: str, data: bytes) -> None:
         try:
             boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
         except ClientError as error:
-            if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict"):
+            if error.response["Error"]["Code"] in (
+                "PreconditionFailed",
+                "ConditionalRequestConflict",
+            ):
                 raise taken from None
             raise StoreError(f"cannot write {uri}: {_one_line(error)}") from error
         except BotoCoreError as error:
@@ -267,12 +270,21 @@ class Output:
                 raise StoreError(f"{self.root} was made by another run: {'; '.join(different)}")
             self.resumed = not self.complete
         elif list_files(self.root):
-            raise StoreError(f"{self.root} is not empty and was not made by this job: choose another")
+            raise StoreError(
+                f"{self.root} is not empty and was not made by this job: choose another"
+            )
         if self.complete:
             return
         if not self.resumed:
             create_exclusively(self.uri(CLAIM), json.dumps(identity, indent=1).encode())
         self._hold()
+
+    def __enter__(self) -> "Output":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # A failed job must let go of its directory even where its process, a notebook, lives on.
+        self.close()
 
     def _hold(self) -> None:
         # flock dies with its process, so a killed run never blocks the one that continues it. Object stores have no

@@ -70,7 +70,9 @@ class FeatureStore:
         counts = self.manifest.splits.get(split)
         if split not in SPLITS or counts is None or counts.ok == 0:
             there = ", ".join(name for name, found in self.manifest.splits.items() if found.ok)
-            raise StoreError(f"{self.uri} has no images in split {split!r}; it has: {there or 'none'}")
+            raise StoreError(
+                f"{self.uri} has no images in split {split!r}; it has: {there or 'none'}"
+            )
         if "grid" in columns and not self.manifest.grid:
             raise StoreError(f"{self.uri} holds no grid: extract with --grid for this decoder")
         if captions and counts.captions == 0:
@@ -116,7 +118,9 @@ class FeatureStore:
         good = (pads.field("split") == split) & pads.field("error").is_null()
         ids = self._dataset("features").to_table(columns=["image_id"], filter=good)["image_id"]
         found = self._dataset("captions").to_table(filter=pads.field("image_id").isin(ids.unique()))
-        found = found.take(pc.sort_indices(found, [("image_id", "ascending"), ("index", "ascending")]))
+        found = found.take(
+            pc.sort_indices(found, [("image_id", "ascending"), ("index", "ascending")])
+        )
         grouped: dict[str, list[str]] = {}
         for name, caption in zip(
             found["image_id"].to_pylist(), found["caption"].to_pylist(), strict=True

@@ -50,7 +50,10 @@ def demo(config: DemoConfig) -> None:
     unseen = ShapesConfig(train=1, validation=1, test=30, seed=config.shapes.seed + 1)
     manifest = caption_collection(
         CaptionConfig(
-            images="shapes", source_options=SourceConfig(shapes=unseen), model=model, output=captions
+            images="shapes",
+            source_options=SourceConfig(shapes=unseen),
+            model=model,
+            output=captions,
         )
     )
     print(f"\n{score_table(result)}\n\nNew pictures, and what the model says:")

@@ -133,18 +133,26 @@ class _Beams:
             new_words: list[tuple[int, ...]] = []
             new_maps: list[tuple[Tensor, ...]] = []
             new_scores, new_rows = [], []
-            for rank, (value, index) in enumerate(zip(values[position], flat[position], strict=True)):
+            for rank, (value, index) in enumerate(
+                zip(values[position], flat[position], strict=True)
+            ):
                 source, token = divmod(index, vocabulary)
                 row = position * self.width + source
                 if value == -torch.inf or len(new_words) == beams:
                     continue
                 if token == END:
-                    if rank < beams:  # an end that would not have made the beam is no result of beam search
-                        self._finish(image, self.words[position][source], value, self.maps[position][source])
+                    if (
+                        rank < beams
+                    ):  # an end that would not have made the beam is no result of beam search
+                        self._finish(
+                            image, self.words[position][source], value, self.maps[position][source]
+                        )
                     continue
                 new_words.append((*self.words[position][source], token))
                 new_maps.append(
-                    self.maps[position][source] if attention is None else (*self.maps[position][source], attention[row])
+                    self.maps[position][source]
+                    if attention is None
+                    else (*self.maps[position][source], attention[row])
                 )
                 new_scores.append(value)
                 new_rows.append(row)

@@ -30,7 +30,9 @@ class SequenceAttentionDecoder(MergeDecoder):
         Args:
             mask: bool [T, S], true where a query may look; None: everywhere.
         """
-        scores = self.score(torch.tanh(query.unsqueeze(2) + keys.unsqueeze(1))).squeeze(-1)  # (B, T, S)
+        scores = self.score(torch.tanh(query.unsqueeze(2) + keys.unsqueeze(1))).squeeze(
+            -1
+        )  # (B, T, S)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         return torch.softmax(scores.float(), dim=-1).to(values.dtype) @ values

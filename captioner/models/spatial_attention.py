@@ -51,7 +51,9 @@ class SpatialAttentionDecoder(nn.Module):
         return logits
 
     def start(self, features: Features) -> State:
-        cells = self.dropout(torch.relu(self.cells(self.standardize(features["grid"]))))  # (B, P, D)
+        cells = self.dropout(
+            torch.relu(self.cells(self.standardize(features["grid"])))
+        )  # (B, P, D)
         hidden, cell = torch.tanh(self.initial(cells.mean(dim=1))).chunk(2, dim=1)
         return {"cells": cells, "keys": self.key(cells), "hidden": hidden, "cell": cell}
 
@@ -67,7 +69,9 @@ class SpatialAttentionDecoder(nn.Module):
         attention = torch.softmax(self.score(pairs).squeeze(-1).float(), dim=-1)
         context = (attention.to(cells.dtype) @ cells).flatten(0, 1)
         context = torch.sigmoid(self.gate(hidden)) * context
-        hidden, cell = self.lstm(torch.cat([word, context.to(word.dtype)], dim=1), (hidden, state["cell"]))
+        hidden, cell = self.lstm(
+            torch.cat([word, context.to(word.dtype)], dim=1), (hidden, state["cell"])
+        )
         return state | {"hidden": hidden, "cell": cell}, context, attention.flatten(0, 1)
 
     def deepen(self, word: Tensor, hidden: Tensor, context: Tensor) -> Tensor:

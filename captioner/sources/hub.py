@@ -1,8 +1,15 @@
 """Flickr8k and Flickr30k from the Hugging Face hub: fetched once into its cache, then read as Parquet files.
 
-Copies were chosen that are plain Parquet (loading scripts no longer run), hold the five captions and are split by file.
-For Flickr30k the much used ``nlphuji/flickr30k`` is a script, and ``lmms-lab/flickr30k`` puts all its images into one
-split; ``umaru97/flickr30k_train_val_test`` has Karpathy's splits, with the captions in a list column.
+Copies were chosen that are plain Parquet (loading scripts no longer run), with the five captions people wrote, split by
+file as published; what follows is said by their cards. Flickr8k: ``jxie/flickr8k``, columns image and caption_0 to
+caption_4, 6,000 train, 1,000 validation and 1,000 test rows. Flickr30k: ``umaru97/flickr30k_train_val_test``, columns
+image, caption and sentids (lists), split, img_id and filename, 29,000 train, 1,014 val and 1,000 test rows, which are
+the sizes of Karpathy's splits. Passed over: ``nlphuji/flickr30k`` (a script over a zip file), ``lmms-lab/flickr30k``
+(31,783 images in one split, with no column that tells them apart), ``AnyModal/flickr30k`` and
+``Mozilla/flickr30k-transformed-captions`` (captions rewritten by a language model).
+
+The row counts are checked against the cards on every opening. On several machines the cache ($HF_HOME) must be a folder
+that all of them see, as must any other local source.
 """
 
 import logging
@@ -59,7 +66,7 @@ def open_hub(name: str, options: SourceConfig) -> ParquetSource:
         ) from error
     logger.info("%s: %s in %s", name, repository.name, folder)
     files = [file for file in storage.list_files(folder) if is_parquet(file.path)]
-    source = ParquetSource(folder, files, options, name)
+    source = ParquetSource(folder, files, options, name, split_column=False)
     found = source.rows_by_split()
     if found != repository.images:
         raise SourceError(

@@ -32,11 +32,14 @@ class ParquetSource:
         files: list[storage.FileInfo] | None,
         options: SourceConfig,
         name: str | None = None,
+        *,
+        split_column: bool = True,
     ):
         """
         Args:
             files: the Parquet files below ``uri``; None when ``uri`` is itself one.
             name: stands for the URI in the identity, where the files' place does not matter.
+            split_column: whether a column ``split``, if there is one, decides before the files' names.
 
         Raises:
             SourceError: a file is unreadable, has no image column, differs from the others, names an unknown split,
@@ -58,7 +61,8 @@ class ParquetSource:
         else:
             self._other = other
         self._rows_by_split: dict[str, int] = {}
-        self._taken = list(self._take_rows() if columns.split else self._take_files())
+        by_row = split_column and columns.split is not None
+        self._taken = list(self._take_rows() if by_row else self._take_files())
 
     def identity(self) -> SourceIdentity:
         listing = "".join(f"{file.path}:{file.rows}:{file.size};" for file in self._files)

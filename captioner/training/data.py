@@ -37,7 +37,12 @@ class Batch:
 class CaptionData:
     """A split's captions as tokens, with the features of their images."""
 
-    def __init__(self, captions: list[list[int]], image_rows: Indices, columns: dict[str, np.ndarray[Any, Any]]):
+    def __init__(
+        self,
+        captions: list[list[int]],
+        image_rows: Indices,
+        columns: dict[str, np.ndarray[Any, Any]],
+    ):
         """
         Args:
             captions: token ids of N captions, ``<start>`` first, ``<end>`` last.
@@ -53,7 +58,12 @@ class CaptionData:
 
     @classmethod
     def load(
-        cls, store: FeatureStore, split: str, columns: tuple[str, ...], vocabulary: Vocabulary, text: TextConfig
+        cls,
+        store: FeatureStore,
+        split: str,
+        columns: tuple[str, ...],
+        vocabulary: Vocabulary,
+        text: TextConfig,
     ) -> "CaptionData":
         """Every caption of the good images of a split.
 
@@ -103,7 +113,9 @@ class CaptionData:
             yield Batch(features, tokens, targets)
 
 
-def epoch_order(lengths: np.ndarray[Any, Any], global_batch: int, epoch: int, seed: int) -> list[Indices]:
+def epoch_order(
+    lengths: np.ndarray[Any, Any], global_batch: int, epoch: int, seed: int
+) -> list[Indices]:
     """The global batches of one training epoch: every caption exactly once, whatever the number of workers.
 
     Args:
@@ -117,11 +129,15 @@ def epoch_order(lengths: np.ndarray[Any, Any], global_batch: int, epoch: int, se
     for start in range(0, len(shuffled), window):
         part = shuffled[start : start + window]
         part = part[np.argsort(lengths[part], kind="stable")]
-        batches += [part[first : first + global_batch] for first in range(0, len(part), global_batch)]
+        batches += [
+            part[first : first + global_batch] for first in range(0, len(part), global_batch)
+        ]
     return [batches[position] for position in generator.permutation(len(batches))]
 
 
 def sequential_order(lengths: np.ndarray[Any, Any], global_batch: int) -> list[Indices]:
     """Batches for validation: by length, always the same."""
     by_length = np.argsort(lengths, kind="stable")
-    return [by_length[start : start + global_batch] for start in range(0, len(by_length), global_batch)]
+    return [
+        by_length[start : start + global_batch] for start in range(0, len(by_length), global_batch)
+    ]

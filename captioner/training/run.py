@@ -74,23 +74,24 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
     if output.complete:
         logger.info("%s is complete: nothing to do", output.root)
         return TrainResult(output.root, _published_history(output))
-    words = (
-        clean(caption, config.text.rules)
-        for captions in store.captions("train").values()
-        for caption in captions
-    )
-    vocabulary = Vocabulary.build(words, config.text.min_count, config.text.rules)
-    start_ray()
-    logger.info(
-        "training %s on %s captions, %s words, %d worker%s",
-        config.decoder.kind,
-        f"{store.manifest.splits['train'].captions:,}",
-        f"{len(vocabulary):,}",
-        config.num_workers,
-        "s" if config.num_workers > 1 else "",
-    )
-    best, history = _fit(config, output, vocabulary, callbacks)
-    _publish(config, output, store, vocabulary, best, history)
+    with output:
+        words = (
+            clean(caption, config.text.rules)
+            for captions in store.captions("train").values()
+            for caption in captions
+        )
+        vocabulary = Vocabulary.build(words, config.text.min_count, config.text.rules)
+        start_ray()
+        logger.info(
+            "training %s on %s captions, %s words, %d worker%s",
+            config.decoder.kind,
+            f"{store.manifest.splits['train'].captions:,}",
+            f"{len(vocabulary):,}",
+            config.num_workers,
+            "s" if config.num_workers > 1 else "",
+        )
+        best, history = _fit(config, output, vocabulary, callbacks)
+        _publish(config, output, store, vocabulary, best, history)
     result = TrainResult(output.root, history)
     logger.info(
         "%s: best epoch %d of %d, validation loss %.4f, accuracy %.4f",
@@ -113,7 +114,10 @@ def _identity(config: TrainConfig, store: FeatureStore) -> dict[str, Any]:
 
 
 def _fit(
-    config: TrainConfig, output: storage.Output, vocabulary: Vocabulary, callbacks: Sequence[UserCallback]
+    config: TrainConfig,
+    output: storage.Output,
+    vocabulary: Vocabulary,
+    callbacks: Sequence[UserCallback],
 ) -> tuple[bytes, list[EpochRecord]]:
     """Weights of the best epoch, and the history."""
     gpu = num_gpus() > 0
@@ -134,7 +138,9 @@ def _fit(
                 "messages": messages.actor,
             },
             scaling_config=ScalingConfig(
-                num_workers=config.num_workers, use_gpu=gpu, resources_per_worker=None if gpu else {"CPU": 1}
+                num_workers=config.num_workers,
+                use_gpu=gpu,
+                resources_per_worker=None if gpu else {"CPU": 1},
             ),
             run_config=RunConfig(
                 # A second fit() under the same name and path continues from the last checkpoint.
@@ -192,7 +198,15 @@ def _publish(
         pq.write_table(pa.Table.from_pylist([epoch.model_dump() for epoch in history]), file)
     storage.write_bytes(output.uri("curves.png"), plot_history(history))
     _write_tensorboard(output, history)
-    files = [ENCODER_WEIGHTS, WEIGHTS, VOCABULARY, CONFIG, "metrics.json", "history.parquet", "curves.png"]
+    files = [
+        ENCODER_WEIGHTS,
+        WEIGHTS,
+        VOCABULARY,
+        CONFIG,
+        "metrics.json",
+        "history.parquet",
+        "curves.png",
+    ]
     output.publish(
         ModelManifest(weights_sha256=record.weights_sha256, files=files).model_dump_json(indent=1)
     )
@@ -211,10 +225,14 @@ def _write_tensorboard(output: storage.Output, history: list[EpochRecord]) -> No
                 for name, value in record.model_dump(exclude={"epoch"}).items():
                     head, _, tail = name.partition("_")
                     tag = f"{tail}/{head}" if head in ("train", "validation") else f"speed/{name}"
-                    writer.add_scalar(tag.replace("speed/learning_rate", "learning_rate"), value, record.epoch)
+                    writer.add_scalar(
+                        tag.replace("speed/learning_rate", "learning_rate"), value, record.epoch
+                    )
         (file,) = Path(folder).iterdir()
         # torch names it by clock and host, so publishing after a kill would add a second file with the same points.
-        storage.write_bytes(output.uri("tensorboard", "events.out.tfevents.training"), file.read_bytes())
+        storage.write_bytes(
+            output.uri("tensorboard", "events.out.tfevents.training"), file.read_bytes()
+        )
 
 
 def _published_history(output: storage.Output) -> list[EpochRecord]:

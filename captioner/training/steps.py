@@ -16,7 +16,6 @@ from captioner.errors import TrainingError
 from captioner.models.base import Decoder, Features
 from captioner.text import PAD
 
-
 _ROUND = 64
 _IGNORED = -100
 
@@ -57,7 +56,10 @@ class TeacherForcing(nn.Module):
 
 @torch.inference_mode()
 def teacher_forcing(
-    decoder: nn.Module | Decoder, features: Features, rows: Tensor, captions: Sequence[Sequence[int]]
+    decoder: nn.Module | Decoder,
+    features: Features,
+    rows: Tensor,
+    captions: Sequence[Sequence[int]],
 ) -> tuple[float, int, int]:
     """Teacher-forced sums over captions of a batch of images.
 
@@ -112,7 +114,9 @@ class Schedule:
     def after_epoch(self, improved: bool) -> None:
         """Keras' ReduceLROnPlateau: after ``plateau_patience`` epochs without improvement, multiply."""
         self.waited = 0 if improved else self.waited + 1
-        if self.config.schedule == "plateau" and self.waited >= max(1, self.config.plateau_patience):
+        if self.config.schedule == "plateau" and self.waited >= max(
+            1, self.config.plateau_patience
+        ):
             self.factor *= self.config.plateau_factor
             self.waited = 0
 

@@ -95,12 +95,16 @@ class Worker:
         self.compute = auto if wanted == "auto" else wanted
         store = FeatureStore.open(config.features)
         torch.manual_seed(config.seed)
-        self.decoder = build_decoder(config.decoder, len(vocabulary), store.manifest.encoder.channels)
+        self.decoder = build_decoder(
+            config.decoder, len(vocabulary), store.manifest.encoder.channels
+        )
         columns = self.decoder.columns
         self.train = CaptionData.load(store, "train", columns, vocabulary, config.text)
         self.validation = CaptionData.load(store, "validation", columns, vocabulary, config.text)
         self.decoder.standardize.fit(*self.train.statistics(columns[0]))
-        self.model = ray.train.torch.prepare_model(TeacherForcing(self.decoder, config.label_smoothing))
+        self.model = ray.train.torch.prepare_model(
+            TeacherForcing(self.decoder, config.label_smoothing)
+        )
         self.optimizer = build_optimizer(config.optimizer, self.decoder)
         self.steps_per_epoch = -(-len(self.train) // config.global_batch)
         self.schedule = Schedule(config.optimizer, config.epochs * self.steps_per_epoch)
@@ -210,7 +214,9 @@ class Worker:
             (root / BEST).write_bytes(self.best[1])
             (root / HISTORY).write_text(json.dumps([epoch.model_dump() for epoch in self.history]))
             schedule = {"factor": self.schedule.factor, "waited": self.schedule.waited}
-            torch.save({"optimizer": self.optimizer.state_dict(), "schedule": schedule}, root / STATE)
+            torch.save(
+                {"optimizer": self.optimizer.state_dict(), "schedule": schedule}, root / STATE
+            )
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=checkpoint)
 

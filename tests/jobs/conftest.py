@@ -54,7 +54,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     ]  # fmt: skip
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     found = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment)
     try:
@@ -105,11 +109,23 @@ def run_job(head: Head) -> RunJob:
 def submit_job(head: Head) -> RunJob:
     """The same through ``ray job submit --working-dir .``."""
 
-    def submit(name: str, *arguments: str, timeout: float = 280) -> "subprocess.CompletedProcess[str]":
+    def submit(
+        name: str, *arguments: str, timeout: float = 280
+    ) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [
-                str(RAY), "job", "submit", "--address", head.dashboard, "--working-dir", ".",
-                "--", sys.executable, "-m", f"ray_jobs.{name}", *arguments,
+                str(RAY),
+                "job",
+                "submit",
+                "--address",
+                head.dashboard,
+                "--working-dir",
+                ".",
+                "--",
+                sys.executable,
+                "-m",
+                f"ray_jobs.{name}",
+                *arguments,
             ],  # fmt: skip
             env=head.environment,
             cwd=ROOT,

@@ -44,7 +44,13 @@ def road(tmp_path_factory: pytest.TempPathFactory, submit_job: RunJob) -> Path:
         (folder / f"{name.replace('/', '_')}.png").write_bytes(read_image(uri))
     (folder / "notes.jpg").write_text("not a picture")
     done = submit_job(
-        "caption", "--images", str(root / "photos"), "--model", f"{root}/model", "--output", f"{root}/captions"
+        "caption",
+        "--images",
+        str(root / "photos"),
+        "--model",
+        f"{root}/model",
+        "--output",
+        f"{root}/captions",
     )
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return root

@@ -14,13 +14,18 @@ MINIMAL = ["--source", "shapes", "--output", "x"]
     ("arguments", "message"),
     [
         (["--encoder.layer", "layer5"], r"--encoder.layer.*'layer4', 'layer3'"),
-        (["--max-reject-fraction", "3"], r"--max-reject-fraction: .*less than or equal to 1 \(got 3"),
+        (
+            ["--max-reject-fraction", "3"],
+            r"--max-reject-fraction: .*less than or equal to 1 \(got 3",
+        ),
         (["--limits.max-bytes", "0"], r"--limits.max-bytes: .*greater than or equal to 1 \(got 0"),
         (["--batch-size", "many"], r"--batch-size.*'many'"),
         (["--colour", "red"], "--colour"),
     ],
 )
-def test_wrong_value_names_field_value_and_rule_in_one_line(arguments: list[str], message: str) -> None:
+def test_wrong_value_names_field_value_and_rule_in_one_line(
+    arguments: list[str], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         cli.parse(ExtractConfig, MINIMAL + arguments)
     assert "\n" not in str(caught.value)

@@ -73,7 +73,9 @@ def test_embedding_does_not_depend_on_its_batch(images: np.ndarray, compute: str
 
 
 def test_layer3_grid_is_averaged_to_seven_by_seven(images: np.ndarray) -> None:
-    pooled, grid = make(EncoderConfig(weights="random", layer="layer3"), "float32")(images, grid=True)
+    pooled, grid = make(EncoderConfig(weights="random", layer="layer3"), "float32")(
+        images, grid=True
+    )
     assert pooled.shape == (5, 1024)
     assert grid is not None
     assert grid.shape == (5, 49, 1024)

@@ -15,7 +15,6 @@ from captioner.model_store import (
     VOCABULARY,
     WEIGHTS,
     ModelManifest,
-    ModelRecord,
     check_features_fit,
     load_model,
     load_record,

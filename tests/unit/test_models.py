@@ -83,7 +83,9 @@ def test_padding_changes_no_loss(decoder: nn.Module) -> None:
     image, tokens = features(2), captions(3, 8)
     together, _ = TeacherForcing(decoder)(image, tokens)
     alone = sum(
-        TeacherForcing(decoder)({name: column[row : row + 1] for name, column in image.items()}, part)[0]
+        TeacherForcing(decoder)(
+            {name: column[row : row + 1] for name, column in image.items()}, part
+        )[0]
         for row, part in ((0, tokens[:1, :5]), (1, tokens[1:]))
     )
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
@@ -121,7 +123,9 @@ def test_weights_survive_packing_and_misfits_are_named(decoder: nn.Module) -> No
     unpack_weights(decoder, packed)
     torch.testing.assert_close(decoder(image, tokens), expected)
     kind = next(name for name, one in DECODERS.items() if type(decoder) is one)
-    config = DecoderConfig(kind=kind, width=32, output_width=12, attention_width=8, heads=4, layers=2)
+    config = DecoderConfig(
+        kind=kind, width=32, output_width=12, attention_width=8, heads=4, layers=2
+    )
     with pytest.raises(ModelError, match="does not fit its configuration: "):
         unpack_weights(build_decoder(config, VOCABULARY, CHANNELS), packed)
 

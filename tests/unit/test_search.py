@@ -59,12 +59,16 @@ def test_a_wide_beam_finds_what_brute_force_finds() -> None:
         ]
         best = sorted(everything, reverse=True)[:5]
         assert [one.tokens for one in found] == [caption for _, caption in best]
-        assert [one.log_prob for one in found] == pytest.approx([value for value, _ in best], abs=1e-5)
+        assert [one.log_prob for one in found] == pytest.approx(
+            [value for value, _ in best], abs=1e-5
+        )
 
 
 def test_beam_of_one_is_greedy() -> None:
     decoder = Table(30, 21, images=8)
-    for image, found in enumerate(search(decoder, images(*range(8)), DecodeConfig(beam_size=1, max_length=20))):
+    for image, found in enumerate(
+        search(decoder, images(*range(8)), DecodeConfig(beam_size=1, max_length=20))
+    ):
         words: list[int] = []
         while len(words) < 20:
             logits = decoder.table[image, len(words), words[-1] if words else START].clone()
@@ -83,11 +87,15 @@ def test_best_captions_are_sorted_distinct_and_as_many_as_asked_for() -> None:
         assert len({one.tokens for one in found}) == 4
         assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
         for one in found:
-            assert one.score == pytest.approx(one.log_prob / (len(one.tokens) + 1) ** config.length_penalty)
+            assert one.score == pytest.approx(
+                one.log_prob / (len(one.tokens) + 1) ** config.length_penalty
+            )
 
 
 def test_special_tokens_are_never_emitted_and_the_length_is_kept() -> None:
-    for found in search(Table(9, 7, images=5, seed=3), images(*range(5)), DecodeConfig(beam_size=4, max_length=6)):
+    for found in search(
+        Table(9, 7, images=5, seed=3), images(*range(5)), DecodeConfig(beam_size=4, max_length=6)
+    ):
         assert set(found[0].tokens).isdisjoint({PAD, START, END, UNK})
         assert len(found[0].tokens) <= 6
 
@@ -109,7 +117,9 @@ def test_no_ngram_is_repeated_where_that_is_forbidden() -> None:
 
     decoder = Stutter(7, 17, images=4)
     free = search(decoder, images(*range(4)), DecodeConfig(beam_size=3, max_length=16))
-    bound = search(decoder, images(*range(4)), DecodeConfig(beam_size=3, max_length=16, no_repeat_ngram=2))
+    bound = search(
+        decoder, images(*range(4)), DecodeConfig(beam_size=3, max_length=16, no_repeat_ngram=2)
+    )
 
     def repeats(tokens: tuple[int, ...]) -> bool:
         pairs = list(itertools.pairwise(tokens))
@@ -122,7 +132,9 @@ def test_no_ngram_is_repeated_where_that_is_forbidden() -> None:
 @pytest.mark.parametrize("kind", sorted(DECODERS))
 def test_a_caption_does_not_depend_on_its_batch(kind: str) -> None:
     torch.manual_seed(4)
-    config = DecoderConfig(kind=kind, width=16, output_width=12, attention_width=8, heads=4, layers=2)
+    config = DecoderConfig(
+        kind=kind, width=16, output_width=12, attention_width=8, heads=4, layers=2
+    )
     decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
     with torch.no_grad():
         # Sharper than fresh weights, which leave every word about equally likely.
@@ -130,7 +142,9 @@ def test_a_caption_does_not_depend_on_its_batch(kind: str) -> None:
     batch, decode = features(6), DecodeConfig(beam_size=3, num_captions=2, max_length=12)
     together = search(decoder, batch, decode)
     for row in range(6):
-        alone = search(decoder, {name: one[row : row + 1] for name, one in batch.items()}, decode)[0]
+        alone = search(decoder, {name: one[row : row + 1] for name, one in batch.items()}, decode)[
+            0
+        ]
         assert [one.tokens for one in alone] == [one.tokens for one in together[row]]
         assert [one.log_prob for one in alone] == pytest.approx(
             [one.log_prob for one in together[row]], abs=1e-4

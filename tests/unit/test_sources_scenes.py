@@ -1,7 +1,12 @@
 """Generated scenes: the captions are true of the picture, and both repeat exactly."""
 
+import hashlib
 import io
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +15,7 @@ from PIL import Image
 from captioner.errors import SourceError
 from captioner.sources.scenes import COLOURS, SHAPES, SIDE, draw_scene, make_scene, read_scene
 
-INDICES = range(150)
+INDICES = range(100)
 
 
 def pixels(index: int) -> np.ndarray:
@@ -107,6 +112,28 @@ def test_a_scene_depends_on_seed_split_and_index_alone() -> None:
     assert draw_scene(0, "train", 3) == draw_scene(0, "train", 3)
     others = [draw_scene(1, "train", 3), draw_scene(0, "test", 3), draw_scene(0, "train", 4)]
     assert len({draw_scene(0, "train", 3), *others}) == 4
+
+
+def test_another_process_draws_the_same_bytes() -> None:
+    program = (
+        "import hashlib; from captioner.sources.scenes import draw_scene, make_scene\n"
+        "for index in range(5):\n"
+        "    data = draw_scene(0, 'test', index) + str(make_scene(0, 'test', index)).encode()\n"
+        "    print(hashlib.sha256(data).hexdigest())"
+    )
+    scenes = (
+        draw_scene(0, "test", index) + str(make_scene(0, "test", index)).encode()
+        for index in range(5)
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONHASHSEED": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert printed.split() == [hashlib.sha256(data).hexdigest() for data in scenes]
 
 
 def test_a_uri_reads_its_picture() -> None:

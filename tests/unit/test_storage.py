@@ -14,9 +14,14 @@ from captioner.errors import StoreError
 
 def test_failed_write_leaves_neither_file_nor_fragment(tmp_path: Path) -> None:
     target = tmp_path / "data.bin"
-    with pytest.raises(StoreError, match="cannot write .*injected"), storage.atomic_writer(str(target)) as file:  # noqa: PT012
-        file.write(b"half")
-        raise OSError("injected")
+
+    def write_half() -> None:
+        with storage.atomic_writer(str(target)) as file:
+            file.write(b"half")
+            raise OSError("injected")
+
+    with pytest.raises(StoreError, match="cannot write .*injected"):
+        write_half()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -100,7 +105,9 @@ def test_directory_being_written_by_a_live_process_is_refused_until_it_dies(tmp_
     assert storage.Output(root, {"job": "x"}).resumed
 
 
-def test_relative_path_becomes_absolute_and_uri_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_path_becomes_absolute_and_uri_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert storage.absolute("runs/x/") == os.path.join(tmp_path, "runs/x")
     assert storage.absolute("s3://bucket/x/") == "s3://bucket/x"

@@ -1,0 +1,224 @@
+"""Every job from S3 to S3, on a server that speaks its protocol: published once, continued when killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pyarrow.parquet as pq
+import pytest
+import ray
+from moto.server import ThreadedMotoServer
+
+from captioner import storage
+from captioner.collection import caption_collection
+from captioner.config import (
+    CaptionConfig,
+    DecodeConfig,
+    DecoderConfig,
+    EncoderConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    TrainConfig,
+)
+from captioner.errors import StoreError
+from captioner.evaluation import evaluate
+from captioner.features import extract
+from captioner.model_store import load_model
+from captioner.pipeline import CHECKPOINT
+from captioner.sources.scenes import draw_scene, make_scene
+from captioner.store import FeatureStore
+from captioner.training.run import WORK, run_training
+
+ROOT = Path(__file__).resolve().parents[2]
+BUCKET = "pictures"
+SIZES = {"train": 32, "validation": 8}
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """URI of a bucket on a free port; this process and its children find it by the environment, as any S3 client."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+        try:
+            yield f"s3://{BUCKET}"
+        finally:
+            ray.shutdown()
+    server.stop()
+
+
+def keys(prefix: str) -> list[str]:
+    """What boto3, not pyarrow, finds below a prefix."""
+    found = boto3.client("s3").list_objects_v2(Bucket=BUCKET, Prefix=prefix)
+    return [entry["Key"].removeprefix(prefix) for entry in found.get("Contents", [])]
+
+
+@pytest.fixture(scope="module")
+def features(bucket: str) -> str:
+    """A store extracted from a folder of pictures with captions, by a run that was killed and one that continued."""
+    captions = []
+    for split, size in SIZES.items():
+        for index in range(size):
+            name = f"{split}-{index:02d}.png"
+            storage.write_bytes(f"{bucket}/photos/{name}", draw_scene(0, split, index))
+            sentences = make_scene(0, split, index).captions()
+            captions.append(
+                {"filename": name, "split": split[:5].replace("valid", "val"),
+                 "sentences": [{"raw": text} for text in sentences]}
+            )  # fmt: skip
+    dataset = json.dumps({"images": captions, "dataset": "scenes"})
+    storage.write_bytes(f"{bucket}/captions/dataset.json", dataset.encode())
+    output = f"{bucket}/features"
+    config = ExtractConfig.model_validate(
+        {
+            "source": f"{bucket}/photos",
+            "source_options": {"captions": f"{bucket}/captions/dataset.json"},
+            "output": output,
+            "encoder": EncoderConfig(weights="random", layer="layer3", compute="float32"),
+            "batch_size": 8,
+        }
+    )
+    program = (
+        "import sys; from captioner.config import ExtractConfig; from captioner.features import extract;"
+        "extract(ExtractConfig.model_validate_json(sys.argv[1]))"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, config.model_dump_json()],
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 200
+    while not (
+        done := [key for key in keys(f"features/{CHECKPOINT}/") if ".pending" not in key and key]
+    ):
+        if child.poll() is not None:
+            pytest.fail(f"ended before it could be killed: {child.communicate()[1][-2000:]}")
+        assert time.monotonic() < deadline, "no file was finished"
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert storage.MANIFEST not in keys("features/")
+    before = {key.removesuffix(".parquet") for key in done}
+    extract(config)
+    # The first run's files are among the published ones: they were not made again.
+    published = {Path(key).name for key in keys("features/features/")}
+    assert all(any(name.startswith(mark) for name in published) for mark in before)
+    return output
+
+
+def test_killed_extraction_continues_and_every_image_is_there_once(features: str) -> None:
+    store = FeatureStore.open(features)
+    assert {split: counts.ok for split, counts in store.manifest.splits.items()} == SIZES
+    assert store.manifest.total.captions == 5 * sum(SIZES.values())
+    for split, size in SIZES.items():
+        table = store.load(split, ("pooled",))
+        assert table.image_ids == [f"{split}-{index:02d}.png" for index in range(size)]
+        assert len({vector.tobytes() for vector in table.columns["pooled"]}) > 0.8 * size
+    listed = {file.path for file in store.manifest.files}
+    there = {
+        key
+        for key in keys("features/")
+        if key.startswith(("features/", "captions/")) and not key.endswith("/")
+    }
+    assert there == listed
+    assert not [key for key in keys("features/") if key.startswith(CHECKPOINT)]
+
+
+@pytest.fixture(scope="module")
+def model(features: str, bucket: str) -> str:
+    config = TrainConfig(
+        features=features,
+        output=f"{bucket}/model",
+        decoder=DecoderConfig(width=16, output_width=16),
+        epochs=2,
+        num_workers=2,
+        compute="float32",
+    )
+    result = run_training(config)
+    assert run_training(config) == result
+    return result.uri
+
+
+def test_model_is_published_without_its_checkpoints(model: str) -> None:
+    loaded = load_model(model)
+    assert loaded.record.columns == ("pooled",)
+    assert {
+        "weights.safetensors",
+        "encoder.safetensors",
+        "manifest.json",
+        "history.parquet",
+    } <= set(keys("model/"))
+    assert not [key for key in keys("model/") if key.startswith(WORK)]
+
+
+def test_evaluation_reads_model_features_and_pictures_from_s3(
+    model: str, features: str, bucket: str
+) -> None:
+    report = evaluate(
+        EvaluateConfig(
+            features=features,
+            model=model,
+            output=f"{bucket}/report",
+            decode=DecodeConfig(beam_size=1),
+        )
+    )
+    assert report.scores["images"] == SIZES["validation"]
+    assert {"scores.json", "predictions.parquet", "grid.png", "manifest.json"} <= set(
+        keys("report/")
+    )
+
+
+def test_collection_is_captioned_from_s3_to_s3(model: str, bucket: str) -> None:
+    config = CaptionConfig(
+        images=f"{bucket}/photos",
+        model=model,
+        output=f"{bucket}/captioned",
+        decode=DecodeConfig(beam_size=1, max_length=5),
+    )
+    manifest = caption_collection(config)
+    assert (manifest.images, manifest.rejected) == (sum(SIZES.values()), 0)
+    filesystem, path = storage.resolve(f"{bucket}/captioned/captions")
+    rows = pq.read_table(path, filesystem=filesystem)
+    assert len(set(rows["image_id"].to_pylist())) == len(rows) == sum(SIZES.values())
+    assert rows["caption"].null_count == 0
+
+
+def test_of_two_writers_one_publishes(bucket: str) -> None:
+    first, second = (storage.Output(f"{bucket}/contested", {"job": "x"}) for _ in range(2))
+    first.publish(json.dumps({"writer": 1}))
+    with pytest.raises(StoreError, match="another run published first"):
+        second.publish(json.dumps({"writer": 2}))
+    assert storage.read_json(f"{bucket}/contested/manifest.json") == {"writer": 1}
+    assert storage.Output(f"{bucket}/contested", {"job": "x"}).complete
+
+
+def test_missing_bucket_is_one_line(bucket: str) -> None:
+    with pytest.raises(StoreError) as one:
+        FeatureStore.open("s3://no-such-bucket/features")
+    assert "\n" not in str(one.value)
+
+
+def test_failed_write_leaves_no_object(bucket: str) -> None:
+    uri = f"{bucket}/half/data.bin"
+    with pytest.raises(StoreError, match="injected"), storage.atomic_writer(uri) as file:  # noqa: PT012
+        file.write(b"half")
+        raise OSError("injected")
+    assert keys("half/") == []
