@@ -35,7 +35,7 @@ class EncoderConfig(Config):
     """The frozen image network."""
 
     name: Literal["resnet50", "resnet50_v1"] = "resnet50"
-    """resnet50: torchvision's (stride on the 3x3). resnet50_v1: of 2015 (stride on the first 1x1, Caffe preprocessing)."""
+    """resnet50: torchvision's (stride on the 3x3). resnet50_v1: of 2015 (stride on the first 1x1, Caffe inputs)."""
     weights: str = "IMAGENET1K_V2"
     """IMAGENET1K_V2, IMAGENET1K_V1, random (seeded), or a .safetensors or .pth file (path or URI)."""
     layer: Literal["layer4", "layer3"] = "layer4"
@@ -145,7 +145,7 @@ class OptimizerConfig(Config):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps of linear warm-up."""
     schedule: Literal["constant", "plateau", "cosine"] = "plateau"
-    """plateau: times plateau_factor after plateau_patience epochs without a better loss. cosine: to 0 over all epochs."""
+    """plateau: times plateau_factor after plateau_patience epochs without a better loss. cosine: to 0 at the end."""
     plateau_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Factor of the plateau schedule."""
     plateau_patience: Annotated[int, Field(ge=0)] = 3

@@ -1,5 +1,7 @@
 """What every decoder promises, and the merge decoder's equivalence to the notebook's training rows."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -91,10 +93,52 @@ def test_padding_changes_no_loss(decoder: nn.Module) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
 
 
-def test_every_parameter_gets_a_gradient(decoder: nn.Module) -> None:
-    loss, _ = TeacherForcing(decoder.train())(features(2), captions(3, 8))
+@pytest.mark.parametrize("images", [0, 2])
+def test_every_parameter_gets_a_gradient(decoder: nn.Module, images: int) -> None:
+    # DDP waits for all of them, also on a worker that has no caption of the last batch.
+    loss, _ = TeacherForcing(decoder.train())(features(images), captions(3, 8)[:images])
     loss.backward()
     assert [name for name, one in decoder.named_parameters() if one.grad is None] == []
+
+
+def test_steps_keep_one_row_per_image_of_what_captions_share(decoder: nn.Module) -> None:
+    image, tokens = features(2), captions(4, 4, 4, 4, 4, 4)
+    state = decoder.start(image)
+    shared = {name: state[name] for name in decoder.image_state}
+    state = {
+        name: one if name in shared else one.repeat_interleave(3, 0) for name, one in state.items()
+    }
+    repeated = {name: column.repeat_interleave(3, 0) for name, column in image.items()}
+    expected = decoder(repeated, tokens)
+    for position in range(tokens.shape[1]):
+        logits, state, _ = decoder.step(tokens[:, position], state)
+        torch.testing.assert_close(logits, expected[:, position], rtol=1e-4, atol=1e-5)
+    assert all(state[name] is one for name, one in shared.items())
+
+
+@pytest.mark.parametrize("kind", ["spatial_attention", "transformer"])
+def test_tied_embeddings_are_one_matrix_and_stay_tied_when_loaded(kind: str) -> None:
+    sizes = {"kind": kind, "width": 16, "attention_width": 8, "heads": 4, "layers": 1}
+    apart, tied, other = (
+        build_decoder(DecoderConfig(tie_embeddings=tie, **sizes), VOCABULARY, CHANNELS).eval()
+        for tie in (False, True, True)
+    )
+    counts = [sum(one.numel() for one in decoder.parameters()) for decoder in (apart, tied)]
+    assert counts[0] - counts[1] == VOCABULARY * 16
+    unpack_weights(other, pack_weights(tied))
+    assert other.output.weight is other.embedding.weight
+    torch.testing.assert_close(other(features(2), captions(4, 4)), tied(features(2), captions(4, 4)))
+
+
+@pytest.mark.parametrize("kind", ["spatial_attention", "transformer"])
+def test_the_place_of_a_cell_matters_to_the_transformer_alone(kind: str) -> None:
+    torch.manual_seed(0)
+    config = DecoderConfig(kind=kind, width=16, attention_width=8, heads=4, layers=1)
+    decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
+    image, tokens = features(1), captions(4)
+    flipped = {"grid": image["grid"].flip(1)}
+    same = torch.allclose(decoder(image, tokens), decoder(flipped, tokens), rtol=1e-4, atol=1e-5)
+    assert same == (kind == "spatial_attention")
 
 
 def test_eight_captions_can_be_learned_by_heart(decoder: nn.Module) -> None:
@@ -126,8 +170,11 @@ def test_weights_survive_packing_and_misfits_are_named(decoder: nn.Module) -> No
     config = DecoderConfig(
         kind=kind, width=32, output_width=12, attention_width=8, heads=4, layers=2
     )
-    with pytest.raises(ModelError, match="does not fit its configuration: "):
-        unpack_weights(build_decoder(config, VOCABULARY, CHANNELS), packed)
+    wider = build_decoder(config, VOCABULARY, CHANNELS)
+    shapes = wider.state_dict()
+    first = min(name for name, one in decoder.state_dict().items() if one.shape != shapes[name].shape)
+    with pytest.raises(ModelError, match=f"does not fit its configuration: {re.escape(first)} is "):
+        unpack_weights(wider, packed)
 
 
 def test_merge_has_the_seeds_layers() -> None:

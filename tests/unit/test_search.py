@@ -12,7 +12,7 @@ from captioner.models.base import Features, State
 from captioner.models.search import search
 from captioner.text import END, PAD, START, UNK
 
-from .test_models import CHANNELS, VOCABULARY, features
+from .test_models import CELLS, CHANNELS, VOCABULARY, features
 
 
 class Table(nn.Module):
@@ -44,7 +44,7 @@ class Table(nn.Module):
 
 
 def images(*numbers: int) -> Features:
-    return {"pooled": torch.tensor([[float(number)] for number in numbers])}
+    return {"pooled": torch.tensor(numbers, dtype=torch.float32).unsqueeze(1)}
 
 
 def test_a_wide_beam_finds_what_brute_force_finds() -> None:
@@ -150,4 +150,40 @@ def test_a_caption_does_not_depend_on_its_batch(kind: str) -> None:
             [one.log_prob for one in together[row]], abs=1e-4
         )
         for one in alone:
-            assert one.attention is None or one.attention.shape == (len(one.tokens), 49)
+            if kind in ("merge", "sequence_attention") or not one.tokens:
+                assert one.attention is None
+            else:
+                assert one.attention.shape == (len(one.tokens), CELLS)
+                torch.testing.assert_close(one.attention.sum(dim=1), torch.ones(len(one.tokens)))
+
+
+@pytest.mark.parametrize("kind", ["spatial_attention", "transformer"])
+def test_the_map_of_a_word_is_that_of_the_step_that_chose_it(kind: str) -> None:
+    torch.manual_seed(5)
+    config = DecoderConfig(kind=kind, width=16, attention_width=8, heads=4, layers=2)
+    decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
+    with torch.no_grad():
+        decoder.output.weight.mul_(10)
+        decoder.output.bias[END] = -5.0
+    batch = features(4)
+    for row, found in enumerate(search(decoder, batch, DecodeConfig(beam_size=4, max_length=6))):
+        words = found[0].tokens
+        assert words
+        state = decoder.start({name: column[row : row + 1] for name, column in batch.items()})
+        for position, word in enumerate((START, *words[:-1])):
+            _, state, expected = decoder.step(torch.tensor([word]), state)
+            torch.testing.assert_close(found[0].attention[position], expected[0], rtol=1e-3, atol=1e-5)
+
+
+def test_no_images_have_no_captions() -> None:
+    assert search(Table(7, 5, images=1), images(), DecodeConfig()) == []
+
+
+def test_captions_are_ended_by_force_at_the_greatest_length() -> None:
+    decoder = Table(9, 5, images=3)
+    decoder.table[..., END] = -50.0
+    config = DecodeConfig(beam_size=3, num_captions=3, max_length=4)
+    for image, found in enumerate(search(decoder, images(*range(3)), config)):
+        assert [len(one.tokens) for one in found] == [4, 4, 4]
+        for one in found:
+            assert one.log_prob == pytest.approx(decoder.log_prob(image, one.tokens), rel=1e-5)
