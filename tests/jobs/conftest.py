@@ -78,21 +78,21 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 def _wait_for_agent(head: Head, process: "subprocess.Popen[bytes]", log: Path) -> None:
     # The job server answers some twenty seconds before the agent that starts jobs is there.
     command = [str(RAY), "job", "submit", "--address", head.dashboard, "--", "true"]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
         tried = subprocess.run(command, env=head.environment, capture_output=True, text=True)
         if tried.returncode == 0:
             return
         time.sleep(3)
-    pytest.fail(f"no job could be submitted within 120 s: {tried.stdout}{tried.stderr}")
+    pytest.fail(f"no job could be submitted within 240 s: {tried.stdout}{tried.stderr}")
 
 
 @pytest.fixture(scope="session")
 def run_job(head: Head) -> RunJob:
     """Run ``python -m ray_jobs.NAME`` in a child process on the head's cluster."""
 
-    def run(name: str, *arguments: str, timeout: float = 280) -> "subprocess.CompletedProcess[str]":
+    def run(name: str, *arguments: str, timeout: float = 600) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [sys.executable, "-m", f"ray_jobs.{name}", *arguments],
             env=head.environment | {"RAY_ADDRESS": head.address},
@@ -110,7 +110,7 @@ def submit_job(head: Head) -> RunJob:
     """The same through ``ray job submit --working-dir .``."""
 
     def submit(
-        name: str, *arguments: str, timeout: float = 280
+        name: str, *arguments: str, timeout: float = 600
     ) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [

@@ -16,6 +16,9 @@ from captioner.store import FeatureStore
 
 from .conftest import RunJob
 
+# The first test waits for the head and for four jobs.
+pytestmark = pytest.mark.timeout(1200)
+
 SHAPES = [
     "--source-options.shapes.train", "120", "--source-options.shapes.validation", "16",
     "--source-options.shapes.test", "16",

@@ -127,7 +127,9 @@ def test_tied_embeddings_are_one_matrix_and_stay_tied_when_loaded(kind: str) -> 
     assert counts[0] - counts[1] == VOCABULARY * 16
     unpack_weights(other, pack_weights(tied))
     assert other.output.weight is other.embedding.weight
-    torch.testing.assert_close(other(features(2), captions(4, 4)), tied(features(2), captions(4, 4)))
+    torch.testing.assert_close(
+        other(features(2), captions(4, 4)), tied(features(2), captions(4, 4))
+    )
 
 
 @pytest.mark.parametrize("kind", ["spatial_attention", "transformer"])
@@ -172,7 +174,9 @@ def test_weights_survive_packing_and_misfits_are_named(decoder: nn.Module) -> No
     )
     wider = build_decoder(config, VOCABULARY, CHANNELS)
     shapes = wider.state_dict()
-    first = min(name for name, one in decoder.state_dict().items() if one.shape != shapes[name].shape)
+    first = min(
+        name for name, one in decoder.state_dict().items() if one.shape != shapes[name].shape
+    )
     with pytest.raises(ModelError, match=f"does not fit its configuration: {re.escape(first)} is "):
         unpack_weights(wider, packed)
 

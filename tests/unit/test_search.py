@@ -172,7 +172,9 @@ def test_the_map_of_a_word_is_that_of_the_step_that_chose_it(kind: str) -> None:
         state = decoder.start({name: column[row : row + 1] for name, column in batch.items()})
         for position, word in enumerate((START, *words[:-1])):
             _, state, expected = decoder.step(torch.tensor([word]), state)
-            torch.testing.assert_close(found[0].attention[position], expected[0], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(
+                found[0].attention[position], expected[0], rtol=1e-3, atol=1e-5
+            )
 
 
 def test_no_images_have_no_captions() -> None:
