@@ -47,9 +47,10 @@ def images(*numbers: int) -> Features:
     return {"pooled": torch.tensor(numbers, dtype=torch.float32).unsqueeze(1)}
 
 
-def test_a_wide_beam_finds_what_brute_force_finds() -> None:
-    decoder, longest = Table(7, 5, images=6), 3
-    words = range(UNK + 1, 7)
+@pytest.mark.parametrize(("vocabulary", "longest"), [(7, 3), (6, 4)])
+def test_a_wide_beam_finds_what_brute_force_finds(vocabulary: int, longest: int) -> None:
+    decoder = Table(vocabulary, longest + 1, images=6)
+    words = range(UNK + 1, vocabulary)
     config = DecodeConfig(beam_size=30, num_captions=5, max_length=longest, length_penalty=0.0)
     for image, found in enumerate(search(decoder, images(*range(6)), config)):
         everything = [
