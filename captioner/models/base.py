@@ -26,8 +26,12 @@ class Decoder(Protocol):
     """Names of the state tensors that describe the image alone and that ``step`` hands on unchanged. They keep one row
     per image however many captions of it are being written, so that search never copies them for its beams."""
 
-    output: nn.Linear
-    """The projection [O] -> [V] to logits, apart from ``hidden`` so that a loss can project real words only."""
+    def output(self, hidden: Tensor) -> Tensor:
+        """Logits float [..., V] of what ``hidden`` gave [..., O]; apart, so that a loss can project real words only.
+
+        An ``nn.Linear`` in the decoders themselves.
+        """
+        ...
 
     def hidden(self, features: Features, tokens: Tensor) -> Tensor:
         """What the logits of every next word are projected from.

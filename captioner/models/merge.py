@@ -15,7 +15,7 @@ from captioner.models.base import Features, Standardize, State
 class MergeDecoder(nn.Module):
     """``relu(image)`` and the words through one LSTM; each output plus the image through a dense layer to the words."""
 
-    columns = ("pooled",)
+    columns: tuple[str, ...] = ("pooled",)
     image_state: frozenset[str] = frozenset()
 
     def __init__(self, config: DecoderConfig, vocabulary_size: int, channels: int):

@@ -34,9 +34,10 @@ class Hypothesis:
 def search(decoder: Decoder, features: Features, config: DecodeConfig) -> list[list[Hypothesis]]:
     """The ``num_captions`` best captions of every image, best first.
 
-    A beam that reaches ``<end>`` leaves the beam and is kept aside. An image is done, and leaves the batch, when no
-    living beam would be among its ``num_captions`` best by ending at the next word. At ``max_length`` words the living
-    beams are ended by force. ``beam_size`` 1 is greedy search.
+    A beam that reaches ``<end>`` leaves the beam and is kept aside. An image is done, and leaves the batch, when
+    nothing that its living beams can become is among its ``num_captions`` best. At ``max_length`` words the living
+    beams are ended by force. ``beam_size`` 1 is greedy search, done at the first ``<end>``. Of equal candidates the
+    one of the better beam comes first, then the smaller word id.
 
     Args:
         decoder: in evaluation mode.
@@ -85,7 +86,6 @@ class _Beams:
     def __init__(self, images: int, config: DecodeConfig):
         self.config = config
         self.live = list(range(images))  # images still searched, in the order of the batch
-        self.length = 0  # words of the living beams
         self.width = 1  # beams per image: one before the first word
         self.scores: Tensor | None = None  # log-probabilities [images, K]
         self.words: list[list[tuple[int, ...]]] = [[()] for _ in range(images)]
@@ -112,17 +112,11 @@ class _Beams:
         totals = log_probs.add_(self.scores.reshape(-1, 1)).reshape(images, -1)
         # Twice the beam: at most `beams` of the best candidates can be ends, so as many words remain.
         count = min(2 * beams, totals.shape[1])
-        # A stable sort breaks ties by beam and word, so that a result never depends on the batch; restricted to the
-        # few values that matter, because sorting whole vocabularies would cost more than the decoder.
-        values, flat = totals.topk(count, dim=1)
-        order = _stable_order(values, flat)
-        values, flat = values.gather(1, order), flat.gather(1, order)
-        return self._take(values.tolist(), flat.tolist(), vocabulary, attention, log_probs)
+        return self._take(_best(totals, count), vocabulary, attention, log_probs)
 
     def _take(
         self,
-        values: list[list[float]],
-        flat: list[list[int]],
+        candidates: list[list[tuple[float, int]]],
         vocabulary: int,
         attention: Tensor | None,
         like: Tensor,
@@ -133,17 +127,14 @@ class _Beams:
             new_words: list[tuple[int, ...]] = []
             new_maps: list[tuple[Tensor, ...]] = []
             new_scores, new_rows = [], []
-            for rank, (value, index) in enumerate(
-                zip(values[position], flat[position], strict=True)
-            ):
+            for rank, (value, index) in enumerate(candidates[position]):
                 source, token = divmod(index, vocabulary)
                 row = position * self.width + source
                 if value == -torch.inf or len(new_words) == beams:
                     continue
                 if token == END:
-                    if (
-                        rank < beams
-                    ):  # an end that would not have made the beam is no result of beam search
+                    # An end that would not have made the beam is no result of beam search.
+                    if rank < beams:
                         self._finish(
                             image, self.words[position][source], value, self.maps[position][source]
                         )
@@ -168,7 +159,6 @@ class _Beams:
             tokens += [sequence[-1] for sequence in words[-1]]
         all_live = len(live) == len(self.live)
         self.live, self.words, self.maps, self.width = live, words, maps, beams
-        self.length += 1
         if not live:
             return None
         self.scores = like.new_tensor(scores)
@@ -188,14 +178,15 @@ class _Beams:
 
     def _settled(self, image: int, best_living: float) -> bool:
         """Whether the living beams of an image are given up."""
-        wanted, length = self.config.num_captions, self.length + 1
+        wanted = self.config.num_captions
         if len(self.finished[image]) < wanted:
             return False
         if self.config.beam_size == 1:
             return True
         worst_kept = sorted((one.score for one in self.finished[image]), reverse=True)[wanted - 1]
-        next_score: float = best_living / (length + 1) ** self.config.length_penalty
-        return worst_kept >= next_score
+        # A word more costs probability but lengthens the divisor: nothing beats going on to the longest at no cost.
+        bound: float = best_living / (self.config.max_length + 1) ** self.config.length_penalty
+        return worst_kept >= bound
 
     def _forbid_repeats(self, log_probs: Tensor) -> None:
         size = self.config.no_repeat_ngram
@@ -221,7 +212,18 @@ class _Beams:
         ]
 
 
-def _stable_order(values: Tensor, flat: Tensor) -> Tensor:
-    by_index = flat.argsort(dim=1, stable=True)
-    by_value = values.gather(1, by_index).argsort(dim=1, descending=True, stable=True)
-    return by_index.gather(1, by_value)
+def _best(totals: Tensor, count: int) -> list[list[tuple[float, int]]]:
+    """The ``count`` largest values of each row of ``totals`` [images, N] with their places, equal ones by place."""
+    values, places = totals.topk(count, dim=1)
+    # topk leaves open which of several equal values at its edge it takes. A sort does not, but costs more than the
+    # decoder, so it is kept for the rare rows where that matters.
+    edge = values[:, -1:]
+    tied = ((totals >= edge).sum(dim=1, keepdim=True) > count) & (edge > -torch.inf)
+    unsure = tied.squeeze(1).nonzero().squeeze(1)
+    if len(unsure):
+        sorted_values, order = totals[unsure].sort(dim=1, descending=True, stable=True)
+        values[unsure], places[unsure] = sorted_values[:, :count], order[:, :count]
+    return [
+        sorted(zip(*row, strict=True), key=lambda one: (-one[0], one[1]))
+        for row in zip(values.tolist(), places.tolist(), strict=True)
+    ]

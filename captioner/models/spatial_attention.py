@@ -13,7 +13,7 @@ from captioner.models.base import Features, Standardize, State
 class SpatialAttentionDecoder(nn.Module):
     """An LSTM that looks at a weighted mean of the grid's cells before every word."""
 
-    columns = ("grid",)
+    columns: tuple[str, ...] = ("grid",)
     image_state = frozenset({"cells", "keys"})
 
     def __init__(self, config: DecoderConfig, vocabulary_size: int, channels: int):

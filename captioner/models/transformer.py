@@ -96,7 +96,7 @@ class Block(nn.Module):
 class TransformerDecoder(nn.Module):
     """Words attend to the words before them and to the cells of the picture."""
 
-    columns = ("grid",)
+    columns: tuple[str, ...] = ("grid",)
 
     def __init__(self, config: DecoderConfig, vocabulary_size: int, channels: int):
         super().__init__()

@@ -73,6 +73,21 @@ def test_steps_give_the_logits_of_the_whole_caption(decoder: nn.Module) -> None:
             torch.testing.assert_close(attention.sum(dim=1), torch.ones(3))
 
 
+def test_captions_of_one_image_share_what_describes_it(decoder: nn.Module) -> None:
+    image, tokens = features(2), captions(5, 5, 5, 5, 5, 5)
+    repeated = {name: column.repeat_interleave(3, dim=0) for name, column in image.items()}
+    expected = decoder(repeated, tokens)
+    state = {
+        name: tensor if name in decoder.image_state else tensor.repeat_interleave(3, dim=0)
+        for name, tensor in decoder.start(image).items()
+    }
+    for position in range(tokens.shape[1]):
+        logits, state, attention = decoder.step(tokens[:, position], state)
+        torch.testing.assert_close(logits, expected[:, position], rtol=1e-4, atol=1e-5)
+        assert attention is None or attention.shape == (6, CELLS)
+        assert all(len(state[name]) == 2 for name in decoder.image_state)
+
+
 def test_later_words_do_not_change_earlier_logits(decoder: nn.Module) -> None:
     image, tokens = features(2), captions(6, 6)
     changed = tokens.clone()

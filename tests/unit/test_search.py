@@ -65,6 +65,54 @@ def test_a_wide_beam_finds_what_brute_force_finds(vocabulary: int, longest: int)
         )
 
 
+@pytest.mark.parametrize("penalty", [0.0, 0.7, 2.0])
+@pytest.mark.parametrize("wanted", [1, 5, 31])
+def test_a_beam_that_holds_everything_ranks_all_captions(penalty: float, wanted: int) -> None:
+    # Two words and at most four of them: 31 captions, and never more than 24 candidates for 32 beams.
+    decoder, longest = Table(6, 5, images=20), 4
+    config = DecodeConfig(
+        beam_size=32, num_captions=wanted, max_length=longest, length_penalty=penalty
+    )
+    everything = [
+        caption
+        for length in range(longest + 1)
+        for caption in itertools.product(range(UNK + 1, 6), repeat=length)
+    ]
+    for image, found in enumerate(search(decoder, images(*range(20)), config)):
+        scores = {
+            caption: decoder.log_prob(image, caption) / (len(caption) + 1) ** penalty
+            for caption in everything
+        }
+        best = sorted(everything, key=lambda caption: -scores[caption])[:wanted]
+        assert [one.tokens for one in found] == best
+        assert [one.score for one in found] == pytest.approx(
+            [scores[one] for one in best], abs=1e-5
+        )
+
+
+@pytest.mark.parametrize("beams", [1, 3, 8])
+def test_equal_candidates_come_by_beam_and_word(beams: int) -> None:
+    decoder = Table(5000, 3, images=1)
+    decoder.table.zero_()
+    decoder.table[..., END] = -1.0
+    config = DecodeConfig(beam_size=beams, num_captions=beams, max_length=2)
+    expected = [(UNK + 1, UNK + 1 + number) for number in range(beams)]
+    for batch in (1, 7):
+        for found in search(decoder, images(*[0] * batch), config):
+            assert [one.tokens for one in found] == expected
+
+
+def test_asking_for_more_captions_keeps_the_best() -> None:
+    decoder, batch = Table(20, 13, images=20, seed=2), images(*range(20))
+    one = search(decoder, batch, DecodeConfig(beam_size=4, num_captions=1, max_length=12))
+    four = search(decoder, batch, DecodeConfig(beam_size=4, num_captions=4, max_length=12))
+    assert [found[0].tokens for found in one] == [found[0].tokens for found in four]
+
+
+def test_no_images_give_no_captions() -> None:
+    assert search(Table(7, 5, images=1), images(), DecodeConfig()) == []
+
+
 def test_beam_of_one_is_greedy() -> None:
     decoder = Table(30, 21, images=8)
     for image, found in enumerate(

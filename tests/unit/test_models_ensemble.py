@@ -1,0 +1,79 @@
+"""An ensemble is a decoder like its members, and its words have the mean of their probabilities."""
+
+import pytest
+import torch
+from torch import nn
+
+from captioner.config import DecodeConfig, DecoderConfig
+from captioner.errors import ModelError
+from captioner.models import DECODERS, build_decoder
+from captioner.models.ensemble import Ensemble
+from captioner.models.search import search
+from captioner.training.steps import TeacherForcing
+
+from .test_models import CELLS, CHANNELS, VOCABULARY, captions, features
+
+
+def member(kind: str, seed: int = 0, vocabulary: int = VOCABULARY) -> nn.Module:
+    torch.manual_seed(seed)
+    config = DecoderConfig(
+        kind=kind, width=16, output_width=12, attention_width=8, heads=4, layers=2
+    )
+    decoder = build_decoder(config, vocabulary, CHANNELS).eval()
+    with torch.no_grad():
+        # Sharper than fresh weights, so that the mean of probabilities is far from that of logits.
+        decoder.output.weight.mul_(5)
+    return decoder
+
+
+@pytest.fixture
+def ensemble() -> Ensemble:
+    return Ensemble([member(kind) for kind in sorted(DECODERS)]).eval()
+
+
+def test_a_word_has_the_mean_of_the_members_probabilities(ensemble: Ensemble) -> None:
+    image, tokens = features(2), captions(5, 5)
+    members = torch.stack([torch.softmax(one(image, tokens), dim=-1) for one in ensemble.members])
+    torch.testing.assert_close(ensemble(image, tokens).exp(), members.mean(dim=0))
+
+
+def test_steps_give_the_log_probabilities_of_the_whole_caption(ensemble: Ensemble) -> None:
+    image, tokens = features(3), captions(5, 5, 5)
+    expected = ensemble(image, tokens)
+    state = ensemble.start(image)
+    for position in range(tokens.shape[1]):
+        logits, state, attention = ensemble.step(tokens[:, position], state)
+        torch.testing.assert_close(logits, expected[:, position], rtol=1e-4, atol=1e-4)
+        assert attention is not None
+        assert attention.shape == (3, CELLS)
+        torch.testing.assert_close(attention.sum(dim=1), torch.ones(3))
+
+
+def test_an_ensemble_of_one_decoder_twice_captions_as_that_decoder(ensemble: Ensemble) -> None:
+    decode = DecodeConfig(beam_size=4, num_captions=2, max_length=10)
+    for decoder in ensemble.members:
+        image = {name: features(4)[name] for name in decoder.columns}
+        expected = search(decoder, image, decode)
+        for one, two in zip(
+            expected, search(Ensemble([decoder, decoder]), image, decode), strict=True
+        ):
+            assert [caption.tokens for caption in one] == [caption.tokens for caption in two]
+
+
+def test_its_teacher_forced_loss_is_that_of_its_probabilities(ensemble: Ensemble) -> None:
+    image, tokens = features(2), captions(3, 8)
+    loss, _ = TeacherForcing(ensemble).eval()(image, tokens)
+    expected = nn.functional.nll_loss(
+        ensemble(image, tokens[:, :-1]).flatten(0, 1),
+        tokens[:, 1:].flatten(),
+        ignore_index=0,
+        reduction="sum",
+    )
+    torch.testing.assert_close(loss, expected)
+
+
+def test_members_of_different_vocabularies_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"sizes: \[23, 24\]"):
+        Ensemble([member("merge"), member("merge", vocabulary=24)])
+    with pytest.raises(ModelError, match=r"sizes: \[\]"):
+        Ensemble([])
