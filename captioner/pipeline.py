@@ -22,7 +22,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.extensions import FixedShapeTensorFormat
 
 from captioner import storage
-from captioner.cluster import PoolPlan
+from captioner.cluster import PoolPlan, num_cpus
 from captioner.config import ImageLimits
 from captioner.errors import ImageError, SourceError, StoreError
 from captioner.images import decode_image
@@ -164,7 +164,7 @@ def run_pipeline(
             compute=ActorPoolStrategy(size=pool.size),
             batch_size=batch_size,
             batch_format="pyarrow",
-            num_cpus=None if pool.num_gpus else pool.num_cpus,
+            num_cpus=None if pool.num_gpus else _reserved_cpus(pool, resuming=already > 0),
             num_gpus=pool.num_gpus or None,
             # What an actor with the network in it uses. It also keeps this stage from having the decoding tasks'
             # resources: equal ones would be fused into one actor, and decoding would wait for the model.
@@ -233,6 +233,15 @@ def forget_checkpoint(output: storage.Output) -> None:
         filesystem.delete_dir(path)
 
 
+def _reserved_cpus(pool: PoolPlan, *, resuming: bool) -> float:
+    """CPUs that one model actor reserves, at most what the rest of the pipeline can spare.
+
+    Reading, decoding and writing need one, and on a resume Ray Data's filter of finished rows, an actor, holds another:
+    if the model actors took it, no task could ever start and the run would wait for ever.
+    """
+    return max(0, min(pool.num_cpus, (num_cpus() - (2 if resuming else 1)) // pool.size))
+
+
 def _distrust_double_marks(output: storage.Output) -> None:
     """Of files that are marked both pending and complete, keep the pending mark: their rows are then done again.
 
@@ -276,6 +285,8 @@ def _data_context(checkpoint: str, filesystem: pa.fs.FileSystem) -> Iterator[Non
         # A run killed between its last row and its manifest still needs them.
         delete_checkpoint_on_success=False,
     )
+    # By default up to ten filter actors, each with a CPU for good, which on a small machine would be all of them.
+    context.checkpoint_config.checkpoint_actor_pool_max_size = max(1, min(10, num_cpus() // 8))
     context.arrow_fixed_shape_tensor_format = FixedShapeTensorFormat.ARROW_NATIVE
     context.enable_progress_bars = False
     try:
