@@ -45,6 +45,20 @@ def seed_attention() -> TrainConfig:
     )
 
 
+def flickr8k_merge() -> TrainConfig:
+    """The merge decoder on real photographs, tuned for its captions rather than for the comparison."""
+    return TrainConfig(
+        features="runs/flickr8k/features",
+        output="runs/flickr8k/merge",
+        decoder=DecoderConfig(kind="merge", width=512, output_width=512, dropout=0.5),
+        text=TextConfig(min_count=5),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200, schedule="cosine"),
+        epochs=10,
+        global_batch=64,
+        patience=None,
+    )
+
+
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
-    preset.__name__: preset for preset in (demo, seed_merge, seed_attention)
+    preset.__name__: preset for preset in (demo, flickr8k_merge, seed_merge, seed_attention)
 }
