@@ -30,7 +30,9 @@ def run(
     Keyword arguments go to ``parse``.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("ray.data", "ray.train", "httpx", "botocore", "fsspec", "huggingface_hub"):
+    # What Ray Data logs as an error it raises as well; said once is enough.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    for noisy in ("ray.train", "httpx", "botocore", "fsspec", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         job(parse(config_type, sys.argv[1:], **parse_options))

@@ -141,6 +141,8 @@ def run_pipeline(
     already = _checkpointed(output)
     if already:
         logger.info("continuing: %s of %s images are done", f"{already:,}", f"{total:,}")
+    if already == total and not _pending(output):
+        return
     with (
         _data_context(checkpoint, filesystem),
         ProgressLine(total, already, counter=counter) as progress,
@@ -253,6 +255,11 @@ def _distrust_double_marks(output: storage.Output) -> None:
     for mark in marks:
         if mark.endswith(_PENDING) and (final := mark.removesuffix(_PENDING) + ".parquet") in marks:
             filesystem.delete_file(f"{path}/{final}")
+
+
+def _pending(output: storage.Output) -> bool:
+    """Whether a killed task may have left a file that Ray Data has yet to delete."""
+    return any(file.path.endswith(_PENDING) for file in storage.list_files(output.uri(CHECKPOINT)))
 
 
 def _checkpointed(output: storage.Output) -> int:

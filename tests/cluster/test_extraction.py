@@ -29,6 +29,7 @@ from captioner.store import FeatureStore
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = 120
 BATCH = 8
+LIMITS = ImageLimits(max_bytes=2**19)
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(600)]
 
@@ -211,7 +212,7 @@ def damaged(photos: Path, tmp_path: Path) -> Path:
 
 def test_bad_images_are_counted_named_and_limited(damaged: Path, tmp_path: Path) -> None:
     output = tmp_path / "features"
-    config = settings(damaged, output, limits=ImageLimits(max_bytes=2**19))
+    config = settings(damaged, output, limits=LIMITS)
     with pytest.raises(SourceError, match=r"^4 of 16 images were rejected, .* 0\.01") as one:
         extract(config)
     assert "\n" not in str(one.value)
@@ -234,7 +235,7 @@ def test_finished_rows_are_published_without_encoding_again(
 ) -> None:
     """A run that dies between its last row and its manifest."""
     output = tmp_path / "features"
-    config = settings(damaged, output, max_reject_fraction=0.5)
+    config = settings(damaged, output, limits=LIMITS, max_reject_fraction=0.5)
 
     class Killed(BaseException):
         pass
@@ -255,7 +256,7 @@ def test_finished_rows_are_published_without_encoding_again(
 def test_a_mark_left_twice_costs_no_rows(damaged: Path, tmp_path: Path) -> None:
     """On S3 a rename is a copy and a delete: killed between them, both the pending mark and the final one are there."""
     output = tmp_path / "features"
-    config = settings(damaged, output)
+    config = settings(damaged, output, limits=LIMITS)
     with pytest.raises(SourceError, match="max-reject-fraction"):
         extract(config)
     mark = next((output / CHECKPOINT).iterdir())
