@@ -107,6 +107,8 @@ class RepeatedSource:
                 size = task.metadata.size_bytes or 0
                 pieces.append(Piece(read, task.metadata.num_rows or 0, size))
                 rows += pieces[-1].rows
+                if rows >= self._images:
+                    return pieces
             turn += 1
         return pieces
 
