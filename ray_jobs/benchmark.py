@@ -6,11 +6,9 @@ python -m ray_jobs.benchmark extract --source my_photos/ --images 2000 --json ex
 import sys
 
 from captioner import cli, storage
-from captioner.benchmark import benchmark_extract
+from captioner.benchmark.extract import benchmark_extract
 from captioner.config import BenchmarkExtractConfig
 from captioner.errors import ConfigError
-
-STAGES = ("extract",)
 
 
 def extract(config: BenchmarkExtractConfig) -> None:
@@ -20,11 +18,15 @@ def extract(config: BenchmarkExtractConfig) -> None:
         storage.write_bytes(config.json_file, result.model_dump_json(indent=1).encode())
 
 
+STAGES = {"extract": (extract, BenchmarkExtractConfig)}
+
+
 def main() -> None:
     stage = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
     if stage not in STAGES:
         cli.fail(str(ConfigError(f"benchmark: {stage!r} is not one of {', '.join(STAGES)}")))
-    cli.run(extract, BenchmarkExtractConfig)
+    job, config_type = STAGES[stage]
+    cli.run(job, config_type)
 
 
 if __name__ == "__main__":

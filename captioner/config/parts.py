@@ -1,11 +1,7 @@
-"""Every setting of every job, as frozen pydantic models: parsed by tyro, stored in manifests, reused by the service.
-
-A docstring under a field is its ``--help`` text. "Per worker" and "global" are always said of batch sizes.
-"""
+"""What the settings of several jobs share."""
 
 from typing import Annotated, Literal
 
-import tyro
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Split = Literal["train", "validation", "test"]
@@ -69,28 +65,6 @@ class SourceConfig(Config):
     limit: Positive | None = None
     """Take only the first N images of each split."""
     shapes: ShapesConfig = ShapesConfig()
-
-
-class ExtractConfig(Config):
-    """Extract features: images -> frozen ResNet50 -> feature store."""
-
-    source: str
-    """shapes, flickr8k, flickr30k, or a path or URI: a folder of images or a folder of Parquet files."""
-    output: str
-    """Directory of the feature store (path or URI)."""
-    encoder: EncoderConfig = EncoderConfig()
-    source_options: SourceConfig = SourceConfig()
-    grid: bool = False
-    """Also store the 7x7 grid of vectors (float16), for decoders that look at parts of the picture."""
-    limits: ImageLimits = ImageLimits()
-    max_reject_fraction: Fraction = 0.01
-    """Largest fraction of unreadable images; past it the job fails and publishes nothing."""
-    batch_size: Positive = 32
-    """Images per forward pass of one encoder actor."""
-    num_encoders: Positive | None = None
-    """Encoder actors; default: one per GPU, or as many as the CPUs feed best."""
-    cpus_per_encoder: Positive | None = None
-    """Threads of one encoder actor on CPU; default: chosen from the cluster."""
 
 
 class TextConfig(Config):
@@ -175,106 +149,3 @@ class DecodeConfig(Config):
                 f"num_captions: {self.num_captions} must be at most beam_size {self.beam_size}"
             )
         return self
-
-
-class TrainConfig(Config):
-    """Train a decoder on a feature store."""
-
-    features: str
-    """Feature store (path or URI)."""
-    output: str
-    """Directory of the model (path or URI)."""
-    decoder: DecoderConfig = DecoderConfig()
-    text: TextConfig = TextConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    epochs: Positive = 20
-    """Most passes over the train captions."""
-    global_batch: Positive = 64
-    """Captions per optimizer step, over all workers together."""
-    patience: Positive | None = 5
-    """Stop after this many epochs without a better validation loss; None trains all epochs."""
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability mass spread over the vocabulary in the training loss (validation never smooths)."""
-    num_workers: Positive = 1
-    """Data-parallel workers (DDP); each takes one GPU where the cluster has any."""
-    compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the forward and backward passes; weights stay float32. auto: bfloat16 where it is fast."""
-    seed: int = 0
-    """Seed of weights, dropout and the order of captions."""
-    max_failures: Annotated[int, Field(ge=0)] = 2
-    """Worker failures survived by restarting from the last checkpoint."""
-
-
-class EvaluateConfig(Config):
-    """Score a model on one split."""
-
-    features: str
-    """Feature store (path or URI)."""
-    model: str
-    """Model directory (path or URI)."""
-    output: str
-    """Directory of the report (path or URI)."""
-    split: Split = "validation"
-    """Split to score."""
-    decode: DecodeConfig = DecodeConfig()
-    batch_size: Positive = 64
-    """Images per decoding batch."""
-    seed: int = 0
-    """Seed of the choice of pictures in the grid."""
-
-
-class CaptionConfig(Config):
-    """Caption any collection of images."""
-
-    images: str
-    """A folder, one image file, a Parquet file or a folder of them (path or URI)."""
-    model: str
-    """Model directory (path or URI)."""
-    output: str
-    """Directory of the captions (path or URI)."""
-    decode: DecodeConfig = DecodeConfig()
-    limits: ImageLimits = ImageLimits()
-    max_reject_fraction: Fraction = 1.0
-    """Largest fraction of unreadable images; past it the job fails and publishes nothing."""
-    source_options: SourceConfig = SourceConfig()
-    batch_size: Positive = 32
-    """Images per batch of one captioning actor."""
-    num_captioners: Positive | None = None
-    """Captioning actors; default: one per GPU, or as many as the CPUs feed best."""
-    cpus_per_captioner: Positive | None = None
-    """Threads of one captioning actor on CPU; default: chosen from the cluster."""
-
-
-class BenchmarkExtractConfig(Config):
-    """Measure extraction on this machine or cluster: each stage alone, then the pipeline."""
-
-    source: str = "shapes"
-    """As for extract_features; its images are repeated to reach the number wanted."""
-    source_options: SourceConfig = SourceConfig()
-    encoder: EncoderConfig = EncoderConfig(weights="random")
-    grid: bool = False
-    """Also compute and store the grid."""
-    images: Annotated[int, Field(ge=100)] = 2000
-    """Images through the pipeline."""
-    seconds: Annotated[float, Field(gt=0.0)] = 10.0
-    """How long each stage is measured alone."""
-    batch_size: Positive = 32
-    """Images per forward pass of one encoder actor."""
-    num_encoders: Positive | None = None
-    """Encoder actors; default: as extract_features chooses."""
-    cpus_per_encoder: Positive | None = None
-    """Threads of one encoder actor on CPU; default: as extract_features chooses."""
-    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
-    """Also write the result to this file (path or URI)."""
-
-
-class DemoConfig(Config):
-    """Everything end to end on generated pictures."""
-
-    output: str = "runs/demo"
-    """Directory that receives features/, model/, report/ and captions/ (path or URI)."""
-    shapes: ShapesConfig = ShapesConfig()
-    encoder: EncoderConfig = EncoderConfig(weights="random")
-    decode: DecodeConfig = DecodeConfig()
-    epochs: Positive = 30
-    """Most passes over the train captions."""

@@ -1,0 +1,50 @@
+"""Every setting of every job, as frozen pydantic models: parsed by tyro, stored in manifests, reused by the service.
+
+A docstring under a field is its ``--help`` text. "Per worker" and "global" are always said of batch sizes.
+"""
+
+from captioner.config.benchmark import BenchmarkExtractConfig
+from captioner.config.jobs import (
+    CaptionConfig,
+    DemoConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    TrainConfig,
+)
+from captioner.config.parts import (
+    Config,
+    DecodeConfig,
+    DecoderConfig,
+    DecoderKind,
+    EncoderConfig,
+    Fraction,
+    ImageLimits,
+    OptimizerConfig,
+    Positive,
+    ShapesConfig,
+    SourceConfig,
+    Split,
+    TextConfig,
+)
+
+__all__ = [
+    "BenchmarkExtractConfig",
+    "CaptionConfig",
+    "Config",
+    "DecodeConfig",
+    "DecoderConfig",
+    "DecoderKind",
+    "DemoConfig",
+    "EncoderConfig",
+    "EvaluateConfig",
+    "ExtractConfig",
+    "Fraction",
+    "ImageLimits",
+    "OptimizerConfig",
+    "Positive",
+    "ShapesConfig",
+    "SourceConfig",
+    "Split",
+    "TextConfig",
+    "TrainConfig",
+]

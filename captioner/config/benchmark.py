@@ -1,0 +1,31 @@
+"""Settings of the benchmarks."""
+
+from typing import Annotated
+
+import tyro
+from pydantic import Field
+
+from captioner.config.parts import Config, EncoderConfig, Positive, SourceConfig
+
+
+class BenchmarkExtractConfig(Config):
+    """Measure extraction on this machine or cluster: each stage alone, then the pipeline."""
+
+    source: str = "shapes"
+    """As for extract_features; its images are repeated to reach the number wanted."""
+    source_options: SourceConfig = SourceConfig()
+    encoder: EncoderConfig = EncoderConfig(weights="random")
+    grid: bool = False
+    """Also compute and store the grid."""
+    images: Annotated[int, Field(ge=100)] = 2000
+    """Images through the pipeline."""
+    seconds: Annotated[float, Field(gt=0.0)] = 10.0
+    """How long each stage is measured alone."""
+    batch_size: Positive = 32
+    """Images per forward pass of one encoder actor."""
+    num_encoders: Positive | None = None
+    """Encoder actors; default: as extract_features chooses."""
+    cpus_per_encoder: Positive | None = None
+    """Threads of one encoder actor on CPU; default: as extract_features chooses."""
+    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
+    """Also write the result to this file (path or URI)."""
