@@ -8,7 +8,9 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/requirements.installed
 PYTEST := $(PYTHON) -m pytest
 
-.PHONY: help install demo test test-unit test-cluster lint type requirements clean
+MODEL := runs/demo/model
+
+.PHONY: help install demo serve test test-unit test-cluster test-serve chromium lint type requirements clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
@@ -39,7 +41,10 @@ $(INSTALLED): requirements.txt
 demo: $(INSTALLED) ## Extract, train, evaluate and caption generated pictures; results in runs/demo
 	$(PYTHON) -m ray_jobs.demo
 
-test: lint ## Run ruff and every test
+serve: $(INSTALLED) ## Serve a model over HTTP on this machine: make serve MODEL=runs/flickr8k/model
+	$(PYTHON) -m ray_jobs.serve --model $(MODEL)
+
+test: lint chromium ## Run ruff and every test
 	$(PYTEST) --durations=5 tests/unit
 	$(PYTEST) --durations=10 --ignore=tests/unit tests
 
@@ -48,6 +53,16 @@ test-unit: $(INSTALLED) ## Run the tests that need no Ray
 
 test-cluster: $(INSTALLED) ## Run the tests that start a local Ray
 	$(PYTEST) --durations=10 tests/cluster
+
+test-serve: $(INSTALLED) chromium ## Run the tests that talk to a running service
+	$(PYTEST) --durations=10 tests/serve
+
+# The page is tested in Debian's Chromium. Where it can be neither found nor installed, only those tests are skipped.
+chromium: ## Install Chromium for the tests of the page, where that is allowed
+	@command -v chromium >/dev/null || { \
+		[[ $$(id -u) == 0 ]] && command -v apt-get >/dev/null \
+			&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; \
+	} || echo "chromium is missing and could not be installed: the tests of the page will be skipped" >&2
 
 lint: $(INSTALLED) ## Check style and formatting with ruff
 	$(PYTHON) -m ruff check .

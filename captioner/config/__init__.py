@@ -26,6 +26,7 @@ from captioner.config.parts import (
     Split,
     TextConfig,
 )
+from captioner.config.serving import ServeConfig
 
 __all__ = [
     "BenchmarkExtractConfig",
@@ -42,6 +43,7 @@ __all__ = [
     "ImageLimits",
     "OptimizerConfig",
     "Positive",
+    "ServeConfig",
     "ShapesConfig",
     "SourceConfig",
     "Split",

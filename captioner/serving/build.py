@@ -1,0 +1,106 @@
+"""From a ``ServeConfig`` to a Ray Serve application."""
+
+import math
+from typing import Any
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.schema import LoggingConfig
+
+from captioner import storage
+from captioner.cluster import num_cpus, num_gpus
+from captioner.config import ServeConfig
+from captioner.model_store import ModelRecord, load_record
+from captioner.serving.ingress import CaptionApi
+from captioner.serving.messages import ModelCard
+from captioner.serving.replica import CaptionModel
+from captioner.serving.security import GuardSettings
+
+# A line per request costs more than it tells: the metrics count them.
+_QUIET = LoggingConfig(enable_access_log=False)
+
+
+def build_app(args: ServeConfig) -> serve.Application:
+    """The application: one deployment per model, and the API in front of them.
+
+    Needs a running Ray. ``serve deploy`` calls it with the ``args`` of its file.
+
+    Raises:
+        ModelError: a model directory is unusable.
+        ConfigError: the token file cannot be used.
+    """
+    cards = describe_models(args)
+    resources = model_resources(args)
+    model: Any = serve.deployment(CaptionModel)
+    handles = {
+        name: model.options(
+            name=f"model-{name}",
+            ray_actor_options=resources,
+            autoscaling_config=AutoscalingConfig(
+                min_replicas=args.min_replicas,
+                max_replicas=args.max_replicas,
+                target_ongoing_requests=args.target_ongoing_requests or args.max_batch_size,
+                upscale_delay_s=5,
+                downscale_delay_s=120,
+                look_back_period_s=15,
+            ),
+            # While one batch runs, the next is decoded.
+            max_ongoing_requests=2 * args.max_batch_size,
+            max_queued_requests=args.max_queued,
+            graceful_shutdown_timeout_s=args.request_timeout_s + 5,
+            max_surge_percent=100,
+            max_constructor_retry_count=3,
+            logging_config=_QUIET,
+        ).bind(name, storage.absolute(uri), args.limits, args.max_batch_size, args.threads)
+        for name, uri in args.models.items()
+    }
+    api: Any = serve.deployment(serve.ingress()(CaptionApi))
+    api = api.options(
+        name="api",
+        num_replicas=args.http_replicas,
+        ray_actor_options={"num_cpus": 0},
+        # Beyond its own bounds on uploads, which answer with 503, pages and lists still get through.
+        max_ongoing_requests=2 * args.max_uploads,
+        max_queued_requests=args.max_uploads,
+        backpressure_config=BackpressureConfig(retry_after_s=args.retry_after_s),
+        graceful_shutdown_timeout_s=args.upload_timeout_s + args.request_timeout_s + 5,
+        max_surge_percent=100,
+        logging_config=_QUIET,
+    )
+    application: serve.Application = api.bind(args, GuardSettings.of(args), cards, handles)
+    return application
+
+
+def describe_models(config: ServeConfig) -> dict[str, ModelCard]:
+    """What /v1/models says, the default model first; also the check that they can be loaded at all.
+
+    Raises:
+        ModelError: a model directory is unusable.
+    """
+    records = {name: load_record(uri) for name, uri in config.models.items()}
+    default = next(iter(records))
+    return {name: _card(name, record, name == default) for name, record in records.items()}
+
+
+def _card(name: str, record: ModelRecord, default: bool) -> ModelCard:
+    return ModelCard(
+        name=name,
+        version=record.weights_sha256[:12],
+        decoder=record.decoder.kind,
+        encoder=f"{record.encoder.name} {record.encoder.layer}",
+        vocabulary_size=record.vocabulary_size,
+        attention="grid" in record.columns,
+        default=default,
+    )
+
+
+def model_resources(config: ServeConfig) -> dict[str, Any]:
+    """What Ray reserves for one model replica: by default so little that each can stand beside its successor."""
+    gpus = config.gpus_per_replica
+    if gpus is None:
+        gpus = 0.5 if num_gpus() else 0
+    cpus = config.cpus_per_replica
+    if cpus is None:
+        share = num_cpus() / (2 * len(config.models) * config.max_replicas)
+        cpus = min(1.0, math.floor(100 * share) / 100)
+    return {"num_cpus": cpus, "num_gpus": gpus}

@@ -1,0 +1,134 @@
+"""The HTTP deployment: the API, and the way from it to the models' replicas."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from captioner.config import DecodeConfig, ServeConfig
+from captioner.serving import metrics
+from captioner.serving.app import create_app, refuse
+from captioner.serving.messages import (
+    Captioned,
+    CaptionResponse,
+    ModelCard,
+    Refused,
+    RequestError,
+    Timing,
+)
+from captioner.serving.security import GuardSettings
+from captioner.serving.uploads import Upload
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 4
+_PROBE_TIMEOUT_S = 5.0
+# A caption this recent is as good as a probe: a busy service is a ready one.
+_FRESH_S = 3.0
+
+
+class CaptionApi:
+    """A replica of the API."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        guard: GuardSettings,
+        cards: dict[str, ModelCard],
+        handles: dict[str, DeploymentHandle],
+    ):
+        self._config, self._guard, self.cards, self._handles = config, guard, cards, handles
+        self._worked = dict.fromkeys(cards, -_FRESH_S)
+        self._probing: asyncio.Task[dict[str, str]] | None = None
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(
+            self,
+            self._config,
+            self._guard,
+            reject=metrics.count_rejected,
+            observe=metrics.count_request,
+        )
+
+    async def caption(self, model: str, upload: Upload, decode: DecodeConfig) -> CaptionResponse:
+        """Captions of the images of a request.
+
+        Raises:
+            RequestError: one of them is refused, or there is no capacity.
+        """
+        started = time.perf_counter()
+        handle = self._handles[model].caption
+        arguments = (upload.images, upload.names, decode, upload.parameters.attention)
+        found: Captioned | Refused = await self._ask(
+            lambda: handle.remote(*arguments), self._config.request_timeout_s
+        )
+        if isinstance(found, Refused):
+            raise refuse(found.status, found.code, found.message, found.position, upload)
+        self._worked[model] = time.monotonic()
+        return CaptionResponse(
+            model=model,
+            version=found.version,
+            captions=found.captions,
+            timing=Timing(
+                decode_ms=round(found.decode_ms, 2),
+                wait_ms=round(found.wait_ms, 2),
+                model_ms=round(found.model_ms, 2),
+                total_ms=round(1e3 * (time.perf_counter() - started), 2),
+                batch_size=found.batch_size,
+            ),
+        )
+
+    async def health(self) -> dict[str, str]:
+        """Models by name: ``ok``, or why they do not caption. Any number of askers share one probe."""
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self._probe_all())
+        return await asyncio.shield(self._probing)
+
+    async def metrics(self) -> str:
+        """Of all replicas, in the text format of Prometheus."""
+        try:
+            return await asyncio.to_thread(metrics.exposition)
+        except OSError as error:
+            message = f"the metrics of Ray's nodes cannot be read ({error}); try again"
+            raise RequestError(503, "no_metrics", message) from error
+
+    async def _probe_all(self) -> dict[str, str]:
+        states = await asyncio.gather(*(self._probe(name) for name in self.cards))
+        return dict(zip(self.cards, states, strict=True))
+
+    async def _probe(self, name: str) -> str:
+        if time.monotonic() - self._worked[name] < _FRESH_S:
+            return "ok"
+        try:
+            await self._ask(self._handles[name].probe.remote, _PROBE_TIMEOUT_S)
+        except (RequestError, RayError) as error:
+            return " ".join(str(error).split())[:200]
+        self._worked[name] = time.monotonic()
+        return "ok"
+
+    async def _ask(self, call: Callable[[], DeploymentResponse[Any]], timeout_s: float) -> Any:
+        """A replica's answer; a replica that dies is replaced by another, for captions depend on nothing it kept."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        for attempt in range(_ATTEMPTS):
+            response = call()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await response
+            except (BackPressureError, DeploymentUnavailableError):
+                break
+            except TimeoutError:
+                response.cancel()
+                break
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except (RayActorError, TaskCancelledError) as error:
+                logger.warning("attempt %d: %s", attempt + 1, " ".join(str(error).split())[:200])
+        message = "the service is busy: try again after the seconds in Retry-After"
+        raise RequestError(503, "overloaded", message)

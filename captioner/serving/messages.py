@@ -1,0 +1,171 @@
+"""What clients send and get, and what travels between the deployments: plain data, importable without torch."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from captioner.config import DecodeConfig
+
+
+class Message(BaseModel):
+    """Base: immutable; a docstring under a field is its description in the OpenAPI document."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class CaptionParameters(Message):
+    """What a request may ask for; everything else is the service's default."""
+
+    model: Annotated[str | None, Field(examples=[None])] = None
+    """Name of the model, as /v1/models lists them; default: its first."""
+    beam_size: Annotated[int | None, Field(ge=1, le=32, examples=[3])] = None
+    """Beams kept per image; 1 is greedy."""
+    num_captions: Annotated[int | None, Field(ge=1, le=32, examples=[3])] = None
+    """Captions per image, best first; at most beam_size."""
+    max_length: Annotated[int | None, Field(ge=1, le=200, examples=[30])] = None
+    """Longest caption, in words."""
+    attention: bool = False
+    """Also return where the model looked for each word; null from models that look at no places."""
+
+    def decode(self, default: DecodeConfig) -> DecodeConfig:
+        """The search asked for. One of beam_size and num_captions given alone moves the other where it must.
+
+        Raises:
+            ValidationError: num_captions is larger than beam_size, both given.
+        """
+        beams, captions = self.beam_size, self.num_captions
+        if beams is None:
+            beams = max(default.beam_size, captions or 1)
+        if captions is None:
+            captions = min(default.num_captions, beams)
+        return DecodeConfig(
+            **default.model_dump()
+            | {
+                "beam_size": beams,
+                "num_captions": captions,
+                "max_length": self.max_length or default.max_length,
+            }
+        )
+
+
+class Alternative(Message):
+    """A further caption of the same image."""
+
+    caption: str
+    log_prob: float
+    """Natural logarithm of its probability, summed over the words and the end."""
+    probability: float
+
+
+class WordAttention(Message):
+    """Where the model looked while it wrote a word."""
+
+    word: str
+    weights: list[list[float]]
+    """Over a grid laid on the image, rows from top to bottom; they sum to 1."""
+
+
+class ImageCaption(Message):
+    """The answer for one image."""
+
+    name: str | None
+    """Its file name in the request."""
+    caption: str
+    log_prob: float
+    """Natural logarithm of its probability, summed over the words and the end."""
+    probability: float
+    alternatives: list[Alternative]
+    attention: list[WordAttention] | None
+
+
+class Timing(Message):
+    """Where the time went, in milliseconds; of several images the longest."""
+
+    decode_ms: float
+    """Decoding the image."""
+    wait_ms: float
+    """Waiting for the model to be free."""
+    model_ms: float
+    """The forward pass and the search, shared by the batch."""
+    total_ms: float
+    """From the complete request to the answer."""
+    batch_size: int
+    """Images that went through the model together."""
+
+
+class CaptionResponse(Message):
+    """Captions of all images of a request, in its order."""
+
+    model: str
+    version: str
+    """Beginning of the SHA-256 of the model's weights."""
+    captions: list[ImageCaption]
+    timing: Timing
+
+
+class ModelCard(Message):
+    """A model of the service."""
+
+    name: str
+    version: str
+    """Beginning of the SHA-256 of its weights."""
+    decoder: str
+    encoder: str
+    vocabulary_size: int
+    attention: bool
+    """Whether it can say where it looked."""
+    default: bool
+    """Whether it answers requests that name no model."""
+
+
+class ModelList(Message):
+    models: list[ModelCard]
+
+
+class Health(Message):
+    """Whether every model captions."""
+
+    status: str
+    models: dict[str, str]
+
+
+class ErrorDetail(Message):
+    code: str
+    """For programs: does not change."""
+    message: str
+    """For people: what is wrong and what to do."""
+
+
+class ErrorResponse(Message):
+    error: ErrorDetail
+
+
+class Captioned(BaseModel):
+    """A model replica's answer."""
+
+    captions: list[ImageCaption]
+    version: str
+    decode_ms: float
+    wait_ms: float
+    model_ms: float
+    batch_size: int
+
+
+class Refused(BaseModel):
+    """A model replica's refusal of one of a request's images."""
+
+    position: int
+    status: int
+    code: str
+    message: str
+
+
+class RequestError(Exception):
+    """A request that gets an error for an answer."""
+
+    def __init__(self, status: int, code: str, message: str):
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"code": self.code, "message": self.message}}

@@ -1,0 +1,136 @@
+"""The images and parameters of a request, checked as far as that goes without decoding."""
+
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from captioner.config import ServeConfig
+from captioner.images import sniff_format
+from captioner.serving.messages import CaptionParameters, RequestError
+
+# Pictures by content that are none of ours, to tell "another type" from "not a picture": signature and its place.
+_OTHER_TYPES = {
+    "HEIC or AVIF": (4, b"ftyp"),
+    "JPEG XL": (0, b"\xff\x0a"),
+    "JPEG XL container": (4, b"JXL "),
+    "JPEG 2000": (4, b"jP  "),
+    "Photoshop": (0, b"8BPS"),
+    "icon": (0, b"\0\0\1\0"),
+    "SVG": (0, b"<svg"),
+    "XML": (0, b"<?xml"),
+    "PDF": (0, b"%PDF-"),
+}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A request's images, all of accepted types and sizes."""
+
+    images: list[bytes]
+    names: list[str | None]
+    parameters: CaptionParameters
+
+
+async def read_upload(
+    request: Request, parameters: CaptionParameters, config: ServeConfig
+) -> Upload:
+    """Images from a multipart form (every part with a file), or the body itself.
+
+    The form's other fields are parameters and go before those of the query.
+
+    Raises:
+        RequestError: there is no image, or one is too large or of another type, or a field is wrong.
+    """
+    images: list[bytes] = []
+    names: list[str | None] = []
+    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        fields: dict[str, str] = {}
+        for field, value in await _parse(request, config):
+            if isinstance(value, UploadFile):
+                images.append(await value.read())
+                names.append(value.filename or None)
+            else:
+                fields[field] = value
+        parameters = _merge(parameters, fields)
+    elif body := await request.body():
+        images, names = [body], [None]
+    if not images:
+        message = "no image in the request: send its bytes, or a multipart form with files"
+        raise RequestError(400, "no_image", message)
+    if len(images) > config.max_images:
+        message = f"{len(images)} images, over the limit of {config.max_images}: send fewer at once"
+        raise RequestError(413, "too_many_images", message)
+    for position, data in enumerate(images):
+        try:
+            _check(data, config)
+        except RequestError as error:
+            raise of_image(error, position, names) from None
+    return Upload(images, names, parameters)
+
+
+def of_image(error: RequestError, position: int, names: list[str | None]) -> RequestError:
+    """The same error saying which of several images it is about."""
+    if len(names) == 1:
+        return error
+    name = f" ({names[position]})" if names[position] else ""
+    message = f"image {position + 1} of {len(names)}{name}: {error.message}"
+    return RequestError(error.status, error.code, message)
+
+
+async def _parse(request: Request, config: ServeConfig) -> list[tuple[str, UploadFile | str]]:
+    parser = MultiPartParser(
+        request.headers, request.stream(), max_files=1000, max_fields=100, max_part_size=2**16
+    )
+    # The body is in memory already and its size bounded: no detour by files on disk.
+    parser.spool_max_size = config.max_request_bytes
+    try:
+        return (await parser.parse()).multi_items()
+    except (MultiPartException, HTTPException, KeyError, UnicodeDecodeError) as error:
+        reason = getattr(error, "message", "") or "it cannot be read"
+        message = f"the multipart form is damaged: {reason}"
+        raise RequestError(400, "bad_form", message) from None
+
+
+def _merge(parameters: CaptionParameters, fields: dict[str, str]) -> CaptionParameters:
+    try:
+        return CaptionParameters.model_validate(parameters.model_dump(exclude_unset=True) | fields)
+    except ValidationError as error:
+        raise bad_parameter(error.errors()) from None
+
+
+def bad_parameter(errors: list[dict[str, object]] | object) -> RequestError:
+    """422 that names each field, its value and what is allowed, from pydantic's errors."""
+    lines = []
+    for item in errors:  # type: ignore[attr-defined]
+        place = [str(part) for part in item["loc"] if part not in ("query", "body")]
+        text = str(item["msg"]).removeprefix("Value error, ")
+        value = "" if isinstance(item.get("input"), dict) else f" (got {item.get('input')!r:.60})"
+        lines.append(f"{'.'.join(place)}: {text}{value}" if place else f"{text}{value}")
+    return RequestError(422, "bad_parameter", "; ".join(lines))
+
+
+def _check(data: bytes, config: ServeConfig) -> None:
+    if not data:
+        raise RequestError(400, "not_an_image", "empty file: send a picture")
+    if len(data) > config.limits.max_bytes:
+        message = f"{len(data)} bytes, over the limit of {config.limits.max_bytes}: send a smaller picture"
+        raise RequestError(413, "image_too_large", message)
+    accepted = ", ".join(kind.upper() for kind in config.types)
+    found = sniff_format(data)
+    kind = found.removeprefix("image/") if found else _other_type(data)
+    if kind is None:
+        raise RequestError(400, "not_an_image", f"not an image: send {accepted}")
+    if kind not in config.types:
+        message = f"images of type {kind} are not accepted: send {accepted}"
+        raise RequestError(415, "type_not_allowed", message)
+
+
+def _other_type(data: bytes) -> str | None:
+    for name, (place, signature) in _OTHER_TYPES.items():
+        if data[place : place + len(signature)] == signature:
+            return name
+    return None

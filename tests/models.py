@@ -1,0 +1,71 @@
+"""Tiny published models with untrained weights, for tests of what loads and serves them."""
+
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from captioner import storage
+from captioner.config import DecoderConfig, DecoderKind, EncoderConfig, TextConfig
+from captioner.encoder import Encoder, choose_compute, identify, load_weights
+from captioner.images import decode_image
+from captioner.model_store import ModelManifest, pack_weights, save_model
+from captioner.models import build_decoder
+from captioner.schema import SourceIdentity, SplitCounts, StoreManifest
+from captioner.store import ENCODER_WEIGHTS, FeatureStore
+from captioner.text import END, Vocabulary
+from tests.pictures import picture
+
+WORDS = ("red", "green", "circle", "square", "left", "right", "above", "below", "two", "three")
+
+
+def write_model(root: Path, kind: DecoderKind = "merge", seed: int = 0) -> str:
+    """A model whose captions, though without sense, differ from picture to picture and from seed to seed."""
+    store = _store(root.parent / "encoder")
+    vocabulary = Vocabulary.build([WORDS])
+    config = DecoderConfig(
+        kind=kind, width=32, output_width=32, attention_width=16, layers=1, heads=4, dropout=0.0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = build_decoder(config, len(vocabulary), store.manifest.encoder.channels)
+    encoder = Encoder.load(store.encoder_weights_uri, store.manifest.encoder)
+    images = np.stack([decode_image(picture(number)) for number in range(8)])
+    pooled, grid = encoder(images, grid=True)
+    assert grid is not None
+    seen = grid.float().flatten(0, 1) if "grid" in decoder.columns else pooled
+    decoder.standardize.fit(seen.mean(dim=0), seen.std(dim=0))
+    with torch.no_grad():
+        decoder.output.weight *= 5  # decided, so that pictures and words matter
+        decoder.output.bias[END] -= 1.0
+    output = storage.Output(str(root), {"test": seed})
+    weights = pack_weights(decoder.eval())
+    record = save_model(
+        output, weights=weights, vocabulary=vocabulary, decoder=config, text=TextConfig(),
+        store=store, training={},
+    )  # fmt: skip
+    files = [file.path for file in storage.list_files(str(root))]
+    output.publish(
+        ModelManifest(weights_sha256=record.weights_sha256, files=files).model_dump_json()
+    )
+    return str(root)
+
+
+def _store(root: Path) -> FeatureStore:
+    """Enough of a feature store to take the encoder from: ResNet50 up to layer3, random weights."""
+    config = EncoderConfig(weights="random", layer="layer3")
+    tensors = load_weights(config)
+    root.mkdir(exist_ok=True)
+    if not (root / ENCODER_WEIGHTS).exists():
+        safetensors.torch.save_file(tensors, root / ENCODER_WEIGHTS)
+    none = SplitCounts(images=0, ok=0, rejected=0, captions=0)
+    manifest = StoreManifest(
+        encoder=identify(config, tensors, choose_compute("auto", "cpu")),
+        source=SourceIdentity(kind="test", uri="memory://"),
+        grid=True,
+        total=none,
+        splits={},
+        files=[],
+    )
+    return FeatureStore(str(root), manifest)
