@@ -1,6 +1,7 @@
 """Reads a published feature store."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from captioner import storage
 from captioner.errors import StoreError
-from captioner.schema import SCHEMA_VERSION, SPLITS, StoreManifest
+from captioner.schema import GRID_CELLS, SCHEMA_VERSION, SPLITS, StoreManifest
 
 ENCODER_WEIGHTS = "encoder.safetensors"
 
@@ -23,6 +24,16 @@ class FeatureTable:
     image_ids: list[str]
     columns: dict[str, np.ndarray[Any, Any]]
     """``pooled`` float32 [N, C] and ``grid`` float16 [N, P, C], as asked for."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Good images of a split that lie together in a store's files."""
+
+    split: str
+    files: tuple[str, ...]
+    rows: np.ndarray[Any, np.dtype[np.int64]]
+    """The images' places in the split, in the order of ids."""
 
 
 class FeatureStore:
@@ -78,8 +89,13 @@ class FeatureStore:
         if captions and counts.captions == 0:
             raise StoreError(f"{self.uri} has no captions in split {split!r}")
 
-    def load(self, split: str, columns: tuple[str, ...]) -> FeatureTable:
-        """Load columns of all good images of a split into memory, ordered by image id.
+    def load(
+        self, split: str, columns: tuple[str, ...], folder: Path | None = None
+    ) -> FeatureTable:
+        """Load columns of all good images of a split, ordered by image id.
+
+        Args:
+            folder: where to put them into files that are mapped to memory; None: in memory.
 
         Raises:
             StoreError: the split or a column is missing, or the files are not those of the manifest.
@@ -99,7 +115,12 @@ class FeatureStore:
         arrays: dict[str, np.ndarray[Any, Any]] = {}
         for name in columns:
             kind = dataset.schema.field(name).type
-            arrays[name] = np.empty((len(ids), *kind.shape), kind.value_type.to_pandas_dtype())
+            shape, dtype = (len(ids), *kind.shape), kind.value_type.to_pandas_dtype()
+            arrays[name] = (
+                np.empty(shape, dtype)
+                if folder is None
+                else np.lib.format.open_memmap(folder / f"{split}-{name}.npy", "w+", dtype, shape)
+            )
             start = 0
             # Filled batch by batch: a grid is large, and a second copy of it would not fit beside the first.
             for batch in dataset.to_batches(columns=[name], filter=good, batch_size=256):
@@ -107,6 +128,47 @@ class FeatureStore:
                 arrays[name][position[start : start + len(rows)]] = rows
                 start += len(rows)
         return FeatureTable([str(name) for name in ids[order]], arrays)
+
+    def chunks(self, split: str, images: int) -> list["Chunk"]:
+        """A split in pieces of whole files with about ``images`` good images each."""
+        good = (pads.field("split") == split) & pads.field("error").is_null()
+        found = self._dataset("features").to_table(columns=["image_id", "__filename"], filter=good)
+        ids = found["image_id"].to_numpy()
+        rows = np.empty(len(ids), np.int64)
+        rows[np.argsort(ids, kind="stable")] = np.arange(len(ids))
+        names = found["__filename"].to_numpy()
+        starts = np.flatnonzero(np.r_[True, names[1:] != names[:-1]]) if len(names) else []
+        chunks: list[Chunk] = []
+        for start, end in zip(starts, [*starts[1:], len(names)], strict=True):
+            if chunks and len(chunks[-1].rows) + end - start <= images:
+                last = chunks.pop()
+                files, part = (*last.files, names[start]), np.r_[last.rows, rows[start:end]]
+            else:
+                files, part = (names[start],), rows[start:end]
+            chunks.append(Chunk(split, files, part))
+        return chunks
+
+    def column_bytes(self, column: str) -> int:
+        """Bytes of one image in a feature column."""
+        channels = self.manifest.encoder.channels
+        return 4 * channels if column == "pooled" else 2 * GRID_CELLS * channels
+
+    def read_chunk(
+        self, chunk: "Chunk", columns: tuple[str, ...]
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Columns of a chunk's images, in the order of its ``rows``."""
+        filesystem, _ = storage.resolve(self.uri)
+        good = (pads.field("split") == chunk.split) & pads.field("error").is_null()
+        dataset = pads.dataset(list(chunk.files), filesystem=filesystem, format="parquet")
+        table = dataset.to_table(columns=list(columns), filter=good)
+        return {
+            name: np.concatenate([piece.to_numpy_ndarray() for piece in table[name].chunks])
+            for name in columns
+        }
+
+    def image_ids(self, split: str) -> list[str]:
+        """Ids of the good images of a split, in order."""
+        return list(self.image_uris(split))
 
     def captions(self, split: str) -> dict[str, list[str]]:
         """Raw captions of the good images of a split, by image id (sorted), in their original order.

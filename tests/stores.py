@@ -36,9 +36,10 @@ def write_store(
     *,
     grid: bool = False,
     captions_per_image: int = 3,
+    files: int = 1,
     seed: int = 0,
 ) -> str:
-    """A published store of ``images`` pictures per split, and one rejected picture in each.
+    """A published store of ``images`` pictures per split, and one rejected picture in each, spread over ``files``.
 
     The pooled vector of a picture is large in the channel of its animal; the grid repeats it in every cell.
     """
@@ -76,9 +77,12 @@ def write_store(
             None if row["pooled"] is None else np.tile(row["pooled"], GRID_CELLS) for row in rows
         ]
         columns["grid"] = _tensors(cells, schema.field("grid").type)
-    pq.write_table(
-        pa.table([columns[name] for name in schema.names], schema), root / "features/0.parquet"
-    )
+    table = pa.table([columns[name] for name in schema.names], schema)
+    bounds = [len(rows) * number // files for number in range(files + 1)]
+    entries = []
+    for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        entries.append(FileEntry(path=f"features/{number}.parquet", rows=end - start))
+        pq.write_table(table.slice(start, end - start), root / entries[-1].path)
     pq.write_table(pa.Table.from_pylist(captions, CAPTION_ROWS), root / "captions/0.parquet")
     safetensors.numpy.save_file({"weight": np.ones(3, np.float32)}, root / ENCODER_WEIGHTS)
     splits = {
@@ -98,7 +102,7 @@ def write_store(
         total=SplitCounts(**total),
         splits=splits,
         files=[
-            FileEntry(path="features/0.parquet", rows=len(rows)),
+            *entries,
             FileEntry(path="captions/0.parquet", rows=len(captions)),
         ],
     )

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from captioner.config.parts import (
     Config,
@@ -13,6 +13,7 @@ from captioner.config.parts import (
     ImageLimits,
     OptimizerConfig,
     Positive,
+    SelfCriticalConfig,
     ShapesConfig,
     SourceConfig,
     Split,
@@ -60,14 +61,34 @@ class TrainConfig(Config):
     """Stop after this many epochs without a better validation loss; None trains all epochs."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability mass spread over the vocabulary in the training loss (validation never smooths)."""
-    num_workers: Positive = 1
-    """Data-parallel workers (DDP); each takes one GPU where the cluster has any."""
+    group_captions: bool = False
+    """Keep the captions of an image in one batch: its features are read and projected once for all of them."""
+    self_critical: SelfCriticalConfig = SelfCriticalConfig()
+    num_workers: Positive | tuple[Positive, Positive] = 1
+    """Data-parallel workers (DDP), each with one GPU where the cluster has any. Two numbers: as many as the cluster has
+    room for, at least the first, at most the second, adjusted while training."""
+    ingest: Literal["auto", "resident", "streaming"] = "auto"
+    """How features reach a worker. resident: in memory, or in a local file mapped to it. streaming: read from the store
+    again in every epoch. auto: resident where it fits."""
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward and backward passes; weights stay float32. auto: bfloat16 where it is fast."""
     seed: int = 0
     """Seed of weights, dropout and the order of captions."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Worker failures survived by restarting from the last checkpoint."""
+
+    @model_validator(mode="after")
+    def _workers_in_order(self) -> "TrainConfig":
+        low, high = self.worker_range
+        if low > high:
+            raise ValueError(f"num_workers: the first of {low} {high} must not be the larger")
+        return self
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        number = self.num_workers
+        return number if isinstance(number, tuple) else (number, number)
 
 
 class EvaluateConfig(Config):

@@ -87,12 +87,16 @@ class DecoderConfig(Config):
     """Width D of embeddings and hidden states."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Dropout probability."""
+    feature_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """spatial_attention, transformer: dropout probability of the channels of the grid's cells."""
     output_width: Positive = 128
     """merge, sequence_attention: width of the dense layer before the vocabulary."""
     attention_width: Positive = 256
     """sequence_attention, spatial_attention: width of the additive attention."""
     layers: Positive = 3
     """transformer: number of blocks."""
+    picture_layers: Annotated[int, Field(ge=0)] = 0
+    """transformer: blocks in which the cells of the grid attend to each other before the words look at them."""
     heads: Positive = 8
     """transformer: attention heads; must divide the width."""
     tie_embeddings: bool = False
@@ -126,6 +130,21 @@ class OptimizerConfig(Config):
     """Epochs without improvement before the plateau schedule acts."""
     minimum: Annotated[float, Field(ge=0.0)] = 1e-8
     """Smallest learning rate of the plateau schedule."""
+
+
+class SelfCriticalConfig(Config):
+    """A second phase of training that rewards sampled captions by their CIDEr-D."""
+
+    epochs: Annotated[int, Field(ge=0)] = 0
+    """Passes over the train images after those of cross-entropy; 0 leaves the phase out."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 5e-5
+    """Learning rate of the phase, from which a cosine leads to a tenth of it."""
+    samples: Annotated[int, Field(ge=2)] = 5
+    """Captions drawn for each image; each one's baseline is the mean reward of the others."""
+    global_batch: Positive = 250
+    """Captions drawn per optimizer step, over all workers together."""
+    max_length: Annotated[int, Field(ge=1, le=200)] = 22
+    """Longest caption drawn, in words."""
 
 
 class DecodeConfig(Config):

@@ -37,8 +37,9 @@ class Decoder(Protocol):
         """What the logits of every next word are projected from.
 
         Args:
-            features: columns of B images.
-            tokens: int64 [B, T], ``<start>`` first, ``<pad>`` after the words.
+            features: columns of N images.
+            tokens: int64 [B, T], ``<start>`` first, ``<pad>`` after the words. The captions of an image follow each
+                other, and every image has equally many, B / N.
 
         Returns:
             float [B, T, O]; position t sees tokens 0..t alone.
@@ -65,6 +66,12 @@ class Decoder(Protocol):
             none.
         """
         ...
+
+
+def for_captions(values: Tensor, captions: int) -> Tensor:
+    """One row per image [N, ...] to one per caption [B, ...], those of an image following each other."""
+    each = captions // max(1, len(values))
+    return values if each == 1 else values.repeat_interleave(each, dim=0)
 
 
 class Standardize(nn.Module):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from captioner.config import DecoderConfig
-from captioner.models.base import Features, Standardize, State
+from captioner.models.base import Features, Standardize, State, for_captions
+from captioner.models.dropout import Dropout
 
 
 class MergeDecoder(nn.Module):
@@ -26,7 +27,7 @@ class MergeDecoder(nn.Module):
         self.lstm = nn.LSTM(config.width, config.width, batch_first=True)
         self.dense = nn.Linear(config.width, config.output_width)
         self.output = nn.Linear(config.output_width, vocabulary_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         # Keras' initial embedding; torch's unit normal would drown the image at the start.
         nn.init.uniform_(self.embedding.weight, -0.05, 0.05)
 
@@ -46,7 +47,7 @@ class MergeDecoder(nn.Module):
         return merged
 
     def hidden(self, features: Features, tokens: Tensor) -> Tensor:
-        image = self.project(features)
+        image = for_captions(self.project(features), len(tokens))
         return self.merge(image.unsqueeze(1), self.read(image, tokens)[:, 1:])
 
     def forward(self, features: Features, tokens: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captioner.config import DecoderConfig
-from captioner.models.base import Features, State
+from captioner.models.base import Features, State, for_captions
 from captioner.models.merge import MergeDecoder
 
 
@@ -38,7 +38,7 @@ class SequenceAttentionDecoder(MergeDecoder):
         return torch.softmax(scores.float(), dim=-1).to(values.dtype) @ values
 
     def hidden(self, features: Features, tokens: Tensor) -> Tensor:
-        image = self.project(features)
+        image = for_captions(self.project(features), len(tokens))
         outputs = self.read(image, tokens)  # (B, 1 + T, D), the image's own output first
         words, positions = tokens.shape[1], outputs.shape[1]
         causal = torch.ones(words, positions, dtype=torch.bool, device=tokens.device).tril(1)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from captioner.config import DecoderConfig
-from captioner.models.base import Features, Standardize, State
+from captioner.models.base import Features, Standardize, State, for_captions
+from captioner.models.dropout import Dropout
 
 
 class SpatialAttentionDecoder(nn.Module):
@@ -31,13 +32,16 @@ class SpatialAttentionDecoder(nn.Module):
         self.lstm = nn.LSTMCell(2 * width, width)
         self.deep = nn.Linear(3 * width, width)
         self.output = nn.Linear(width, vocabulary_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
+        self.feature_dropout = Dropout(config.feature_dropout)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight
 
     def hidden(self, features: Features, tokens: Tensor) -> Tensor:
         state = self.start(features)
+        for name in ("hidden", "cell"):
+            state[name] = for_captions(state[name], len(tokens))
         words = self.dropout(self.embedding(tokens))  # (B, T, D)
         outputs, contexts = [], []
         for position in range(tokens.shape[1]):
@@ -52,7 +56,7 @@ class SpatialAttentionDecoder(nn.Module):
 
     def start(self, features: Features) -> State:
         cells = self.dropout(
-            torch.relu(self.cells(self.standardize(features["grid"])))
+            torch.relu(self.cells(self.feature_dropout(self.standardize(features["grid"]))))
         )  # (B, P, D)
         hidden, cell = torch.tanh(self.initial(cells.mean(dim=1))).chunk(2, dim=1)
         return {"cells": cells, "keys": self.key(cells), "hidden": hidden, "cell": cell}

@@ -15,7 +15,7 @@ TRAIN, VALIDATION = "#3b6fb6", "#d1603d"
 
 
 def plot_history(history: Sequence[Mapping[str, Any] | object]) -> bytes:
-    """Loss and accuracy over the epochs, side by side, with the epoch of the lowest validation loss marked.
+    """Loss and accuracy over the epochs, side by side, with the best epoch marked; and CIDEr-D if trained for.
 
     Args:
         history: one record per epoch, as a mapping or an object, with ``epoch``, ``train_loss``, ``validation_loss``
@@ -33,9 +33,20 @@ def plot_history(history: Sequence[Mapping[str, Any] | object]) -> bytes:
     epochs = _column(history, "epoch")
     validation_loss = _column(history, "validation_loss")
     best = None if np.isnan(validation_loss).all() else int(np.nanargmin(validation_loss))
+    cider = _column(history, "validation_cider")
+    rewarded = not np.isnan(cider).all()
+    if rewarded:
+        best = int(np.nanargmax(cider))
 
-    figure = Figure(figsize=(10, 3.9), dpi=DPI, layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
+    figure = Figure(figsize=(15 if rewarded else 10, 3.9), dpi=DPI, layout="constrained")
+    loss, accuracy, *more = figure.subplots(1, 3 if rewarded else 2)
+    for axes in more:
+        for name, label, color in (
+            ("train_reward", "train, drawn at random", TRAIN),
+            ("validation_cider", "validation, greedy", VALIDATION),
+        ):
+            axes.plot(epochs, _column(history, name), color=color, label=label, marker=".")
+        _dress(axes, "CIDEr-D (self-critical phase)")
     for axes, quantity, label in (
         (loss, "loss", "Loss (nats per token)"),
         (accuracy, "accuracy", "Accuracy (next word, teacher-forced)"),
@@ -58,7 +69,8 @@ def plot_history(history: Sequence[Mapping[str, Any] | object]) -> bytes:
 
 def _column(history: Sequence[Mapping[str, Any] | object], name: str) -> NDArray[np.float64]:
     values = (
-        record[name] if isinstance(record, Mapping) else getattr(record, name) for record in history
+        record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)
+        for record in history
     )
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 

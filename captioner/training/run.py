@@ -37,11 +37,25 @@ from captioner.plots import plot_history
 from captioner.progress import MessageLog
 from captioner.store import ENCODER_WEIGHTS, FeatureStore
 from captioner.text import Vocabulary, clean
-from captioner.training.worker import BEST, HISTORY, EpochRecord, read_history, train_worker
+from captioner.training.worker import (
+    BEST,
+    HISTORY,
+    EpochRecord,
+    best_epoch,
+    read_history,
+    train_worker,
+)
 
 logger = logging.getLogger(__name__)
 
 WORK = "_training"
+HISTORY_ROWS = pa.schema(
+    [
+        ("epoch", pa.int64()),
+        ("phase", pa.string()),
+        *((name, pa.float64()) for name in list(EpochRecord.model_fields)[2:]),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ class TrainResult:
 
     @property
     def best(self) -> EpochRecord:
-        return min(self.history, key=lambda record: record.validation_loss)
+        return best_epoch(self.history)
 
 
 def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> TrainResult:
@@ -83,12 +97,12 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
         vocabulary = Vocabulary.build(words, config.text.min_count, config.text.rules)
         start_ray()
         logger.info(
-            "training %s on %s captions, %s words, %d worker%s",
+            "training %s on %s captions, %s words, %s worker%s",
             config.decoder.kind,
             f"{store.manifest.splits['train'].captions:,}",
             f"{len(vocabulary):,}",
-            config.num_workers,
-            "s" if config.num_workers > 1 else "",
+            "-".join(str(number) for number in sorted(set(config.worker_range))),
+            "s" if config.worker_range[1] > 1 else "",
         )
         best, history = _fit(config, output, vocabulary, callbacks)
         _publish(config, output, store, vocabulary, best, history)
@@ -107,7 +121,7 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
 def _identity(config: TrainConfig, store: FeatureStore) -> dict[str, Any]:
     # How many workers share a batch, and where the store lies, changes nothing in the model.
     settings = config.model_dump(
-        mode="json", exclude={"features", "output", "num_workers", "max_failures"}
+        mode="json", exclude={"features", "output", "num_workers", "ingest", "max_failures"}
     )
     features = store.manifest.model_dump(mode="json", include={"encoder", "source"})
     return {"job": "train", "features": features, "training": settings}
@@ -121,9 +135,9 @@ def _fit(
 ) -> tuple[bytes, list[EpochRecord]]:
     """Weights of the best epoch, and the history."""
     gpu = num_gpus() > 0
-    if (num_gpus() if gpu else num_cpus()) < config.num_workers:
+    if (num_gpus() if gpu else num_cpus()) < config.worker_range[0]:
         raise ConfigError(
-            f"num-workers: {config.num_workers} need as many {'GPUs' if gpu else 'CPUs'}, the cluster has "
+            f"num-workers: {config.worker_range[0]} need as many {'GPUs' if gpu else 'CPUs'}, the cluster has "
             f"{num_gpus() if gpu else num_cpus()}"
         )
     filesystem, path = storage.resolve(output.uri(WORK))
@@ -192,10 +206,12 @@ def _publish(
         store=store,
         training=config.model_dump(mode="json"),
     )
-    best = min(history, key=lambda epoch: epoch.validation_loss)
+    best = best_epoch(history)
     storage.write_bytes(output.uri("metrics.json"), best.model_dump_json(indent=1).encode())
     with storage.atomic_writer(output.uri("history.parquet")) as file:
-        pq.write_table(pa.Table.from_pylist([epoch.model_dump() for epoch in history]), file)
+        pq.write_table(
+            pa.Table.from_pylist([epoch.model_dump() for epoch in history], HISTORY_ROWS), file
+        )
     storage.write_bytes(output.uri("curves.png"), plot_history(history))
     _write_tensorboard(output, history)
     files = [
@@ -222,7 +238,8 @@ def _write_tensorboard(output: storage.Output, history: list[EpochRecord]) -> No
     with tempfile.TemporaryDirectory() as folder:
         with SummaryWriter(folder) as writer:
             for record in history:
-                for name, value in record.model_dump(exclude={"epoch"}).items():
+                figures = record.model_dump(exclude={"epoch", "phase"}, exclude_none=True)
+                for name, value in figures.items():
                     head, _, tail = name.partition("_")
                     tag = f"{tail}/{head}" if head in ("train", "validation") else f"speed/{name}"
                     writer.add_scalar(

@@ -15,9 +15,9 @@ from captioner.config import OptimizerConfig, TrainConfig
 from captioner.errors import TrainingError
 from captioner.models.base import Decoder, Features
 from captioner.text import PAD
+from captioner.training.loss import IGNORED, linear_cross_entropy
 
 _ROUND = 64
-_IGNORED = -100
 
 
 class TeacherForcing(nn.Module):
@@ -28,8 +28,14 @@ class TeacherForcing(nn.Module):
         self.decoder = decoder
         self.label_smoothing = label_smoothing
 
-    def forward(self, features: Features, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Features, tokens: Tensor, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Sums over all next words of the captions ``tokens`` int64 [B, T].
+
+        Args:
+            features: columns of N images, each with B / N captions that follow each other.
+            weights: float [B], a factor of each caption's loss; None is 1.
 
         Returns:
             summed cross-entropy (smoothed while training), and the number of words that were the most probable.
@@ -41,16 +47,24 @@ class TeacherForcing(nn.Module):
         # Rounded up with words that count for nothing: oneDNN keeps buffers for every shape it has met.
         excess = -len(places) % _ROUND
         places = functional.pad(places, (0, excess))
-        wanted = functional.pad(wanted, (0, excess), value=_IGNORED)
-        hidden = self.decoder.hidden(features, inputs).flatten(0, 1)[places]  # (W, O)
-        logits = self.decoder.output(hidden).float()  # (W, V)
+        wanted = functional.pad(wanted, (0, excess), value=IGNORED)
+        hidden = self.decoder.hidden(features, inputs).flatten(0, 1).index_select(0, places)
+        output = self.decoder.output
         smoothing = self.label_smoothing if self.training else 0.0
+        if isinstance(output, nn.Linear):
+            return linear_cross_entropy(
+                hidden,
+                output.weight,
+                output.bias,
+                wanted,
+                label_smoothing=smoothing,
+                scale=None if weights is None else weights[places // targets.shape[1]],
+            )
+        log_probs = output(hidden).float()  # an ensemble's, (W, V)
         loss = functional.cross_entropy(
-            logits, wanted, reduction="sum", label_smoothing=smoothing, ignore_index=_IGNORED
+            log_probs, wanted, reduction="sum", label_smoothing=smoothing, ignore_index=IGNORED
         )
-        # A target is the most probable word if its logit is the largest; several times faster than argmax on a CPU.
-        of_target = logits.detach().gather(1, wanted.clamp(min=0).unsqueeze(1)).squeeze(1)
-        correct = ((of_target >= logits.detach().amax(dim=-1)) & (wanted != _IGNORED)).sum()
+        correct = (log_probs.argmax(dim=-1) == wanted).sum()
         return loss, correct
 
 

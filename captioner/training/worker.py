@@ -2,11 +2,13 @@
 
 import json
 import logging
+import math
 import os
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.train
@@ -20,10 +22,13 @@ from captioner.encoder import fast_bfloat16
 from captioner.errors import TrainingError
 from captioner.model_store import pack_weights, unpack_weights
 from captioner.models import build_decoder
+from captioner.models.base import Features
 from captioner.schema import Record
 from captioner.store import FeatureStore
 from captioner.text import Vocabulary
-from captioner.training.data import CaptionData, epoch_order, sequential_order
+from captioner.training.data import Batch
+from captioner.training.ingest import open_split
+from captioner.training.self_critical import Critic, self_critical_step
 from captioner.training.steps import (
     Schedule,
     TeacherForcing,
@@ -40,15 +45,22 @@ class EpochRecord(Record):
 
     epoch: int
     """Counted from 1."""
-    train_loss: float
-    train_accuracy: float
+    phase: Literal["cross_entropy", "self_critical"] = "cross_entropy"
+    train_loss: float | None
+    """None, like the accuracy, in the self-critical phase, which has no references to predict."""
+    train_accuracy: float | None
+    train_reward: float | None = None
+    """Mean CIDEr-D of the captions drawn, in the self-critical phase."""
     validation_loss: float
     validation_accuracy: float
+    validation_cider: float | None = None
+    """CIDEr-D of greedy captions on token ids, in the self-critical phase; near the standard protocol's."""
     learning_rate: float
     """Of the epoch's last step."""
     seconds: float
     """Training alone, validation left out."""
     captions_per_second: float
+    """Captions of the train split, or captions drawn."""
     data_wait_fraction: float
     """Share of those seconds in which the first worker waited for its batches."""
 
@@ -99,58 +111,78 @@ class Worker:
             config.decoder, len(vocabulary), store.manifest.encoder.channels
         )
         columns = self.decoder.columns
-        self.train = CaptionData.load(store, "train", columns, vocabulary, config.text)
-        self.validation = CaptionData.load(store, "validation", columns, vocabulary, config.text)
+        self.train, self.validation = (
+            open_split(
+                store,
+                split,
+                columns,
+                vocabulary,
+                config,
+                rank=self.rank,
+                workers=self.workers,
+                neighbours=context.get_local_world_size(),
+            )
+            for split in ("train", "validation")
+        )
         self.decoder.standardize.fit(*self.train.statistics(columns[0]))
         self.model = ray.train.torch.prepare_model(
             TeacherForcing(self.decoder, config.label_smoothing)
         )
         self.optimizer = build_optimizer(config.optimizer, self.decoder)
-        self.steps_per_epoch = -(-len(self.train) // config.global_batch)
+        self.steps_per_epoch = -(-len(self.train.data) // config.global_batch)
         self.schedule = Schedule(config.optimizer, config.epochs * self.steps_per_epoch)
         self.history: list[EpochRecord] = []
-        self.best: tuple[float, bytes] | None = None
+        self.best: bytes | None = None
+        # The optimizer of a self-critical phase that was left in its middle.
+        self.restored: dict[str, Any] | None = None
         self.restore()
 
     def run(self) -> None:
-        """Train until the epochs are over or the validation loss has not improved for ``patience`` epochs."""
-        while not self.finished():
-            record = self.epoch(len(self.history))
-            self.history.append(record)
-            improved = self.best is None or record.validation_loss < self.best[0]
-            if improved:
-                self.best = (record.validation_loss, pack_weights(self.decoder))
-            self.schedule.after_epoch(improved)
-            if self.rank == 0 and self.messages is not None:
-                self.messages.put.remote(_line(record, self.config.epochs, improved))
-            self.report(record)
+        """Both phases, each until its epochs are over; the first also ends ``patience`` epochs after its best."""
+        while not self.finished("cross_entropy"):
+            self.keep(self.epoch(len(self.history)))
+        if self.config.self_critical.epochs:
+            self.start_self_critical()
+        while not self.finished("self_critical"):
+            self.keep(self.self_critical_epoch(len(self.history)))
 
-    def finished(self) -> bool:
-        if not self.history or len(self.history) >= self.config.epochs:
-            return len(self.history) >= self.config.epochs
-        losses = [record.validation_loss for record in self.history]
-        stale = len(losses) - 1 - losses.index(min(losses))
-        return self.config.patience is not None and stale >= self.config.patience
+    def keep(self, record: EpochRecord) -> None:
+        """Add an epoch to the history, and its weights to the checkpoint if they are the best of their phase."""
+        self.history.append(record)
+        improved = best_epoch(self.history) is record
+        if improved:
+            self.best = pack_weights(self.decoder)
+        self.schedule.after_epoch(improved)
+        if self.rank == 0 and self.messages is not None:
+            self.messages.put.remote(_line(record, self.config, improved))
+        self.report(record)
+
+    def finished(self, phase: str) -> bool:
+        config = self.config
+        losses = [record.validation_loss for record in self.history if record.phase == phase]
+        if phase == "self_critical":
+            return len(losses) >= config.self_critical.epochs
+        # The second phase only ever follows a finished first one.
+        if len(losses) >= config.epochs or len(losses) < len(self.history):
+            return True
+        stale = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+        return config.patience is not None and stale >= config.patience
 
     def epoch(self, epoch: int) -> EpochRecord:
+        """One pass over the train captions under teacher forcing."""
         # Dropout of a worker depends on seed, epoch and rank alone, so a resumed run draws what an unbroken one does.
-        torch.manual_seed(hash((self.config.seed, epoch, self.rank)) % 2**63)
-        order = epoch_order(self.train.lengths, self.config.global_batch, epoch, self.config.seed)
+        self.reseed(epoch)
         self.model.train()
+        plan = self.train.plan(epoch)
         sums = torch.zeros(2, dtype=torch.float64)
-        started, waited = time.perf_counter(), 0.0
-        batches = self.train.batches(order, self.rank, self.workers)
-        for number in range(len(order)):
-            before = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - before
-            rate = self.schedule.rate(epoch * self.steps_per_epoch + number)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+        timer = Stopwatch(self.train.batches(plan, epoch))
+        for number, batch in enumerate(timer):
+            rate = self.schedule.rate((epoch + number / len(plan)) * self.steps_per_epoch)
+            self.set_rate(rate)
             loss, correct = train_step(
                 self.model,
                 self.optimizer,
-                {name: tensor.to(self.device) for name, tensor in batch.features.items()},
+                self.to_device(batch.features),
                 batch.tokens.to(self.device),
                 global_targets=batch.global_targets,
                 workers=self.workers,
@@ -158,40 +190,104 @@ class Worker:
                 compute=self.compute,
             )
             sums += torch.stack([loss.double(), correct.double()]).cpu()
-        seconds = time.perf_counter() - started
-        words = int(self.train.lengths.sum()) - len(self.train)
-        train_loss, train_accuracy = (self.reduce(sums) / words).tolist()
+        train_loss, train_accuracy = (self.reduce(sums) / self.train.data.words).tolist()
         require_finite(train_loss, epoch, "training")
-        validation_loss, validation_accuracy = self.validate()
-        require_finite(validation_loss, epoch, "validation")
         return EpochRecord(
             epoch=epoch + 1,
             train_loss=train_loss,
             train_accuracy=train_accuracy,
-            validation_loss=validation_loss,
-            validation_accuracy=validation_accuracy,
             learning_rate=rate,
-            seconds=seconds,
-            captions_per_second=len(self.train) / seconds,
-            data_wait_fraction=waited / seconds,
+            captions_per_second=len(self.train.data) / timer.seconds,
+            **timer.record(),
+            **self.validate(epoch),
         )
 
+    def start_self_critical(self) -> None:
+        """Go on from the best weights of the first phase, or from where the second was left."""
+        settings = self.config.self_critical
+        self.optimizer = torch.optim.AdamW(
+            self.decoder.parameters(), settings.learning_rate, weight_decay=0.0, fused=True
+        )
+        if self.history[-1].phase == "cross_entropy":
+            assert self.best is not None
+            unpack_weights(self.decoder, self.best, BEST)
+        elif self.restored is not None:
+            self.optimizer.load_state_dict(self.restored)
+        self.critic = Critic(self.train.data, settings)
+        self.judge = Critic(self.validation.data, settings)
+
+    def self_critical_epoch(self, epoch: int) -> EpochRecord:
+        """One pass over the train images with captions drawn from the decoder itself."""
+        self.reseed(epoch)
+        settings = self.config.self_critical
+        done = sum(record.phase == "self_critical" for record in self.history)
+        plan = self.train.plan(epoch, images=max(1, settings.global_batch // settings.samples))
+        rewards = torch.zeros(2, dtype=torch.float64)
+        timer = Stopwatch(self.train.batches(plan, epoch))
+        for number, batch in enumerate(timer):
+            progress = (done + number / len(plan)) / settings.epochs
+            rate = settings.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+            self.set_rate(rate)
+            rewards += self_critical_step(
+                self.model,
+                self.optimizer,
+                self.to_device(batch.features),
+                batch,
+                self.critic,
+                workers=self.workers,
+                clip_norm=self.config.optimizer.clip_norm,
+                compute=self.compute,
+            )
+        reward, captions = self.reduce(rewards).tolist()
+        require_finite(reward, epoch, "self-critical")
+        return EpochRecord(
+            epoch=epoch + 1,
+            phase="self_critical",
+            train_loss=None,
+            train_accuracy=None,
+            train_reward=reward / captions,
+            learning_rate=rate,
+            captions_per_second=captions / timer.seconds,
+            **timer.record(),
+            **self.validate(epoch),
+            validation_cider=self.validation_cider(),
+        )
+
+    def validation_cider(self) -> float:
+        """Mean CIDEr-D of greedy captions of the validation images."""
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        plan = self.validation.plan(None, images=self.config.global_batch)
+        for batch in self.validation.batches(plan, None):
+            features = self.to_device(batch.features)
+            sums += self.judge.greedy(self.decoder, features, self.judge.images(batch))
+        total, images = self.reduce(sums).tolist()
+        return total / images
+
+    def reseed(self, epoch: int) -> None:
+        torch.manual_seed(hash((self.config.seed, epoch, self.rank)) % 2**63)
+
+    def set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def to_device(self, features: Features) -> Features:
+        return {name: tensor.to(self.device) for name, tensor in features.items()}
+
     @torch.inference_mode()
-    def validate(self) -> tuple[float, float]:
+    def validate(self, epoch: int) -> dict[str, float]:
         """Loss and accuracy over the whole validation split: every caption once, over all workers."""
         self.model.eval()
         unwrapped: nn.Module = getattr(self.model, "module", self.model)
         sums = torch.zeros(2, dtype=torch.float64)
-        order = sequential_order(self.validation.lengths, self.config.global_batch)
-        for batch in self.validation.batches(order, self.rank, self.workers):
-            features = {name: tensor.to(self.device) for name, tensor in batch.features.items()}
+        for batch in self.validation.batches(self.validation.plan(None), None):
             # In float32 whatever training computes in: bfloat16 ties words that are not equally probable, and these
             # figures must be those that evaluation finds.
-            loss, correct = unwrapped(features, batch.tokens.to(self.device))
+            loss, correct = unwrapped(self.to_device(batch.features), batch.tokens.to(self.device))
             sums += torch.stack([loss.double(), correct.double()]).cpu()
-        words = int(self.validation.lengths.sum()) - len(self.validation)
-        loss, accuracy = (self.reduce(sums) / words).tolist()
-        return loss, accuracy
+        loss, accuracy = (self.reduce(sums) / self.validation.data.words).tolist()
+        require_finite(loss, epoch, "validation")
+        return {"validation_loss": loss, "validation_accuracy": accuracy}
 
     def reduce(self, sums: Tensor) -> Tensor:
         """Sum over the workers."""
@@ -211,7 +307,7 @@ class Worker:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             (root / LAST).write_bytes(pack_weights(self.decoder))
-            (root / BEST).write_bytes(self.best[1])
+            (root / BEST).write_bytes(self.best)
             (root / HISTORY).write_text(json.dumps([epoch.model_dump() for epoch in self.history]))
             schedule = {"factor": self.schedule.factor, "waited": self.schedule.waited}
             torch.save(
@@ -229,14 +325,45 @@ class Worker:
             root = Path(folder)
             unpack_weights(self.decoder, (root / LAST).read_bytes(), LAST)
             state = torch.load(root / STATE, map_location=self.device, weights_only=True)
-            self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.factor = state["schedule"]["factor"]
             self.schedule.waited = state["schedule"]["waited"]
             self.history = read_history((root / HISTORY).read_text())
-            self.best = (
-                min(record.validation_loss for record in self.history),
-                (root / BEST).read_bytes(),
-            )
+            self.best = (root / BEST).read_bytes()
+            if self.history[-1].phase == "cross_entropy":
+                self.optimizer.load_state_dict(state["optimizer"])
+            else:
+                self.restored = state["optimizer"]
+
+
+class Stopwatch:
+    """Iterates over batches and measures how long that took, and how much of it went by in waiting for them."""
+
+    def __init__(self, batches: Iterator[Batch]):
+        self.batches = batches
+        self.seconds = self.waited = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        started = time.perf_counter()
+        while True:
+            before = time.perf_counter()
+            batch = next(self.batches, None)
+            self.waited += time.perf_counter() - before
+            if batch is None:
+                break
+            yield batch
+        self.seconds = time.perf_counter() - started
+
+    def record(self) -> dict[str, float]:
+        return {"seconds": self.seconds, "data_wait_fraction": self.waited / self.seconds}
+
+
+def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord:
+    """The epoch whose weights are published: of the last phase, the one with the lowest validation loss or, where
+    captions are rewarded, the highest validation CIDEr."""
+    last = [record for record in history if record.phase == history[-1].phase]
+    if history[-1].phase == "cross_entropy":
+        return min(last, key=lambda record: record.validation_loss)
+    return max(last, key=lambda record: record.validation_cider or 0.0)
 
 
 def read_history(text: str) -> list[EpochRecord]:
@@ -244,10 +371,20 @@ def read_history(text: str) -> list[EpochRecord]:
     return [EpochRecord.model_validate(epoch) for epoch in json.loads(text)]
 
 
-def _line(record: EpochRecord, epochs: int, improved: bool) -> str:
+def _line(record: EpochRecord, config: TrainConfig, improved: bool) -> str:
+    if record.phase == "cross_entropy":
+        epochs = config.epochs
+        figures = (
+            f"train loss {record.train_loss:.4f} | validation loss {record.validation_loss:.4f}"
+        )
+        more = f" | validation accuracy {record.validation_accuracy:.4f}"
+    else:
+        epochs = record.epoch - 1 + config.self_critical.epochs
+        figures = (
+            f"reward {record.train_reward:.4f} | validation CIDEr {record.validation_cider:.4f}"
+        )
+        more = ""
     return (
-        f"epoch {record.epoch}/{epochs} | train loss {record.train_loss:.4f} | "
-        f"validation loss {record.validation_loss:.4f}{' *' if improved else ''} | "
-        f"validation accuracy {record.validation_accuracy:.4f} | "
+        f"epoch {record.epoch}/{epochs} | {figures}{' *' if improved else ''}{more} | "
         f"{record.captions_per_second:,.0f} captions/s | {record.seconds:.0f} s"
     )

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from captioner.config import TextConfig
+from captioner.config import TextConfig, TrainConfig
 from captioner.schema import GRID_CELLS
 from captioner.store import FeatureStore
 from captioner.text import END, PAD, START, Vocabulary, clean
-from captioner.training.data import WINDOW, Batch, CaptionData, epoch_order, sequential_order
+from captioner.training.data import Batch, CaptionData
+from captioner.training.ingest import Resident, Streaming, open_split
+from captioner.training.plan import WINDOW, Plan, caption_units, epoch_plan, sequential_plan
 from tests.stores import ANIMALS, CHANNELS, write_store
+
+CONFIG = TrainConfig(features="unused", output="unused", global_batch=8)
 
 
 def fake_data(captions: int, images: int = 5) -> CaptionData:
@@ -20,8 +24,15 @@ def fake_data(captions: int, images: int = 5) -> CaptionData:
     tokens = [
         [START, *[number + 4] * int(generator.integers(1, 12)), END] for number in range(captions)
     ]
+    return CaptionData(tokens, np.arange(captions) % images)
+
+
+def resident(
+    data: CaptionData, rank: int = 0, workers: int = 1, config: TrainConfig = CONFIG
+) -> Resident:
+    images = int(data.image_rows.max()) + 1
     pooled = np.arange(images * 2, dtype=np.float32).reshape(images, 2)
-    return CaptionData(tokens, np.arange(captions) % images, {"pooled": pooled})
+    return Resident(data, {"pooled": pooled}, config, rank, workers)
 
 
 def captions_in(batch: Batch) -> list[int]:
@@ -29,28 +40,65 @@ def captions_in(batch: Batch) -> list[int]:
     return [int(row[1]) - 4 for row in batch.tokens if row[1] != PAD]
 
 
-def load(root: Path, split: str = "train", columns: tuple[str, ...] = ("pooled",)) -> CaptionData:
-    store = FeatureStore.open(write_store(root, {"train": 7, "validation": 3}, grid=True))
-    captions = [clean(text) for texts in store.captions("train").values() for text in texts]
-    return CaptionData.load(
-        store, split, columns, Vocabulary.build(captions), TextConfig(max_length=6)
+def captions_of(plan: Plan) -> list[int]:
+    """Numbers of all captions of a plan, in its order."""
+    numbers = np.concatenate([share.ravel() for step in plan for share in step])
+    return [int(number) for number in numbers if number >= 0]
+
+
+def vocabulary(store: FeatureStore) -> Vocabulary:
+    return Vocabulary.build(
+        [clean(text) for texts in store.captions("train").values() for text in texts]
     )
 
 
+def opened(
+    root: Path,
+    split: str = "train",
+    columns: tuple[str, ...] = ("pooled",),
+    rank: int = 0,
+    workers: int = 1,
+    **settings: object,
+) -> Resident | Streaming:
+    if not root.joinpath("manifest.json").exists():
+        write_store(root, {"train": 7, "validation": 3}, grid=True)
+    store = FeatureStore.open(str(root))
+    config = CONFIG.model_copy(update={"text": TextConfig(max_length=6)} | settings)
+    return open_split(
+        store,
+        split,
+        columns,
+        vocabulary(store),
+        config,
+        rank=rank,
+        workers=workers,
+        neighbours=workers,
+    )
+
+
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("captions", [1, 7, 64, 65, 8 * WINDOW, 8 * WINDOW + 9])
-def test_every_caption_comes_exactly_once_an_epoch(captions: int) -> None:
-    lengths = fake_data(captions).lengths
-    order = epoch_order(lengths, 8, epoch=3, seed=0)
-    assert sorted(np.concatenate(order)) == list(range(captions))
-    assert len(order) == -(-captions // 8)
-    assert sum(len(batch) < 8 for batch in order) == (captions % 8 > 0)
+def test_every_caption_comes_exactly_once_an_epoch(captions: int, grouped: bool) -> None:
+    data = fake_data(captions)
+    units = caption_units(data.image_rows, grouped=grouped)
+    plan = epoch_plan(units, data.lengths, 8, epoch=3, seed=0, workers=1)
+    assert sorted(captions_of(plan)) == list(range(captions))
+    if not grouped:
+        assert len(plan) == -(-captions // 8)
+        assert sum(len(share) < 8 for (share,) in plan) == (captions % 8 > 0)
+
+
+def test_grouped_units_hold_the_captions_of_one_image_each() -> None:
+    units = caption_units(np.array([2, 0, 2, 7, 2, 0]), grouped=True)
+    assert units.tolist() == [[1, 5, -1], [0, 2, 4], [3, -1, -1]]
 
 
 def test_order_is_decided_by_seed_and_epoch() -> None:
-    lengths = fake_data(100).lengths
+    data = fake_data(100)
+    units = caption_units(data.image_rows, grouped=False)
 
     def flat(epoch: int, seed: int) -> list[int]:
-        return [int(number) for batch in epoch_order(lengths, 8, epoch, seed) for number in batch]
+        return captions_of(epoch_plan(units, data.lengths, 8, epoch, seed, 1))
 
     assert flat(0, 0) == flat(0, 0)
     assert flat(0, 0) != flat(1, 0)
@@ -58,82 +106,161 @@ def test_order_is_decided_by_seed_and_epoch() -> None:
 
 
 def test_batches_hold_captions_of_similar_length_but_differ_between_epochs() -> None:
-    lengths = fake_data(2000).lengths
+    data = fake_data(2000)
+    units, lengths = caption_units(data.image_rows, grouped=False), data.lengths
 
-    def padded(order: list[np.ndarray]) -> float:
-        return sum(len(batch) * lengths[batch].max() for batch in order) / lengths.sum()
+    def padded(batches: list[np.ndarray]) -> float:
+        return sum(len(batch) * lengths[batch].max() for batch in batches) / lengths.sum()
 
-    order = epoch_order(lengths, 16, 0, 0)
+    def epoch(number: int) -> list[np.ndarray]:
+        return [share.ravel() for (share,) in epoch_plan(units, lengths, 16, number, 0, 1)]
+
     shuffled = np.random.default_rng(0).permutation(2000)
-    assert padded(order) < 1.1 < 1.5 < padded(np.split(shuffled, 125))
-    again = {frozenset(batch.tolist()) for batch in epoch_order(lengths, 16, 1, 0)}
-    assert not again & {frozenset(batch.tolist()) for batch in order}
+    assert padded(epoch(0)) < 1.1 < 1.5 < padded(np.split(shuffled, 125))
+    again = {frozenset(batch.tolist()) for batch in epoch(1)}
+    assert not again & {frozenset(batch.tolist()) for batch in epoch(0)}
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("workers", [2, 3, 8])
 @pytest.mark.parametrize("captions", [41, 48])
-def test_workers_together_see_one_workers_batches(captions: int, workers: int) -> None:
-    data = fake_data(captions)
-    order = epoch_order(data.lengths, 8, 0, 0)
-    alone = list(data.batches(order, 0, 1))
-    shared = [list(data.batches(order, rank, workers)) for rank in range(workers)]
-    assert {len(batches) for batches in shared} == {len(alone)}
+def test_workers_together_see_one_workers_batches(
+    captions: int, workers: int, grouped: bool
+) -> None:
+    config = CONFIG.model_copy(update={"group_captions": grouped})
+    data = fake_data(captions, images=captions // 3)
+
+    def batches(rank: int, count: int) -> list[Batch]:
+        way = resident(data, rank, count, config)
+        return list(way.batches(way.plan(0), 0))
+
+    alone = batches(0, 1)
+    shared = [batches(rank, workers) for rank in range(workers)]
+    assert {len(found) for found in shared} == {len(alone)}
+    idle = 0
     for step, batch in enumerate(alone):
-        parts = [batches[step] for batches in shared]
+        parts = [found[step] for found in shared]
         assert sorted(captions_in(batch)) == sorted(sum(map(captions_in, parts), []))
         assert {part.global_targets for part in parts} == {batch.global_targets}
         assert sum(int((part.tokens[:, 1:] != PAD).sum()) for part in parts) == batch.global_targets
-    if captions == 41:
-        assert captions_in(shared[-1][[len(batch) for batch in order].index(1)]) == []
+        for part in parts:
+            idle += captions_in(part) == []
+            assert len(part.tokens) % len(part.features["pooled"]) == 0
+    assert idle or captions == 48 or grouped
 
 
 def test_validation_order_is_fixed_and_complete() -> None:
-    lengths = fake_data(30).lengths
-    order = sequential_order(lengths, 8)
-    assert sorted(np.concatenate(order)) == list(range(30))
-    assert (np.diff(lengths[np.concatenate(order)]) >= 0).all()
+    data = fake_data(30)
+    units = caption_units(data.image_rows, grouped=False)
+    found = captions_of(sequential_plan(units, data.lengths, 8, 1))
+    assert sorted(found) == list(range(30))
+    assert (np.diff(data.lengths[found]) >= 0).all()
 
 
-def test_captions_travel_with_the_features_of_their_image(tmp_path: Path) -> None:
-    data = load(tmp_path)
-    assert len(data) == 21
-    store = FeatureStore.open(str(tmp_path))
-    words = Vocabulary.build(
-        [clean(text) for texts in store.captions("train").values() for text in texts]
-    ).words
-    for batch in data.batches(epoch_order(data.lengths, 4, 0, 0), 0, 1):
+@pytest.mark.parametrize("ingest", ["resident", "streaming"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_captions_travel_with_the_features_of_their_image(
+    tmp_path: Path, ingest: str, grouped: bool
+) -> None:
+    way = opened(tmp_path, ingest=ingest, group_captions=grouped)
+    assert len(way.data) == 21
+    words = vocabulary(FeatureStore.open(str(tmp_path))).words
+    seen = 0
+    for batch in way.batches(way.plan(0), 0):
         assert batch.tokens.dtype == torch.int64
         assert batch.features["pooled"].dtype == torch.float32
         animals = batch.features["pooled"].argmax(dim=1)
+        animals = animals.repeat_interleave(len(batch.tokens) // len(animals))
         for row, animal in zip(batch.tokens, animals, strict=True):
             assert words[row[2]] == ANIMALS[animal]
+            seen += 1
+    assert seen == 21
+
+
+def many_files(root: Path, files: int) -> FeatureStore:
+    """A store whose train split is spread over this many files."""
+    return FeatureStore.open(
+        write_store(root, {"train": 23, "validation": 3}, grid=True, files=files)
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("epoch", [0, 1, None])
+def test_streaming_gives_every_caption_once_and_the_batches_of_resident_data(
+    tmp_path: Path, workers: int, grouped: bool, epoch: int | None
+) -> None:
+    store = many_files(tmp_path, 9)
+    config = CONFIG.model_copy(update={"group_captions": grouped})
+    data = CaptionData.load(store, "train", vocabulary(store), config.text)
+    whole = store.load("train", ("grid",)).columns
+    seen: list[int] = []
+    steps = set()
+    for rank in range(workers):
+        # Room for about five images, so that an epoch takes several windows.
+        way = Streaming(
+            data, store, "train", ("grid",), config, rank, workers, 5 * store.column_bytes("grid")
+        )
+        assert len(way.windows(epoch)) > 1
+        plan = way.plan(epoch)
+        steps.add(len(plan))
+        same = Resident(data, whole, config, rank, workers)
+        for streamed, held in zip(way.batches(plan, epoch), same.batches(plan, epoch), strict=True):
+            assert torch.equal(streamed.tokens, held.tokens)
+            assert torch.equal(streamed.features["grid"], held.features["grid"])
+            assert streamed.global_targets == held.global_targets
+            seen += [int(number) for number in streamed.captions.ravel() if number >= 0]
+    assert sorted(seen) == list(range(len(data)))
+    assert len(steps) == 1
+
+
+def test_streaming_order_differs_between_epochs_alone(tmp_path: Path) -> None:
+    store = many_files(tmp_path, 9)
+    data = CaptionData.load(store, "train", vocabulary(store), CONFIG.text)
+    way = Streaming(data, store, "train", ("grid",), CONFIG, 0, 1, 5 * store.column_bytes("grid"))
+    assert captions_of(way.plan(0)) == captions_of(way.plan(0)) != captions_of(way.plan(1))
 
 
 def test_long_captions_are_cut_and_stay_closed(tmp_path: Path) -> None:
-    data = load(tmp_path)
-    assert data.lengths.max() == 6
-    for batch in data.batches(sequential_order(data.lengths, 64), 0, 1):
+    way = opened(tmp_path)
+    assert way.data.lengths.max() == 6
+    for batch in way.batches(way.plan(None), None):
         ends = (batch.tokens == END).sum(dim=1)
         assert (batch.tokens[:, 0] == START).all()
         assert ends.tolist() == [1] * len(batch.tokens)
 
 
 def test_rejected_images_are_left_out(tmp_path: Path) -> None:
-    assert len(load(tmp_path, "validation").columns["pooled"]) == 3
+    way = opened(tmp_path, "validation")
+    assert isinstance(way, Resident)
+    assert len(way.columns["pooled"]) == 3
 
 
 def test_grid_stays_float16_in_memory_and_arrives_as_float32(tmp_path: Path) -> None:
-    data = load(tmp_path, columns=("grid",))
-    assert data.columns["grid"].dtype == torch.float16
-    batch = next(data.batches(sequential_order(data.lengths, 4), 0, 1))
+    way = opened(tmp_path, columns=("grid",))
+    assert isinstance(way, Resident)
+    assert way.columns["grid"].dtype == torch.float16
+    batch = next(way.batches(way.plan(None), None))
     assert batch.features["grid"].dtype == torch.float32
-    assert batch.features["grid"].shape == (4, GRID_CELLS, CHANNELS)
+    assert batch.features["grid"].shape == (8, GRID_CELLS, CHANNELS)
 
 
+def test_mapped_features_are_those_in_memory(tmp_path: Path) -> None:
+    store = many_files(tmp_path / "store", 3)
+    (tmp_path / "mapped").mkdir()
+    mapped = store.load("train", ("grid", "pooled"), tmp_path / "mapped").columns
+    held = store.load("train", ("grid", "pooled")).columns
+    for name, column in held.items():
+        assert isinstance(mapped[name], np.memmap)
+        np.testing.assert_array_equal(mapped[name], column)
+
+
+@pytest.mark.parametrize("ingest", ["resident", "streaming"])
 @pytest.mark.parametrize("column", ["pooled", "grid"])
-def test_statistics_are_those_of_all_images(tmp_path: Path, column: str) -> None:
-    data = load(tmp_path, columns=(column,))
-    values = data.columns[column].numpy().astype(np.float64).reshape(-1, CHANNELS)
-    mean, deviation = data.statistics(column)
+def test_statistics_are_those_of_all_images(tmp_path: Path, column: str, ingest: str) -> None:
+    way = opened(tmp_path, columns=(column,), ingest=ingest)
+    loaded = FeatureStore.open(str(tmp_path)).load("train", (column,)).columns[column]
+    values = loaded.astype(np.float64).reshape(-1, CHANNELS)
+    mean, deviation = way.statistics(column)
     np.testing.assert_allclose(mean.numpy(), values.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(deviation.numpy(), values.std(axis=0), rtol=1e-4)

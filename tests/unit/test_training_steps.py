@@ -13,7 +13,9 @@ from captioner.config import DecoderConfig, OptimizerConfig, TrainConfig
 from captioner.errors import TrainingError
 from captioner.models import build_decoder
 from captioner.text import END, PAD, START
-from captioner.training.data import CaptionData, epoch_order
+from captioner.training.data import Batch, CaptionData
+from captioner.training.ingest import Resident
+from captioner.training.plan import Plan
 from captioner.training.steps import (
     Schedule,
     TeacherForcing,
@@ -32,14 +34,31 @@ def decoder(seed: int = 0, dropout: float = 0.0) -> nn.Module:
     return build_decoder(DecoderConfig(width=8, output_width=8, dropout=dropout), WORDS, CHANNELS)
 
 
-def captions(count: int) -> CaptionData:
+class Fixture(Resident):
+    """Captions in memory, asked for batches of any plan and worker."""
+
+    def __init__(self, tokens: list[list[int]], image_rows: np.ndarray, pooled: np.ndarray):
+        settings = TrainConfig(features="unused", output="unused", global_batch=8)
+        super().__init__(CaptionData(tokens, image_rows), {"pooled": pooled}, settings, 0, 1)
+
+    def whole(self) -> Batch:
+        """All captions in one batch."""
+        return next(self.batches([[np.arange(len(self.data))[:, None]]], 0))
+
+    def worker(self, rank: int, workers: int) -> "Fixture":
+        other = copy.copy(self)
+        other.rank, other.workers = rank, workers
+        return other
+
+
+def captions(count: int) -> Fixture:
     generator = np.random.default_rng(1)
     tokens = [
         [START, *generator.integers(4, WORDS, generator.integers(1, 9)).tolist(), END]
         for _ in range(count)
     ]
     pooled = generator.normal(size=(4, CHANNELS)).astype(np.float32)
-    return CaptionData(tokens, np.arange(count) % 4, {"pooled": pooled})
+    return Fixture(tokens, np.arange(count) % 4, pooled)
 
 
 def config(**optimizer: object) -> TrainConfig:
@@ -47,12 +66,11 @@ def config(**optimizer: object) -> TrainConfig:
     return TrainConfig(features="unused", output="unused", optimizer=settings)
 
 
-def change(
-    model: nn.Module, data: CaptionData, order: list, rank: int, workers: int, step: int
-) -> Tensor:
+def change(model: nn.Module, data: Fixture, rank: int, workers: int, step: int) -> Tensor:
     """Minus the gradient of one worker's step, as one vector: what SGD of rate 1 adds to the weights."""
     replica = TeacherForcing(copy.deepcopy(model)).train()
-    batch = list(data.batches(order, rank, workers))[step]
+    mine = data.worker(rank, workers)
+    batch = list(mine.batches(mine.plan(0), 0))[step]
     train_step(
         replica,
         torch.optim.SGD(replica.parameters(), lr=1.0),
@@ -69,7 +87,7 @@ def change(
 
 def test_loss_is_the_sum_over_real_next_words() -> None:
     model = decoder().eval()
-    batch = next(captions(6).batches([np.arange(6)], 0, 1))
+    batch = captions(6).whole()
     loss, correct = TeacherForcing(model).eval()(batch.features, batch.tokens)
     logits = model(batch.features, batch.tokens[:, :-1])
     expected = functional.cross_entropy(
@@ -83,7 +101,7 @@ def test_loss_is_the_sum_over_real_next_words() -> None:
 
 def test_more_padding_changes_nothing() -> None:
     forcing = TeacherForcing(decoder()).eval()
-    batch = next(captions(6).batches([np.arange(6)], 0, 1))
+    batch = captions(6).whole()
     wider = functional.pad(batch.tokens, (0, 5), value=PAD)
     torch.testing.assert_close(
         forcing(batch.features, wider), forcing(batch.features, batch.tokens)
@@ -92,19 +110,19 @@ def test_more_padding_changes_nothing() -> None:
 
 def test_batched_scoring_agrees_with_the_training_loss() -> None:
     data = captions(6)
-    batch = next(data.batches([np.arange(6)], 0, 1))
+    batch = data.whole()
     model = decoder()
     with torch.no_grad():
         loss, correct = TeacherForcing(model).eval()(batch.features, batch.tokens)
     lists = [[int(token) for token in row if token != PAD] for row in batch.tokens]
-    rows = torch.from_numpy(data.image_rows)
+    rows = torch.from_numpy(data.data.image_rows)
     got = teacher_forcing(model, {"pooled": data.columns["pooled"]}, rows, lists)
     assert got[0] == pytest.approx(float(loss), rel=1e-5)
     assert got[1:] == (int(correct), batch.global_targets)
 
 
 def test_label_smoothing_is_for_training_alone() -> None:
-    batch = next(captions(6).batches([np.arange(6)], 0, 1))
+    batch = captions(6).whole()
     plain, smooth = TeacherForcing(decoder(), 0.0), TeacherForcing(decoder(), 0.3)
     assert (
         smooth.train()(batch.features, batch.tokens)[0]
@@ -119,17 +137,17 @@ def test_label_smoothing_is_for_training_alone() -> None:
 def test_mean_gradient_of_workers_is_one_workers_gradient(workers: int) -> None:
     # 17 captions in batches of 8: a batch of one leaves all but one worker without a caption.
     data, model = captions(17), decoder()
-    order = epoch_order(data.lengths, 8, 0, 0)
-    assert sorted(map(len, order)) == [1, 8, 8]
-    for step in range(len(order)):
-        alone = change(model, data, order, 0, 1, step)
-        parts = [change(model, data, order, rank, workers, step) for rank in range(workers)]
+    plan: Plan = data.plan(0)
+    assert sorted(len(share) for (share,) in plan) == [1, 8, 8]
+    for step in range(len(plan)):
+        alone = change(model, data, 0, 1, step)
+        parts = [change(model, data, rank, workers, step) for rank in range(workers)]
         assert alone.norm() > 1e-3
         torch.testing.assert_close(torch.stack(parts).mean(dim=0), alone, rtol=1e-4, atol=1e-6)
 
 
 def test_clipping_bounds_the_norm_of_all_gradients_together() -> None:
-    batch = next(captions(8).batches([np.arange(8)], 0, 1))
+    batch = captions(8).whole()
     norms = {}
     for clip in (None, 0.01):
         forcing = TeacherForcing(decoder()).train()
@@ -155,14 +173,14 @@ def test_clipping_bounds_the_norm_of_all_gradients_together() -> None:
 def test_eight_captions_can_be_learnt_by_heart(name: str, compute: str) -> None:
     generator = np.random.default_rng(2)
     tokens = [[START, *generator.integers(4, WORDS, 5).tolist(), END] for _ in range(8)]
-    data = CaptionData(tokens, np.arange(8), {"pooled": np.eye(8, CHANNELS * 3, dtype=np.float32)})
+    data = Fixture(tokens, np.arange(8), np.eye(8, CHANNELS * 3, dtype=np.float32))
     torch.manual_seed(0)
     model = build_decoder(
         DecoderConfig(width=32, output_width=32, dropout=0.0), WORDS, CHANNELS * 3
     )
     forcing, settings = TeacherForcing(model).train(), config(name=name, learning_rate=0.02)
     optimizer = build_optimizer(settings.optimizer, model)
-    batch = next(data.batches([np.arange(8)], 0, 1))
+    batch = data.whole()
     for _ in range(80):
         train_step(
             forcing,

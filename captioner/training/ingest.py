@@ -1,0 +1,250 @@
+"""Two ways for features to reach a worker: all of them at hand, or streamed from the store, window by window.
+
+Both give batches of the same form from the same plan. Why streaming is not Ray Data's ``streaming_split``: an equal
+split drops rows, an unequal one gives workers different numbers of steps, and neither repeats its order, so a run could
+not be resumed to the same end.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captioner.config import TrainConfig
+from captioner.models.base import Features
+from captioner.store import Chunk, FeatureStore
+from captioner.text import Vocabulary
+from captioner.training.data import Batch, CaptionData
+from captioner.training.plan import (
+    Indices,
+    Plan,
+    caption_units,
+    epoch_plan,
+    sequential_plan,
+    streaming_plan,
+)
+
+logger = logging.getLogger(__name__)
+
+# A streaming worker holds two windows of features, the one it draws from and the one being read.
+WINDOW_BYTES = 256 * 2**20
+# Statistics of a streamed split come from this many bytes of it, evenly spread.
+STATISTICS_BYTES = 2 * 2**30
+
+
+class Resident:
+    """All features of a split in memory, or in files mapped to it."""
+
+    def __init__(
+        self,
+        data: CaptionData,
+        columns: dict[str, np.ndarray[Any, Any]],
+        config: TrainConfig,
+        rank: int,
+        workers: int,
+    ):
+        self.data, self.config, self.rank, self.workers = data, config, rank, workers
+        self.columns = {name: torch.from_numpy(column) for name, column in columns.items()}
+
+    def plan(self, epoch: int | None, *, images: int | None = None) -> Plan:
+        """Steps of an epoch, counted from 0; None: of a validation pass.
+
+        Args:
+            images: take so many images in a step, with all captions of each; None: ``global_batch`` captions.
+        """
+        units, batch = _units(self.data, self.config, images)
+        lengths, workers = self.data.lengths, self.workers
+        if epoch is None:
+            return sequential_plan(units, lengths, batch, workers)
+        return epoch_plan(units, lengths, batch, epoch, self.config.seed, workers)
+
+    def batches(self, plan: Plan, epoch: int | None) -> Iterator[Batch]:
+        """This worker's share of every step of ``plan(epoch)``."""
+        return self.data.batches(plan, self.rank, self._read)
+
+    def statistics(self, column: str) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation per channel over all images (and cells), float32 [C] each."""
+        return moments(iter(self.columns[column].split(512)))
+
+    def _read(self, images: list[Indices]) -> Iterator[Features]:
+        for rows in images:
+            picked = torch.from_numpy(rows)
+            yield {name: column[picked].float() for name, column in self.columns.items()}
+
+
+class Streaming:
+    """Features of a split, read from the store's files again in every epoch; memory does not grow with the store."""
+
+    def __init__(
+        self,
+        data: CaptionData,
+        store: FeatureStore,
+        split: str,
+        columns: tuple[str, ...],
+        config: TrainConfig,
+        rank: int,
+        workers: int,
+        window_bytes: int = WINDOW_BYTES,
+    ):
+        self.data, self.store, self.columns, self.config = data, store, columns, config
+        self.rank, self.workers = rank, workers
+        images = window_bytes // sum(store.column_bytes(name) for name in columns)
+        # Windows of several chunks, so that neighbours in a file do not meet in every epoch.
+        self.chunks = store.chunks(split, max(1, images // 8))
+        self.per_window = max(1, images // max(len(chunk.rows) for chunk in self.chunks))
+        self.chunk_of = np.empty(sum(len(chunk.rows) for chunk in self.chunks), np.int64)
+        for number, chunk in enumerate(self.chunks):
+            self.chunk_of[chunk.rows] = number
+
+    def windows(self, epoch: int | None) -> list[list[list[int]]]:
+        """Chunks of every worker in every window of a pass."""
+        order = np.arange(len(self.chunks))
+        if epoch is not None:
+            order = np.random.default_rng((self.config.seed, epoch, 2)).permutation(order)
+        size = self.per_window * self.workers
+        return [
+            [
+                order[start : start + size][rank :: self.workers].tolist()
+                for rank in range(self.workers)
+            ]
+            for start in range(0, len(order), size)
+        ]
+
+    def plan(self, epoch: int | None, *, images: int | None = None) -> Plan:
+        """As ``Resident.plan``, in an order that takes one window of the store after the other."""
+        units, batch = _units(self.data, self.config, images)
+        chunk = self.chunk_of[self.data.image_rows[units[:, 0]]]
+        by_chunk = units[np.argsort(chunk, kind="stable")]
+        bounds = np.searchsorted(np.sort(chunk), np.arange(len(self.chunks) + 1))
+        windows = [
+            [
+                np.concatenate(
+                    [units[:0], *(by_chunk[bounds[one] : bounds[one + 1]] for one in share)]
+                )
+                for share in window
+            ]
+            for window in self.windows(epoch)
+        ]
+        return streaming_plan(
+            windows,
+            self.data.lengths,
+            batch,
+            epoch or 0,
+            self.config.seed,
+            shuffle=epoch is not None,
+        )
+
+    def batches(self, plan: Plan, epoch: int | None) -> Iterator[Batch]:
+        """This worker's share of every step of ``plan(epoch)``."""
+        shares = [window[self.rank] for window in self.windows(epoch)]
+        return self.data.batches(plan, self.rank, lambda images: self._read(images, shares))
+
+    def statistics(self, column: str) -> tuple[Tensor, Tensor]:
+        """As ``Resident.statistics``, from at most 2 GiB of the split, evenly spread."""
+        total = sum(len(chunk.rows) for chunk in self.chunks) * self.store.column_bytes(column)
+        stride = max(1, -(-total // STATISTICS_BYTES))
+        return moments(
+            torch.from_numpy(self.store.read_chunk(chunk, (column,))[column])
+            for chunk in self.chunks[::stride]
+        )
+
+    def _read(self, images: list[Indices], shares: list[list[int]]) -> Iterator[Features]:
+        place = np.full(int(self.data.image_rows.max()) + 1, -1)
+        held: Indices = np.empty(0, np.int64)
+        window: dict[str, Tensor] = {}
+        with ThreadPoolExecutor(1) as reader:
+            coming = iter([*shares, []])
+            ahead = reader.submit(self._load, next(coming))
+            for rows in images:
+                while len(rows) and place[rows[0]] < 0 or not window:
+                    place[held] = -1
+                    # The old window goes before the next but one is read beside the new one.
+                    window = {}
+                    held, window = ahead.result()
+                    place[held] = np.arange(len(held))
+                    ahead = reader.submit(self._load, next(coming))
+                picked = torch.from_numpy(place[rows])
+                yield {name: column[picked].float() for name, column in window.items()}
+
+    def _load(self, share: list[int]) -> tuple[Indices, dict[str, Tensor]]:
+        """Rows and features of one window's chunks."""
+        chunks: list[Chunk] = [self.chunks[number] for number in share]
+        if not chunks:
+            empty = self.store.read_chunk(self.chunks[0], self.columns)
+            return np.empty(0, np.int64), {
+                name: torch.from_numpy(column[:0].copy()) for name, column in empty.items()
+            }
+        parts = [self.store.read_chunk(chunk, self.columns) for chunk in chunks]
+        return np.concatenate([chunk.rows for chunk in chunks]), {
+            name: torch.from_numpy(np.concatenate([part[name] for part in parts]))
+            for name in self.columns
+        }
+
+
+def _units(data: CaptionData, config: TrainConfig, images: int | None) -> tuple[Indices, int]:
+    """Units of a pass, and captions in a global batch."""
+    units = caption_units(data.image_rows, grouped=config.group_captions or images is not None)
+    return units, config.global_batch if images is None else images * units.shape[1]
+
+
+def open_split(
+    store: FeatureStore,
+    split: str,
+    columns: tuple[str, ...],
+    vocabulary: Vocabulary,
+    config: TrainConfig,
+    *,
+    rank: int,
+    workers: int,
+    neighbours: int,
+) -> Resident | Streaming:
+    """A split by the way in that ``config.ingest`` asks for.
+
+    ``auto``: in memory what takes at most half of this worker's part of it, in a mapped file what fits on the disk
+    with as much to spare, else streamed.
+
+    Args:
+        neighbours: workers on this node.
+
+    Raises:
+        StoreError: the split, a column or the captions are missing.
+    """
+    data = CaptionData.load(store, split, vocabulary, config.text)
+    size = store.manifest.splits[split].ok * sum(store.column_bytes(name) for name in columns)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fits = size <= memory // 2 // neighbours
+    if config.ingest == "streaming":
+        return Streaming(data, store, split, columns, config, rank, workers)
+    folder = None
+    if not fits:
+        folder = Path(tempfile.mkdtemp(prefix="captioner-"))
+        disk = os.statvfs(folder)
+        if config.ingest == "auto" and 2 * size * neighbours > disk.f_bavail * disk.f_frsize:
+            folder.rmdir()
+            return Streaming(data, store, split, columns, config, rank, workers)
+    table = store.load(split, columns, folder)
+    if folder is not None:
+        # The mapping keeps the files alive until this process ends, whichever way it ends.
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    return Resident(data, table.columns, config, rank, workers)
+
+
+def moments(pieces: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel of pieces [..., C], float32 [C] each."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for piece in pieces:
+        flat = piece.reshape(-1, piece.shape[-1]).double()
+        count += len(flat)
+        total = total + flat.sum(0)
+        squares = squares + flat.square().sum(0)
+    mean = total / count
+    return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
