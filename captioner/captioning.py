@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -56,10 +57,15 @@ class Caption:
 class Captioner:
     """A model ready to caption, on one device. An image's caption does not depend on what else is in its batch."""
 
-    def __init__(self, model: LoadedModel, encoder: Encoder):
+    def __init__(self, model: LoadedModel, device: str):
         self.model = model
-        self.encoder = encoder
-        self.device = encoder.device
+        self.device = torch.device(device)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The image network; loaded when the first image comes, as who brings features needs none."""
+        model = self.model
+        return Encoder.load(model.encoder_weights_uri, model.record.encoder, str(self.device))
 
     @classmethod
     def load(cls, uri: str, device: str | None = None) -> "Captioner":
@@ -74,8 +80,7 @@ class Captioner:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = load_model(uri)
         model.decoder.to(device)
-        encoder = Encoder.load(model.encoder_weights_uri, model.record.encoder, device)
-        return cls(model, encoder)
+        return cls(model, device)
 
     def caption(
         self,

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from pickle import (
     UnpicklingError,  # what torch.load(weights_only=True) raises on anything but tensors
 )
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 
 import numpy as np
@@ -21,13 +21,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import ResNet50_Weights, resnet50
-from torchvision.models.resnet import Bottleneck
 
 from captioner import storage
 from captioner.config import EncoderConfig
 from captioner.errors import ModelError
 from captioner.schema import GRID_CELLS, GRID_SIDE, EncoderIdentity
+
+if TYPE_CHECKING:
+    # Importing torchvision takes five seconds, for it imports torch's compiler: only where a network is built.
+    from torchvision.models import ResNet50_Weights
 
 IMAGE_SIDE = 224
 CHANNELS = {"layer3": 1024, "layer4": 2048}
@@ -43,10 +45,12 @@ Tensors = dict[str, Tensor]
 
 def build_network(name: str, layer: str) -> nn.Sequential:
     """The stages from conv1 to ``layer``, ending in its ReLU; torchvision's parameter names."""
+    from torchvision.models import resnet50
+
     full = resnet50()
     if name == "resnet50_v1":
         for stage in _STAGES[1:]:
-            first: Bottleneck = getattr(full, stage)[0]
+            first: Any = getattr(full, stage)[0]
             first.conv1.stride, first.conv2.stride = (2, 2), (1, 1)
     parts = ("conv1", "bn1", "relu", "maxpool", *_STAGES[: _STAGES.index(layer) + 1])
     return nn.Sequential(OrderedDict((part, getattr(full, part)) for part in parts)).eval()
@@ -58,6 +62,8 @@ def load_weights(config: EncoderConfig) -> Tensors:
     Raises:
         ModelError: the weights cannot be had, or do not fit the network.
     """
+    from torchvision.models import ResNet50_Weights
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = build_network(config.name, config.layer)
@@ -90,7 +96,7 @@ def load_weights(config: EncoderConfig) -> Tensors:
     return chosen
 
 
-def _download(weights: ResNet50_Weights) -> Tensors:
+def _download(weights: "ResNet50_Weights") -> Tensors:
     try:
         tensors: Tensors = weights.get_state_dict(
             progress=False, check_hash=True, map_location="cpu", weights_only=True
@@ -226,6 +232,8 @@ def _fold_batch_norms(network: nn.Sequential) -> None:
         fused = fuse_conv_bn_eval(getattr(owner, convolution), getattr(owner, norm))
         setattr(owner, convolution, fused)
         setattr(owner, norm, nn.Identity())
+
+    from torchvision.models.resnet import Bottleneck
 
     fold(network, "conv1", "bn1")
     for module in network.modules():

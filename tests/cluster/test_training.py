@@ -17,19 +17,19 @@ import torch
 from ray.train import UserCallback
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from captioner.config import DecoderConfig, OptimizerConfig, TrainConfig
+from captioner.config import DecoderConfig, OptimizerConfig, SelfCriticalConfig, TrainConfig
 from captioner.errors import ConfigError, StoreError, TrainingError
 from captioner.model_store import load_model
 from captioner.store import FeatureStore
 from captioner.training import run
-from captioner.training.data import CaptionData, sequential_order
+from captioner.training.ingest import open_split
 from captioner.training.run import TrainResult, run_training
 from captioner.training.steps import TeacherForcing
 from captioner.training.worker import EpochRecord
 from tests.stores import write_store
 
 ROOT = Path(__file__).resolve().parents[2]
-EPOCHS = 6
+EPOCHS, SELF_CRITICAL_EPOCHS = 3, 2
 
 # A fit takes ten seconds on an idle machine, minutes where others compete for the cores.
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(600)]
@@ -53,6 +53,9 @@ def settings(features: str, output: Path, **changes: Any) -> TrainConfig:
         ),
         epochs=EPOCHS,
         global_batch=37,
+        self_critical=SelfCriticalConfig(
+            epochs=SELF_CRITICAL_EPOCHS, learning_rate=0.002, samples=3, global_batch=21
+        ),
         patience=None,
         compute="float32",
     )
@@ -61,13 +64,13 @@ def settings(features: str, output: Path, **changes: Any) -> TrainConfig:
 
 def values(history: list[EpochRecord]) -> list[dict[str, Any]]:
     """What of a history is not a matter of the clock."""
-    clock = {"seconds", "captions_per_second", "data_wait_fraction"}
-    return [record.model_dump(exclude=clock) for record in history]
+    clock = {"phase", "seconds", "captions_per_second", "data_wait_fraction"}
+    return [record.model_dump(exclude=clock, exclude_none=True) for record in history]
 
 
 @pytest.fixture(scope="module")
 def unbroken(features: str, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    """Two workers with dropout, undisturbed."""
+    """Two workers with dropout, both phases, undisturbed."""
     output = tmp_path_factory.mktemp("unbroken") / "model"
     return run_training(settings(features, output, num_workers=2))
 
@@ -97,12 +100,19 @@ def test_two_workers_train_as_one(features: str, tmp_path: Path) -> None:
     alone, together = (
         run_training(
             settings(
-                features, tmp_path / str(workers), decoder=without_dropout, num_workers=workers
+                features,
+                tmp_path / f"{workers}",
+                decoder=without_dropout,
+                num_workers=workers,
+                epochs=5,
+                # Captions are drawn by each worker for itself, so this phase is not the same for any number of them.
+                self_critical=SelfCriticalConfig(),
             )
         )
-        for workers in (1, 2)
+        # Elastic: the cluster has room for the second worker.
+        for workers in (1, (1, 2))
     )
-    assert len(alone.history) == EPOCHS
+    assert len(alone.history) == 5
     assert alone.history[-1].train_loss < 0.9 * alone.history[0].train_loss
     for one, two in zip(values(alone.history), values(together.history), strict=True):
         assert one == pytest.approx(two, rel=1e-4)
@@ -119,7 +129,7 @@ def test_same_seed_gives_the_same_history_and_weights_even_when_a_worker_is_kill
 ) -> None:
     marker = tmp_path / "killed"
     config = settings(features, tmp_path / "model", num_workers=2)
-    result = run_training(config, callbacks=[KillOneWorker(marker, epoch=3)])
+    result = run_training(config, callbacks=[KillOneWorker(marker, epoch=EPOCHS + 1)])
     assert marker.read_text() == "2"
     assert values(result.history) == values(unbroken.history)
     assert weights(result) == weights(unbroken)
@@ -159,7 +169,7 @@ def test_a_killed_driver_changes_nothing(
 def test_a_run_killed_before_publishing_publishes_without_training_again(
     features: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = settings(features, tmp_path / "model", epochs=2)
+    config = settings(features, tmp_path / "model", epochs=2, self_critical=SelfCriticalConfig())
 
     class Killed(BaseException):
         pass
@@ -197,10 +207,11 @@ def test_published_weights_are_those_of_the_best_epoch(
     unbroken: TrainResult, features: str
 ) -> None:
     model = load_model(unbroken.uri)
-    data = CaptionData.load(
-        FeatureStore.open(features), "validation", ("pooled",), model.vocabulary, model.record.text
+    store, config = FeatureStore.open(features), settings(features, Path("unused"), global_batch=99)
+    way = open_split(
+        store, "validation", ("pooled",), model.vocabulary, config, rank=0, workers=1, neighbours=1
     )
-    batch = next(data.batches(sequential_order(data.lengths, len(data)), 0, 1))
+    (batch,) = way.batches(way.plan(None), None)
     with torch.no_grad():
         loss, correct = TeacherForcing(model.decoder).eval()(batch.features, batch.tokens)
     assert float(loss) / batch.global_targets == pytest.approx(
@@ -214,7 +225,12 @@ def test_model_directory_holds_history_curves_and_events(unbroken: TrainResult) 
 
     root = Path(unbroken.uri)
     history = pd.read_parquet(root / "history.parquet")
-    assert history["epoch"].tolist() == list(range(1, EPOCHS + 1))
+    assert history["epoch"].tolist() == list(range(1, EPOCHS + SELF_CRITICAL_EPOCHS + 1))
+    assert (
+        history["phase"].tolist()
+        == ["cross_entropy"] * EPOCHS + ["self_critical"] * SELF_CRITICAL_EPOCHS
+    )
+    assert unbroken.best.validation_cider == history["validation_cider"].max()
     assert json.loads((root / "metrics.json").read_text()) == unbroken.best.model_dump()
     assert (root / "curves.png").read_bytes().startswith(b"\x89PNG")
     events = EventAccumulator(str(root / "tensorboard"))
@@ -231,7 +247,14 @@ def test_training_stops_early_when_validation_gets_worse(features: str, tmp_path
     # A rate far too high makes the validation loss rise at once.
     wild = OptimizerConfig(learning_rate=0.5, schedule="constant")
     result = run_training(
-        settings(features, tmp_path / "model", optimizer=wild, epochs=40, patience=2)
+        settings(
+            features,
+            tmp_path / "model",
+            optimizer=wild,
+            epochs=40,
+            patience=2,
+            self_critical=SelfCriticalConfig(),
+        )
     )
     assert len(result.history) == result.best.epoch + 2 < 40
 
