@@ -6,7 +6,8 @@ The two never share a name: ``standard`` and ``seed`` scores compare free-runnin
 
 import json
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,19 +24,15 @@ from captioner.captioning import Captioner
 from captioner.cluster import PoolPlan, plan_pool, start_ray
 from captioner.config import DecodeConfig, EvaluateConfig
 from captioner.errors import ModelError
-from captioner.images import decode_image
-from captioner.metrics import StandardScores, score_seed, score_standard
+from captioner.metrics import StandardScores, has_java, score_seed, score_standard
 from captioner.model_store import check_features_fit, load_record
-from captioner.plots import caption_grid
+from captioner.report_pictures import draw_report
 from captioner.schema import ReportManifest
-from captioner.sources import read_image
 from captioner.store import FeatureStore
 from captioner.text import clean
 from captioner.training.steps import teacher_forcing
 
 logger = logging.getLogger(__name__)
-
-GRID_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class ScoreImages:
 
 
 def evaluate(config: EvaluateConfig) -> Report:
-    """Score ``config.model`` on a split and publish scores.json, predictions.parquet and grid.png.
+    """Score ``config.model`` on a split and publish scores.json, predictions.parquet and pictures.
 
     Raises:
         StoreError: the features, the split or its captions are missing; the output belongs to another run.
@@ -117,7 +114,7 @@ def evaluate(config: EvaluateConfig) -> Report:
         rows = _score(config, store, model_uri, captions)
         references = [captions[name] for name in rows["image_id"].to_pylist()]
         hypotheses = rows["caption"].to_pylist()
-        standard = score_standard(references, hypotheses)
+        standard = score_standard(references, hypotheses, meteor=config.meteor and has_java())
         scores = {
             "standard": standard.summary(),
             "seed": score_seed(references, hypotheses, record.text.rules).model_dump(),
@@ -128,6 +125,7 @@ def evaluate(config: EvaluateConfig) -> Report:
             "images": len(rows),
             "split": config.split,
             "decode": config.decode.model_dump(),
+            "statistics": caption_statistics(references, hypotheses),
         }
         _publish(config, output, store, rows, references, scores, standard)
     return Report(output.root, scores)
@@ -145,7 +143,35 @@ def score_table(report: Report) -> str:
             lines.append(f"{name:10}{value:10.4f}{beside}")
     lines += ["", "next word, teacher forcing:"]
     lines += [f"{name:10}{report.scores[name]:10.4f}" for name in ("loss", "accuracy")]
+    found = report.scores["statistics"]
+    lines += ["", f"{'':20}{'captions':>12}{'references':>12}"]
+    for name in ("distinct_captions", "vocabulary", "mean_length", "longest"):
+        pair = [f"{found[side][name]:12,.4g}" for side in ("captions", "references")]
+        lines.append(f"{name.replace('_', ' '):20}{''.join(pair)}")
     return "\n".join([*lines, "", f"report: {report.uri}"])
+
+
+def caption_statistics(
+    references: Sequence[Sequence[str]], hypotheses: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """How varied and how long captions are, beside the references: counts, and lengths in cleaned words."""
+
+    def describe(texts: list[str]) -> dict[str, Any]:
+        words = [clean(text) for text in texts]
+        lengths = Counter(len(caption) for caption in words)
+        return {
+            "captions": len(texts),
+            "distinct_captions": len({" ".join(caption) for caption in words}),
+            "vocabulary": len({word for caption in words for word in caption}),
+            "mean_length": sum(map(len, words)) / len(words),
+            "longest": max(lengths),
+            "lengths": {str(length): lengths[length] for length in sorted(lengths)},
+        }
+
+    return {
+        "captions": describe(list(hypotheses)),
+        "references": describe([text for texts in references for text in texts]),
+    }
 
 
 def _score(
@@ -203,21 +229,27 @@ def _publish(
         predictions = predictions.append_column(name, pa.array(values, pa.float32()))
     with storage.atomic_writer(output.uri("predictions.parquet")) as file:
         pq.write_table(predictions, file)
-    chosen = np.random.default_rng(config.seed).permutation(len(rows))[:GRID_IMAGES]
+    files = ["scores.json", "predictions.parquet"]
     uris = store.image_uris(config.split)
-    names = rows["image_id"].to_pylist()
-    pictures = [decode_image(read_image(uris[names[row]])) for row in chosen]
-    texts = rows["caption"].to_pylist()
-    storage.write_bytes(
-        output.uri("grid.png"),
-        caption_grid(pictures, [texts[row] for row in chosen], [references[row] for row in chosen]),
+    drawn = draw_report(
+        [uris[name] for name in rows["image_id"].to_pylist()],
+        rows["caption"].to_pylist(),
+        references,
+        standard.per_image["cider"],
+        Captioner.load(config.model),
+        config.decode,
+        attention_images=config.attention_images,
+        seed=config.seed,
     )
+    for name, picture in drawn:
+        storage.write_bytes(output.uri(name), picture)
+        files.append(name)
     storage.write_bytes(output.uri("scores.json"), json.dumps(scores, indent=1).encode())
     manifest = ReportManifest(
         model=storage.absolute(config.model),
         features=store.uri,
         split=config.split,
         images=len(rows),
-        files=["scores.json", "predictions.parquet", "grid.png"],
+        files=files,
     )
     output.publish(manifest.model_dump_json(indent=1))

@@ -82,7 +82,7 @@ def score_standard(
         ValueError: no images, an image without references, or lengths that differ.
     """
     _check(references, hypotheses)
-    if meteor and shutil.which("java") is None:
+    if meteor and not has_java():
         raise ConfigError("meteor: needs Java, and there is no java on the path")
     texts = [" ".join(text.split()) for texts in (*references, hypotheses) for text in texts]
     tokens, tokenizer = _tokenize({text for text in texts if text})
@@ -113,6 +113,11 @@ def score_standard(
             "cider": np.asarray(cider_per_image, float).tolist(),
         },
     )
+
+
+def has_java() -> bool:
+    """Whether METEOR and Stanford's tokenizer can run."""
+    return shutil.which("java") is not None
 
 
 def score_seed(

@@ -1,31 +1,35 @@
 """Measure a stage on this machine or cluster.
 
 python -m ray_jobs.benchmark extract --source my_photos/ --images 2000 --json extract.json
+python -m ray_jobs.benchmark train --features runs/flickr8k/features --json train.json
 """
 
 import sys
 
 from captioner import cli, storage
 from captioner.benchmark.extract import benchmark_extract
-from captioner.config import BenchmarkExtractConfig
+from captioner.benchmark.train import benchmark_train
+from captioner.config import BenchmarkExtractConfig, BenchmarkTrainConfig
 from captioner.errors import ConfigError
 
-
-def extract(config: BenchmarkExtractConfig) -> None:
-    result = benchmark_extract(config)
-    print(result.table())
-    if config.json_file:
-        storage.write_bytes(config.json_file, result.model_dump_json(indent=1).encode())
-
-
-STAGES = {"extract": (extract, BenchmarkExtractConfig)}
+STAGES = {
+    "extract": (benchmark_extract, BenchmarkExtractConfig),
+    "train": (benchmark_train, BenchmarkTrainConfig),
+}
 
 
 def main() -> None:
     stage = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
     if stage not in STAGES:
         cli.fail(str(ConfigError(f"benchmark: {stage!r} is not one of {', '.join(STAGES)}")))
-    job, config_type = STAGES[stage]
+    measure, config_type = STAGES[stage]
+
+    def job(config):
+        result = measure(config)
+        print(result.table())
+        if config.json_file:
+            storage.write_bytes(config.json_file, result.model_dump_json(indent=1).encode())
+
     cli.run(job, config_type)
 
 

@@ -3,7 +3,7 @@
 A docstring under a field is its ``--help`` text. "Per worker" and "global" are always said of batch sizes.
 """
 
-from captioner.config.benchmark import BenchmarkExtractConfig
+from captioner.config.benchmark import BenchmarkExtractConfig, BenchmarkTrainConfig
 from captioner.config.jobs import (
     CaptionConfig,
     DemoConfig,
@@ -31,6 +31,7 @@ from captioner.config.serving import ServeConfig
 
 __all__ = [
     "BenchmarkExtractConfig",
+    "BenchmarkTrainConfig",
     "CaptionConfig",
     "Config",
     "DecodeConfig",

@@ -1,11 +1,19 @@
 """Settings of the benchmarks."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from pydantic import Field
 
-from captioner.config.parts import Config, EncoderConfig, Positive, SourceConfig
+from captioner.config.parts import (
+    Config,
+    DecoderConfig,
+    DecoderKind,
+    EncoderConfig,
+    Positive,
+    SourceConfig,
+    TextConfig,
+)
 
 
 class BenchmarkExtractConfig(Config):
@@ -27,5 +35,34 @@ class BenchmarkExtractConfig(Config):
     """Encoder actors; default: as extract_features chooses."""
     cpus_per_encoder: Positive | None = None
     """Threads of one encoder actor on CPU; default: as extract_features chooses."""
+    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
+    """Also write the result to this file (path or URI)."""
+
+
+class BenchmarkTrainConfig(Config):
+    """Measure training on this machine or cluster: decoders, ways in and numbers of workers."""
+
+    features: str
+    """Feature store (path or URI); decoders that look at places need its grid."""
+    decoders: tuple[DecoderKind, ...] = (
+        "merge",
+        "sequence_attention",
+        "spatial_attention",
+        "transformer",
+    )
+    """Decoders to measure."""
+    ingest: tuple[Literal["resident", "streaming"], ...] = ("resident", "streaming")
+    """Ways for features to reach a worker."""
+    workers: tuple[Positive, ...] = (1, 2)
+    """Numbers of data-parallel workers."""
+    decoder: DecoderConfig = DecoderConfig()
+    """What the decoders share; its kind is not used."""
+    text: TextConfig = TextConfig()
+    global_batch: Positive = 64
+    """Captions per optimizer step, over all workers together."""
+    group_captions: bool = False
+    """Keep the captions of an image in one batch."""
+    steps: Annotated[int, Field(ge=5)] = 60
+    """Optimizer steps measured, after five that are not."""
     json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
     """Also write the result to this file (path or URI)."""

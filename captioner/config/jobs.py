@@ -107,6 +107,10 @@ class EvaluateConfig(Config):
     """Images per decoding batch."""
     seed: int = 0
     """Seed of the choice of pictures in the grid."""
+    attention_images: Annotated[int, Field(ge=0, le=16)] = 4
+    """Images whose attention is drawn word by word, where the decoder looks at places."""
+    meteor: bool = True
+    """Also compute METEOR where Java is there; it takes some ten seconds and 2 GiB."""
 
 
 class CaptionConfig(Config):

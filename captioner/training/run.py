@@ -33,6 +33,7 @@ from captioner.model_store import (
     save_model,
 )
 from captioner.models import build_decoder
+from captioner.models.summary import summarize
 from captioner.plots import plot_history
 from captioner.progress import MessageLog
 from captioner.store import ENCODER_WEIGHTS, FeatureStore
@@ -48,7 +49,7 @@ from captioner.training.worker import (
 
 logger = logging.getLogger(__name__)
 
-WORK = "_training"
+WORK, SUMMARY = "_training", "summary.txt"
 HISTORY_ROWS = pa.schema(
     [
         ("epoch", pa.int64()),
@@ -213,7 +214,11 @@ def _publish(
             pa.Table.from_pylist([epoch.model_dump() for epoch in history], HISTORY_ROWS), file
         )
     storage.write_bytes(output.uri("curves.png"), plot_history(history))
-    _write_tensorboard(output, history)
+    summary = summarize(
+        build_decoder(config.decoder, len(vocabulary), store.manifest.encoder.channels)
+    )
+    storage.write_bytes(output.uri(SUMMARY), f"{summary}\n".encode())
+    _write_tensorboard(output, history, summary)
     files = [
         ENCODER_WEIGHTS,
         WEIGHTS,
@@ -222,6 +227,7 @@ def _publish(
         "metrics.json",
         "history.parquet",
         "curves.png",
+        SUMMARY,
     ]
     output.publish(
         ModelManifest(weights_sha256=record.weights_sha256, files=files).model_dump_json(indent=1)
@@ -232,11 +238,13 @@ def _publish(
     filesystem.delete_dir(path)
 
 
-def _write_tensorboard(output: storage.Output, history: list[EpochRecord]) -> None:
+def _write_tensorboard(output: storage.Output, history: list[EpochRecord], summary: str) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     with tempfile.TemporaryDirectory() as folder:
         with SummaryWriter(folder) as writer:
+            # Markdown shows indented text as it is.
+            writer.add_text("model", summary.replace("\n", "\n    ").join(["    ", ""]))
             for record in history:
                 figures = record.model_dump(exclude={"epoch", "phase"}, exclude_none=True)
                 for name, value in figures.items():

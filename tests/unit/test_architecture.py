@@ -19,7 +19,8 @@ LAYERS = (
     ("storage", "text", "cluster", "cli", "presets", "progress"),
     ("images", "sources", "models", "store", "model_store"),
     ("encoder", "metrics", "plots", "pipeline"),
-    ("features", "training", "captioning", "captioning_job", "collection"),
+    ("features", "training", "captioning", "collection"),
+    ("report_pictures",),
     ("tuning", "evaluation", "benchmark", "serving"),
 )
 WITH_RAY = (
@@ -30,7 +31,6 @@ WITH_RAY = (
     "captioner.features",
     "captioner.training.worker",
     "captioner.training.run",
-    "captioner.captioning_job",
     "captioner.collection",
     "captioner.tuning",
     "captioner.evaluation",

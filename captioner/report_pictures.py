@@ -1,0 +1,79 @@
+"""Pictures of a report: a grid of captioned images, the best and the worst of them, and where the decoder looked."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+
+from captioner import storage
+from captioner.captioning import Captioner
+from captioner.config import DecodeConfig
+from captioner.images import decode_image
+from captioner.plots import attention_maps, best_and_worst, caption_grid
+from captioner.sources import read_image
+
+GRID_IMAGES = 16
+BEST_AND_WORST = 10
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class Pictures(Sequence[Pixels]):
+    """Images by their URIs, decoded when asked for: uint8 RGB [224, 224, 3] each."""
+
+    def __init__(self, uris: Sequence[str]):
+        self.uris = uris
+
+    def __len__(self) -> int:
+        return len(self.uris)
+
+    @overload
+    def __getitem__(self, index: int) -> Pixels: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Pictures": ...
+    def __getitem__(self, index: int | slice) -> "Pixels | Pictures":
+        if isinstance(index, slice):
+            return Pictures(self.uris[index])
+        return decode_image(read_image(self.uris[index]))
+
+
+def draw_report(
+    uris: Sequence[str],
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    cider: Sequence[float],
+    captioner: Captioner,
+    decode: DecodeConfig,
+    *,
+    attention_images: int,
+    seed: int,
+) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the PNG files of a report.
+
+    Args:
+        uris, captions, references, cider: one of each per image.
+        attention_images: images whose attention is drawn, if the decoder looks at places.
+        seed: of the choice of images.
+    """
+    pictures = Pictures(uris)
+    chosen = np.random.default_rng(seed).permutation(len(uris))[:GRID_IMAGES].tolist()
+    yield (
+        "grid.png",
+        caption_grid(
+            [pictures[row] for row in chosen],
+            [captions[row] for row in chosen],
+            [references[row] for row in chosen],
+        ),
+    )
+    yield (
+        "best_and_worst.png",
+        best_and_worst(pictures, captions, references, cider, count=BEST_AND_WORST, columns=5),
+    )
+    if "grid" not in captioner.model.record.columns:
+        return
+    for number, row in enumerate(chosen[:attention_images]):
+        pixels = pictures[row]
+        (found,) = captioner.caption_pixels(pixels[None], decode)
+        if found.attention is not None and found.text:
+            maps = attention_maps(pixels, found.text.split(), found.attention)
+            yield storage.join("attention", f"{number}.png"), maps
