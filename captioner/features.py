@@ -23,6 +23,7 @@ from captioner.pipeline import (
 )
 from captioner.schema import (
     CAPTION_ROWS,
+    MIRRORED,
     SPLITS,
     EncoderIdentity,
     SplitCounts,
@@ -41,19 +42,30 @@ _CAPTIONS_PER_FILE = 1_000_000
 class EncodeImages:
     """Pipeline stage: images -> ``pooled`` and ``grid`` columns."""
 
-    def __init__(self, weights_uri: str, identity: EncoderIdentity, grid: bool, threads: int):
+    def __init__(
+        self, weights_uri: str, identity: EncoderIdentity, grid: bool, mirrored: bool, threads: int
+    ):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             torch.set_num_threads(threads)
         self.encoder = Encoder.load(weights_uri, identity, device)
-        self.grid = grid
+        self.grid, self.mirrored = grid, mirrored
 
     def __call__(self, rows: pa.Table, images: np.ndarray[Any, np.dtype[np.uint8]]) -> pa.Table:
-        pooled, cells = self.encoder(images, grid=self.grid)
-        columns = {"pooled": pa.FixedShapeTensorArray.from_numpy_ndarray(pooled.cpu().numpy())}
-        if cells is not None:
-            columns["grid"] = pa.FixedShapeTensorArray.from_numpy_ndarray(cells.cpu().numpy())
+        columns = self.encode(images, "")
+        if self.mirrored:
+            columns |= self.encode(np.ascontiguousarray(images[:, :, ::-1]), MIRRORED)
         return pa.table(columns)
+
+    def encode(
+        self, images: np.ndarray[Any, np.dtype[np.uint8]], suffix: str
+    ) -> dict[str, pa.Array]:
+        pooled, cells = self.encoder(images, grid=self.grid)
+        found = {"pooled": pooled} if cells is None else {"pooled": pooled, "grid": cells}
+        return {
+            f"{name}{suffix}": pa.FixedShapeTensorArray.from_numpy_ndarray(tensor.cpu().numpy())
+            for name, tensor in found.items()
+        }
 
 
 def extract(config: ExtractConfig) -> StoreManifest:
@@ -78,6 +90,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
             "encoder": identity.model_dump(mode="json"),
             "source": source.identity().model_dump(mode="json"),
             "grid": config.grid,
+            "mirrored": config.mirrored,
             "limits": config.limits.model_dump(mode="json"),
         },
     )
@@ -96,12 +109,13 @@ def extract(config: ExtractConfig) -> StoreManifest:
             source,
             output,
             "features",
-            feature_rows(identity.channels, config.grid),
+            feature_rows(identity.channels, config.grid, config.mirrored),
             EncodeImages,
             {
                 "weights_uri": output.uri(ENCODER_WEIGHTS),
                 "identity": identity,
                 "grid": config.grid,
+                "mirrored": config.mirrored,
                 "threads": pool.threads,
             },
             limits=config.limits,
@@ -114,6 +128,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
             encoder=identity,
             source=source.identity(),
             grid=config.grid,
+            mirrored=config.mirrored,
             total=_sum(list(splits.values())),
             splits=splits,
             files=list_data_files(output, "features") + list_data_files(output, "captions"),

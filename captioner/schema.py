@@ -9,6 +9,7 @@ SCHEMA_VERSION = 1
 SPLITS = ("train", "validation", "test")
 GRID_SIDE = 7
 GRID_CELLS = GRID_SIDE * GRID_SIDE
+MIRRORED = "_mirrored"
 
 # What a source's Read emits: one row per image, before anything is decoded.
 SOURCE_ROWS = pa.schema(
@@ -30,10 +31,11 @@ CAPTION_ROWS = pa.schema(
 )
 
 
-def feature_rows(channels: int, grid: bool) -> pa.Schema:
+def feature_rows(channels: int, grid: bool, mirrored: bool = False) -> pa.Schema:
     """Schema of ``features/*.parquet`` for an encoder with ``channels`` output channels.
 
-    ``pooled`` is float32 [C], ``grid`` float16 [P, C] with P = 49 cells in row-major order.
+    ``pooled`` is float32 [C], ``grid`` float16 [P, C] with P = 49 cells in row-major order; those of the mirrored
+    image, if wanted, have ``MIRRORED`` after their names.
     """
     fields = [
         pa.field("image_id", pa.string()),
@@ -43,6 +45,8 @@ def feature_rows(channels: int, grid: bool) -> pa.Schema:
     ]
     if grid:
         fields.append(pa.field("grid", pa.fixed_shape_tensor(pa.float16(), [GRID_CELLS, channels])))
+    if mirrored:
+        fields += [field.with_name(f"{field.name}{MIRRORED}") for field in fields[3:]]
     return pa.schema([*fields, pa.field("error", pa.string())])
 
 
@@ -96,6 +100,8 @@ class StoreManifest(Record):
     encoder: EncoderIdentity
     source: SourceIdentity
     grid: bool
+    mirrored: bool = False
+    """Whether the features of mirrored images are there, too."""
     total: SplitCounts
     splits: dict[str, SplitCounts]
     files: list[FileEntry]

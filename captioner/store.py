@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from captioner import storage
 from captioner.errors import StoreError
-from captioner.schema import GRID_CELLS, SCHEMA_VERSION, SPLITS, StoreManifest
+from captioner.schema import GRID_CELLS, MIRRORED, SCHEMA_VERSION, SPLITS, StoreManifest
 
 ENCODER_WEIGHTS = "encoder.safetensors"
 
@@ -84,8 +84,10 @@ class FeatureStore:
             raise StoreError(
                 f"{self.uri} has no images in split {split!r}; it has: {there or 'none'}"
             )
-        if "grid" in columns and not self.manifest.grid:
+        if any(name.startswith("grid") for name in columns) and not self.manifest.grid:
             raise StoreError(f"{self.uri} holds no grid: extract with --grid for this decoder")
+        if any(name.endswith(MIRRORED) for name in columns) and not self.manifest.mirrored:
+            raise StoreError(f"{self.uri} holds no mirrored images: extract with --mirrored")
         if captions and counts.captions == 0:
             raise StoreError(f"{self.uri} has no captions in split {split!r}")
 
@@ -151,7 +153,7 @@ class FeatureStore:
     def column_bytes(self, column: str) -> int:
         """Bytes of one image in a feature column."""
         channels = self.manifest.encoder.channels
-        return 4 * channels if column == "pooled" else 2 * GRID_CELLS * channels
+        return 4 * channels if column.startswith("pooled") else 2 * GRID_CELLS * channels
 
     def read_chunk(
         self, chunk: "Chunk", columns: tuple[str, ...]

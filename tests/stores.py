@@ -11,6 +11,7 @@ import safetensors.numpy
 from captioner.schema import (
     CAPTION_ROWS,
     GRID_CELLS,
+    MIRRORED,
     EncoderIdentity,
     FileEntry,
     SourceIdentity,
@@ -35,13 +36,15 @@ def write_store(
     images: dict[str, int],
     *,
     grid: bool = False,
+    mirrored: bool = False,
     captions_per_image: int = 3,
     files: int = 1,
     seed: int = 0,
 ) -> str:
     """A published store of ``images`` pictures per split, and one rejected picture in each, spread over ``files``.
 
-    The pooled vector of a picture is large in the channel of its animal; the grid repeats it in every cell.
+    The pooled vector of a picture is large in the channel of its animal; the grid repeats it in every cell, and
+    the mirror image of a picture has its negative.
     """
     generator = np.random.default_rng(seed)
     (root / "features").mkdir(parents=True)
@@ -64,7 +67,7 @@ def write_store(
         rows.append(
             {"image_id": f"{split}-bad", "split": split, "pooled": None, "error": "truncated"}
         )
-    schema = feature_rows(CHANNELS, grid)
+    schema = feature_rows(CHANNELS, grid, mirrored)
     columns = {
         "image_id": pa.array([row["image_id"] for row in rows]),
         "split": pa.array([row["split"] for row in rows]),
@@ -77,6 +80,14 @@ def write_store(
             None if row["pooled"] is None else np.tile(row["pooled"], GRID_CELLS) for row in rows
         ]
         columns["grid"] = _tensors(cells, schema.field("grid").type)
+    if mirrored:
+        for name in ("pooled", "grid") if grid else ("pooled",):
+            kind = columns[name].type
+            values = [
+                None if one is None else -np.asarray(one)
+                for one in columns[name].storage.to_pylist()
+            ]
+            columns[f"{name}{MIRRORED}"] = _tensors(values, kind)
     table = pa.table([columns[name] for name in schema.names], schema)
     bounds = [len(rows) * number // files for number in range(files + 1)]
     entries = []
@@ -99,6 +110,7 @@ def write_store(
         encoder=encoder_identity(),
         source=SourceIdentity(kind="test", uri="memory://"),
         grid=grid,
+        mirrored=mirrored,
         total=SplitCounts(**total),
         splits=splits,
         files=[

@@ -32,6 +32,8 @@ class ExtractConfig(Config):
     source_options: SourceConfig = SourceConfig()
     grid: bool = False
     """Also store the 7x7 grid of vectors (float16), for decoders that look at parts of the picture."""
+    mirrored: bool = False
+    """Also store the features of every image's mirror image, for augmentation in training (twice the work)."""
     limits: ImageLimits = ImageLimits()
     max_reject_fraction: Fraction = 0.01
     """Largest fraction of unreadable images; past it the job fails and publishes nothing."""
@@ -63,6 +65,8 @@ class TrainConfig(Config):
     """Probability mass spread over the vocabulary in the training loss (validation never smooths)."""
     group_captions: bool = False
     """Keep the captions of an image in one batch: its features are read and projected once for all of them."""
+    mirrored: bool = False
+    """Show half of the images mirrored, another half in every epoch; needs features extracted with --mirrored."""
     self_critical: SelfCriticalConfig = SelfCriticalConfig()
     num_workers: Positive | tuple[Positive, Positive] = 1
     """Data-parallel workers (DDP), each with one GPU where the cluster has any. Two numbers: as many as the cluster has

@@ -4,7 +4,7 @@ from torch import nn
 
 
 def summarize(decoder: nn.Module) -> str:
-    """One line per parameter with shape and count, a subtotal per part, and the total, in which tied ones count once."""
+    """A line per parameter with shape and count, a subtotal per part, and the total, in which tied ones count once."""
     rows = [("parameter", "shape", "count")]
     for name, part in decoder.named_children():
         tensors = list(part.named_parameters())

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from captioner.config import TrainConfig
 from captioner.models.base import Features
+from captioner.schema import MIRRORED
 from captioner.store import Chunk, FeatureStore
 from captioner.text import Vocabulary
 from captioner.training.data import Batch, CaptionData
@@ -32,6 +33,8 @@ from captioner.training.plan import (
 )
 
 logger = logging.getLogger(__name__)
+
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 # A streaming worker holds two windows of features, the one it draws from and the one being read.
 WINDOW_BYTES = 256 * 2**20
@@ -67,16 +70,19 @@ class Resident:
 
     def batches(self, plan: Plan, epoch: int | None) -> Iterator[Batch]:
         """This worker's share of every step of ``plan(epoch)``."""
-        return self.data.batches(plan, self.rank, self._read)
+        mirrors = any(name.endswith(MIRRORED) for name in self.columns)
+        mirror = mirrored_images(self.data, self.config, epoch) if mirrors else None
+        return self.data.batches(plan, self.rank, lambda images: self._read(images, mirror))
 
     def statistics(self, column: str) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per channel over all images (and cells), float32 [C] each."""
         return moments(iter(self.columns[column].split(512)))
 
-    def _read(self, images: list[Indices]) -> Iterator[Features]:
+    def _read(self, images: list[Indices], mirror: Mask | None) -> Iterator[Features]:
         for rows in images:
-            picked = torch.from_numpy(rows)
-            yield {name: column[picked].float() for name, column in self.columns.items()}
+            yield pick(
+                self.columns, torch.from_numpy(rows), None if mirror is None else mirror[rows]
+            )
 
 
 class Streaming:
@@ -144,7 +150,9 @@ class Streaming:
     def batches(self, plan: Plan, epoch: int | None) -> Iterator[Batch]:
         """This worker's share of every step of ``plan(epoch)``."""
         shares = [window[self.rank] for window in self.windows(epoch)]
-        return self.data.batches(plan, self.rank, lambda images: self._read(images, shares))
+        mirrors = any(name.endswith(MIRRORED) for name in self.columns)
+        mirror = mirrored_images(self.data, self.config, epoch) if mirrors else None
+        return self.data.batches(plan, self.rank, lambda images: self._read(images, shares, mirror))
 
     def statistics(self, column: str) -> tuple[Tensor, Tensor]:
         """As ``Resident.statistics``, from at most 2 GiB of the split, evenly spread."""
@@ -155,7 +163,9 @@ class Streaming:
             for chunk in self.chunks[::stride]
         )
 
-    def _read(self, images: list[Indices], shares: list[list[int]]) -> Iterator[Features]:
+    def _read(
+        self, images: list[Indices], shares: list[list[int]], mirror: Mask | None
+    ) -> Iterator[Features]:
         place = np.full(int(self.data.image_rows.max()) + 1, -1)
         held: Indices = np.empty(0, np.int64)
         window: dict[str, Tensor] = {}
@@ -171,7 +181,7 @@ class Streaming:
                     place[held] = np.arange(len(held))
                     ahead = reader.submit(self._load, next(coming))
                 picked = torch.from_numpy(place[rows])
-                yield {name: column[picked].float() for name, column in window.items()}
+                yield pick(window, picked, None if mirror is None else mirror[rows])
 
     def _load(self, share: list[int]) -> tuple[Indices, dict[str, Tensor]]:
         """Rows and features of one window's chunks."""
@@ -186,6 +196,28 @@ class Streaming:
             name: torch.from_numpy(np.concatenate([part[name] for part in parts]))
             for name in self.columns
         }
+
+
+def mirrored_images(data: CaptionData, config: TrainConfig, epoch: int | None) -> Mask:
+    """Which images of a split an epoch shows mirrored: half of them, other ones in every epoch; none in validation."""
+    images = int(data.image_rows.max()) + 1
+    if epoch is None:
+        return np.zeros(images, bool)
+    mask: Mask = np.random.default_rng((config.seed, epoch, 3)).random(images) < 0.5
+    return mask
+
+
+def pick(columns: dict[str, Tensor], rows: Tensor, mirror: Mask | None) -> Features:
+    """Rows of feature columns as float32, the mirrored columns' where ``mirror`` [rows] says so."""
+    features = {}
+    for name, column in columns.items():
+        if name.endswith(MIRRORED):
+            continue
+        features[name] = column[rows].float()
+        if mirror is not None and mirror.any():
+            chosen = torch.from_numpy(mirror)
+            features[name][chosen] = columns[f"{name}{MIRRORED}"][rows[chosen]].float()
+    return features
 
 
 def _units(data: CaptionData, config: TrainConfig, images: int | None) -> tuple[Indices, int]:
@@ -217,6 +249,8 @@ def open_split(
         StoreError: the split, a column or the captions are missing.
     """
     data = CaptionData.load(store, split, vocabulary, config.text)
+    if config.mirrored and split == "train":
+        columns += tuple(f"{name}{MIRRORED}" for name in columns)
     size = store.manifest.splits[split].ok * sum(store.column_bytes(name) for name in columns)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = size <= memory // 2 // neighbours

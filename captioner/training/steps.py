@@ -50,7 +50,8 @@ class TeacherForcing(nn.Module):
         wanted = functional.pad(wanted, (0, excess), value=IGNORED)
         hidden = self.decoder.hidden(features, inputs).flatten(0, 1).index_select(0, places)
         output = self.decoder.output
-        smoothing = self.label_smoothing if self.training else 0.0
+        # A reward is for the caption as it was drawn.
+        smoothing = self.label_smoothing if self.training and weights is None else 0.0
         if isinstance(output, nn.Linear):
             return linear_cross_entropy(
                 hidden,

@@ -264,3 +264,25 @@ def test_statistics_are_those_of_all_images(tmp_path: Path, column: str, ingest:
     mean, deviation = way.statistics(column)
     np.testing.assert_allclose(mean.numpy(), values.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(deviation.numpy(), values.std(axis=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("ingest", ["resident", "streaming"])
+def test_half_of_the_images_are_mirrored_another_half_in_every_epoch(
+    tmp_path: Path, ingest: str
+) -> None:
+    write_store(tmp_path, {"train": 40, "validation": 9}, mirrored=True)
+
+    def mirrored(split: str, epoch: int | None) -> list[bool]:
+        way = opened(tmp_path, split, ingest=ingest, mirrored=True)
+        found: dict[int, bool] = {}
+        for batch in way.batches(way.plan(epoch), epoch):
+            images = way.data.image_rows[batch.captions[:, 0]].tolist()
+            negative = (batch.features["pooled"].sum(dim=1) < 0).tolist()
+            for image, value in zip(images, negative, strict=True):
+                assert found.setdefault(image, value) == value
+        return [found[image] for image in sorted(found)]
+
+    assert 8 < sum(mirrored("train", 0)) < 32
+    assert mirrored("train", 0) == mirrored("train", 0) != mirrored("train", 1)
+    assert not any(mirrored("validation", None))
+    assert not any(mirrored("train", None))
