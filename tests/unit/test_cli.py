@@ -86,3 +86,12 @@ def test_help_ends_with_status_0_and_names_units(
         cli.run(print, ExtractConfig)
     assert stop.value.code == 0
     assert "in bytes" in capsys.readouterr().out
+
+
+def test_workers_are_one_number_or_a_range_in_order() -> None:
+    base = ["--features", "f", "--output", "o"]
+    assert cli.parse(TrainConfig, base).worker_range == (1, 1)
+    assert cli.parse(TrainConfig, [*base, "--num-workers", "3"]).worker_range == (3, 3)
+    assert cli.parse(TrainConfig, [*base, "--num-workers", "1", "4"]).worker_range == (1, 4)
+    with pytest.raises(ConfigError, match="the first of 4 1 must not be the larger"):
+        cli.parse(TrainConfig, [*base, "--num-workers", "4", "1"])

@@ -1,0 +1,112 @@
+"""The pictures and statistics of a report, drawn from a real model directory."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from captioner import storage
+from captioner.captioning import Captioner
+from captioner.config import DecodeConfig, DecoderConfig, EncoderConfig, TextConfig
+from captioner.encoder import identify, load_weights
+from captioner.evaluation import caption_statistics
+from captioner.model_store import ModelManifest, pack_weights, save_model
+from captioner.models import build_decoder
+from captioner.models.summary import summarize
+from captioner.report_pictures import draw_report
+from captioner.schema import SourceIdentity, SplitCounts, StoreManifest
+from captioner.store import ENCODER_WEIGHTS, FeatureStore
+from captioner.text import Vocabulary
+
+CAPTIONS = ["a dog runs", "two men on a hill", "a red ball"]
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
+    """A transformer with fresh weights, so its captions mean nothing, but it looks at the picture."""
+    root = tmp_path_factory.mktemp("model")
+    encoder = EncoderConfig(weights="random", layer="layer3")
+    tensors = load_weights(encoder)
+    (root / "store").mkdir()
+    safetensors.torch.save_file(tensors, root / "store" / ENCODER_WEIGHTS)
+    manifest = StoreManifest(
+        encoder=identify(encoder, tensors, "float32"),
+        source=SourceIdentity(kind="test", uri="memory://"),
+        grid=True,
+        total=SplitCounts(images=0, ok=0, rejected=0, captions=0),
+        splits={},
+        files=[],
+    )
+    vocabulary = Vocabulary.build([text.split() for text in CAPTIONS])
+    decoder = DecoderConfig(kind="transformer", width=16, heads=2, layers=1)
+    torch.manual_seed(0)
+    weights = pack_weights(build_decoder(decoder, len(vocabulary), 1024))
+    output = storage.Output(str(root / "model"), {"job": "train"})
+    with output:
+        record = save_model(
+            output,
+            weights=weights,
+            vocabulary=vocabulary,
+            decoder=decoder,
+            text=TextConfig(),
+            store=FeatureStore(str(root / "store"), manifest),
+            training={},
+        )
+        published = ModelManifest(weights_sha256=record.weights_sha256, files=[])
+        output.publish(published.model_dump_json())
+    return Captioner.load(output.root, "cpu")
+
+
+def test_a_report_has_a_grid_extremes_and_attention(captioner: Captioner, tmp_path: Path) -> None:
+    uris = []
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 255, (40, 60, 3), np.uint8)
+        uris.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(pixels).save(uris[-1])
+    drawn = dict(
+        draw_report(
+            uris,
+            CAPTIONS,
+            [[text] for text in CAPTIONS],
+            [0.1, 2.0, 1.0],
+            captioner,
+            DecodeConfig(beam_size=2, max_length=4),
+            attention_images=2,
+            seed=0,
+        )
+    )
+    names = {"grid.png", "best_and_worst.png", "attention/0.png", "attention/1.png"}
+    assert set(drawn) == names
+    for picture in drawn.values():
+        image = Image.open(io.BytesIO(picture))
+        assert min(image.size) > 100
+        assert len(image.convert("RGB").getcolors(2**24) or []) > 100
+
+
+def test_statistics_count_words_and_lengths() -> None:
+    found = caption_statistics([["A dog runs.", "Two dogs!"], ["A dog, runs"]], ["a dog", "a dog"])
+    assert found["captions"] == {
+        "captions": 2,
+        "distinct_captions": 1,
+        "vocabulary": 2,
+        "mean_length": 2.0,
+        "longest": 2,
+        "lengths": {"2": 2},
+    }
+    assert found["references"]["distinct_captions"] == 2
+    assert found["references"]["vocabulary"] == 5
+    assert found["references"]["lengths"] == {"2": 1, "3": 2}
+
+
+def test_summary_names_every_parameter_and_adds_up(captioner: Captioner) -> None:
+    decoder = captioner.model.decoder
+    text = summarize(decoder)
+    total = sum(parameter.numel() for parameter in decoder.parameters())
+    assert text.splitlines()[-1].split() == ["total", "TransformerDecoder", f"{total:,}"]
+    assert "embedding" in text
+    for name, _ in decoder.named_parameters():
+        assert name.split(".", 1)[-1] in text
