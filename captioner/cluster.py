@@ -1,29 +1,70 @@
 """Starts Ray or joins the cluster that a job was submitted to."""
 
+import contextlib
 import logging
 import os
+import secrets
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 logger = logging.getLogger(__name__)
 
 
 def start_ray() -> None:
-    """Join the cluster named by ``RAY_ADDRESS`` (set by ``ray job submit``), else start a local one.
-
-    An explicit local start never attaches to an unrelated cluster that happens to run on this machine. Everything a
-    local cluster opens listens on loopback only, behind Ray's token.
-    """
+    """Join the cluster named by ``RAY_ADDRESS`` (set by ``ray job submit``), else start a local one."""
     if ray.is_initialized():
         return
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+        ray.init(logging_level=logging.WARNING)
     else:
-        ray.init(address="local", dashboard_host="127.0.0.1", **quiet)
+        start_local_ray(logging_level=logging.WARNING)
     resources = ray.cluster_resources()
     logger.info("Ray: %d CPUs, %d GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
+
+
+def start_local_ray(**options: Any) -> None:
+    """Start Ray on this machine, listening on 127.0.0.1 alone, behind Ray's token.
+
+    It never attaches to an unrelated cluster that happens to run here.
+
+    Args:
+        options: passed on to ``ray.init``.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token":
+        _create_token()
+    # On Linux Ray replaces 127.0.0.1 by the machine's own address, on which everybody can call it, unless it is told,
+    # as on macOS, that this node will never be one of several. Its processes inherit the variable; children of ours
+    # that start later must not.
+    variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(variable), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[variable], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        ray.init(address="local", dashboard_host="127.0.0.1", **options)
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before[0]
+
+
+def _create_token() -> None:
+    """Create Ray's token file for its owner alone; Ray would leave its mode to the umask."""
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:  # mode 0600
+        file.write(secrets.token_hex(32))
+        file.flush()
+        with contextlib.suppress(FileExistsError):
+            os.link(file.name, path)
+    path.chmod(0o600)
 
 
 def num_gpus() -> int:

@@ -35,7 +35,9 @@ def local_ray() -> Iterator[None]:
     """One real local Ray for the tests of a module; its four logical CPUs need not be four cores."""
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    from captioner.cluster import start_local_ray
+
+    start_local_ray(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         yield
     finally:

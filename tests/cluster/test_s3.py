@@ -16,6 +16,7 @@ import ray
 from moto.server import ThreadedMotoServer
 
 from captioner import storage
+from captioner.cluster import start_local_ray
 from captioner.collection import caption_collection
 from captioner.config import (
     CaptionConfig,
@@ -54,7 +55,7 @@ def bucket() -> Iterator[str]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         boto3.client("s3").create_bucket(Bucket=BUCKET)
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+        start_local_ray(num_cpus=4, include_dashboard=False, log_to_driver=False)
         try:
             yield f"s3://{BUCKET}"
         finally:
