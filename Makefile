@@ -8,13 +8,18 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/requirements.installed
 PYTEST := $(PYTHON) -m pytest
 
+# Where `ray dashboard cluster.yaml` or `kubectl port-forward` brings a cluster's dashboard.
+ADDRESS ?= http://127.0.0.1:8265
+SUBMIT = RAY_AUTH_MODE=token $(VENV)/bin/ray job submit --address $(ADDRESS) --working-dir . -- python -m ray_jobs
+
 MODEL := runs/demo/model
 
-.PHONY: help install demo serve test test-unit test-cluster test-serve chromium lint type requirements clean
+.PHONY: help install demo serve test test-unit test-cluster test-serve chromium lint type requirements clean \
+	submit-extract submit-train submit-tune submit-evaluate submit-caption submit-serve
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
-		| while IFS=$$'\t' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
+		| while IFS=$$'\t' read -r name text; do printf '  make %-15s %s\n' "$$name" "$$text"; done
 
 install: $(INSTALLED) ## Create .venv with the pinned requirements (also done by the targets below)
 
@@ -43,6 +48,24 @@ demo: $(INSTALLED) ## Extract, train, evaluate and caption generated pictures; r
 
 serve: $(INSTALLED) ## Serve a model over HTTP on this machine: make serve MODEL=runs/flickr8k/model
 	$(PYTHON) -m ray_jobs.serve --model $(MODEL)
+
+submit-extract: $(INSTALLED) ## Run a job on the cluster at ADDRESS and follow it: ARGS="--source ... --output ..."
+	$(SUBMIT).extract_features $(ARGS)
+
+submit-train: $(INSTALLED) ## The same for training
+	$(SUBMIT).train $(ARGS)
+
+submit-tune: $(INSTALLED) ## The same for tuning
+	$(SUBMIT).tune $(ARGS)
+
+submit-evaluate: $(INSTALLED) ## The same for evaluation
+	$(SUBMIT).evaluate $(ARGS)
+
+submit-caption: $(INSTALLED) ## The same for captioning
+	$(SUBMIT).caption $(ARGS)
+
+submit-serve: $(INSTALLED) ## The same for the service, which stays when its job has ended
+	$(SUBMIT).serve $(ARGS)
 
 test: lint chromium ## Run ruff and every test
 	$(PYTEST) --durations=5 tests/unit

@@ -1,5 +1,6 @@
 """A real Ray head with the job server and token authentication, and a way to run the jobs' entry points."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ RunJob = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="session")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    with ray_head(tmp_path_factory.mktemp("head")) as found:
+    # On a cluster `python` is that of its environment.
+    path = {"PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}"}
+    with ray_head(tmp_path_factory.mktemp("head"), path) as found:
         yield found
 
 
