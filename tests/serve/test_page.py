@@ -1,0 +1,246 @@
+"""The page in a real Chromium: pictures in, captions and attention out, with mouse, keyboard, touch and clipboard."""
+
+import base64
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+
+from tests.pictures import picture
+from tests.serve.service import Service
+
+pytestmark = pytest.mark.timeout(900)
+
+DESKTOP = {"viewport": {"width": 1280, "height": 900}}
+PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+SLOW = 60_000  # milliseconds
+
+OpenPage = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = shutil.which("chromium")
+    if path is None:
+        message = "Chromium is missing: apt-get install chromium"
+        if os.environ.get("CAPTIONER_NEEDS_CHROMIUM"):
+            pytest.fail(message)
+        pytest.skip(message)
+    with sync_playwright() as playwright:
+        # Its sandbox needs rights that containers seldom have; the only page it opens is ours.
+        yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def open_page(browser: Browser, service: Service) -> Iterator[OpenPage]:
+    """Open the page; at the end nothing must have come from elsewhere or failed in a script."""
+    contexts, hosts, errors = [], set(), []
+
+    def show(**options: Any) -> Page:
+        context = browser.new_context(**(DESKTOP | options))
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda one: errors.append(one.text) if "Content Security" in one.text else None)  # fmt: skip
+        page.goto(service.url)
+        expect(page.locator("#model option")).to_have_count(2)
+        page.select_option("#model", "places")
+        return page
+
+    yield show
+    for context in contexts:
+        context.close()
+    assert errors == []
+    assert hosts <= {urlsplit(service.url).netloc, ""}  # blob: addresses have no host
+
+
+def file(number: int) -> dict[str, Any]:
+    return {"name": f"{number}.png", "mimeType": "image/png", "buffer": picture(number, "PNG")}
+
+
+def captioned(page: Page, count: int) -> None:
+    expect(page.locator(".candidates:visible")).to_have_count(count, timeout=SLOW)
+
+
+def brightest(page: Page) -> tuple[int, int]:
+    """Row and column of the 7x7 cell that the overlay is brightest in."""
+    cell: list[int] = page.evaluate(
+        """() => {
+            const canvas = document.querySelector("figure.looking canvas");
+            const { data, width } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            const cells = [];
+            for (let row = 0; row < 7; row++) for (let column = 0; column < 7; column++)
+                cells.push([data[4 * ((32 * row + 16) * width + 32 * column + 16) + 3], row, column]);
+            return cells.sort((a, b) => b[0] - a[0])[0].slice(1);
+        }"""
+    )
+    return cell[0], cell[1]
+
+
+def peak(weights: list[list[float]]) -> tuple[int, int]:
+    return max(
+        ((row, column) for row in range(7) for column in range(7)),
+        key=lambda place: weights[place[0]][place[1]],
+    )
+
+
+def test_several_pictures_get_captions_and_alternatives(
+    open_page: OpenPage, service: Service
+) -> None:
+    page = open_page()
+    page.set_input_files("#files", [file(number) for number in range(3)])
+    captioned(page, 3)
+    for number, card in enumerate(reversed(page.locator("article").all())):
+        answer = service.caption(picture(number, "PNG"), model="places", num_captions=3).json()
+        best = answer["captions"][0]
+        assert card.locator("img").get_attribute("alt") == best["caption"]
+        assert card.locator(".word").all_inner_texts() == best["caption"].split()
+        rows = card.locator(".candidates li")
+        expect(rows).to_have_count(3)
+        texts = [best["caption"], *(one["caption"] for one in best["alternatives"])]
+        assert [row.locator("span").first.inner_text() for row in rows.all()] == texts
+        for row in rows.all():
+            assert row.locator(".probability").inner_text().strip()
+
+
+def test_pointing_at_a_word_shows_where_the_model_looked(
+    open_page: OpenPage, service: Service
+) -> None:
+    page = open_page()
+    page.set_input_files("#files", file(0))
+    captioned(page, 1)
+    answer = service.caption(picture(0, "PNG"), model="places", num_captions=3, attention=True)
+    attention = answer.json()["captions"][0]["attention"]
+    figure = page.locator("figure")
+    for number in (0, 3):
+        page.locator(".word").nth(number).hover()
+        expect(figure).to_have_class("looking")
+        expect(page.locator("canvas")).to_have_css("opacity", "1")
+        assert brightest(page) == peak(attention[number]["weights"])
+    page.locator("h1").hover()
+    expect(figure).not_to_have_class("looking")
+
+
+def test_everything_works_from_the_keyboard(open_page: OpenPage) -> None:
+    page = open_page()
+    page.locator("#captions").focus()
+    page.keyboard.press("Tab")
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files([file(1)])  # type: ignore[list-item]
+    captioned(page, 1)
+    page.keyboard.press("Tab")
+    words = page.locator(".word")
+    expect(words.nth(0)).to_be_focused()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    expect(words.nth(2)).to_be_focused()
+    expect(words.nth(2)).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("figure")).to_have_class("looking")
+    page.keyboard.press("Escape")
+    expect(page.locator("figure")).not_to_have_class("looking")
+    page.keyboard.press("Tab")
+    expect(page.locator(".remove")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("article")).to_have_count(0)
+    expect(page.locator("#files")).to_be_focused()
+
+
+def test_bad_file_gets_its_message_beside_the_good_one(open_page: OpenPage) -> None:
+    page = open_page()
+    bad = {"name": "notes.jpg", "mimeType": "image/jpeg", "buffer": b"text"}
+    page.set_input_files("#files", [bad, file(0)])
+    captioned(page, 1)
+    error = page.locator(".error:visible")
+    expect(error).to_have_text("Not an image: send JPEG, PNG, WEBP, GIF", timeout=SLOW)
+    expect(page.get_by_role("alert").filter(visible=True)).to_have_count(1)
+    expect(page.get_by_role("button", name="Try again")).to_be_visible()
+
+
+@pytest.mark.parametrize("kind", ["paste", "drop"])
+def test_picture_comes_from_clipboard_or_by_dropping(open_page: OpenPage, kind: str) -> None:
+    page = open_page()
+    page.evaluate(
+        """([kind, text]) => {
+            const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+            const data = new DataTransfer();
+            data.items.add(new File([bytes], "image.png", { type: "image/png" }));
+            const event = kind === "paste"
+                ? new ClipboardEvent("paste", { clipboardData: data, bubbles: true })
+                : new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
+            document.body.dispatchEvent(event);
+        }""",
+        [kind, base64.b64encode(picture(2, "PNG")).decode()],
+    )
+    captioned(page, 1)
+
+
+def test_phone_shows_it_all_without_scrolling_sideways_and_reacts_to_a_tap(
+    open_page: OpenPage,
+) -> None:
+    page = open_page(**PHONE)
+    page.set_input_files("#files", [file(0), {**file(1), "name": 90 * "long" + ".png"}])
+    captioned(page, 2)
+    page.locator(".word").nth(1).tap()
+    expect(page.locator("figure").first).to_have_class("looking")
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 360
+    for button in page.locator("button").all():
+        if button.is_visible():
+            box = button.bounding_box()
+            assert box is not None
+            assert box["height"] >= 24  # WCAG 2.2, target size
+
+
+def luminance(page: Page, selector: str, property: str) -> float:
+    value = page.locator(selector).first.evaluate(
+        """(element, property) => {
+            const context = new OffscreenCanvas(1, 1).getContext("2d");
+            context.fillStyle = getComputedStyle(element)[property];
+            context.fillRect(0, 0, 1, 1);
+            return [...context.getImageData(0, 0, 1, 1).data];
+        }""",
+        property,
+    )
+    red, green, blue = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+        for part in (byte / 255 for byte in value[:3])
+    )
+    return float(0.2126 * red + 0.7152 * green + 0.0722 * blue)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark_follow_the_system_and_can_be_read(open_page: OpenPage, scheme: str) -> None:
+    page = open_page(color_scheme=scheme)
+    page.set_input_files("#files", [{**file(0), "buffer": b"text"}, file(0)])
+    captioned(page, 1)
+    expect(page.locator(".error:visible")).to_have_count(1, timeout=SLOW)
+    back = luminance(page, "article", "backgroundColor")
+    assert (back < 0.1) == (scheme == "dark")
+    for selector in (".caption .word", ".facts", ".error:visible", ".hint"):
+        ink = luminance(page, selector, "color")
+        low, high = sorted((back, ink))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, selector  # WCAG AA
+
+
+def test_busy_service_is_asked_again(open_page: OpenPage) -> None:
+    page = open_page()
+    turned_away = 0
+
+    def busy_once(route: Route) -> None:
+        nonlocal turned_away
+        turned_away += 1
+        if turned_away == 1:
+            route.fulfill(status=503, headers={"Retry-After": "1"}, json={"error": {}})
+        else:
+            route.continue_()
+
+    page.route("**/v1/captions*", busy_once)
+    page.set_input_files("#files", file(0))
+    captioned(page, 1)
+    assert turned_away == 2
