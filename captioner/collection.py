@@ -1,23 +1,28 @@
 """Captioning of whole collections: any source of images -> a directory of captions, on Ray Data."""
 
+import json
 import logging
 import time
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from captioner import storage
 from captioner.captioning import Captioner
 from captioner.cluster import plan_pool, start_ray
 from captioner.config import CaptionConfig, DecodeConfig
+from captioner.contact_sheet import write_contact_sheet
 from captioner.model_store import load_record
 from captioner.pipeline import finish_rows, forget_checkpoint, list_data_files, run_pipeline
-from captioner.schema import CAPTIONED_ROWS, CaptionsManifest
+from captioner.schema import CAPTIONED_ROWS, CaptionsManifest, FileEntry
 from captioner.sources import open_source
 
 logger = logging.getLogger(__name__)
+
+CAPTIONS, JSON_LINES = "captions", "captions.jsonl"
 
 
 class CaptionImages:
@@ -70,6 +75,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
             "source": source.identity().model_dump(mode="json"),
             "decode": config.decode.model_dump(mode="json"),
             "limits": config.limits.model_dump(mode="json"),
+            **_extras(config),
         },
     )
     if output.complete:
@@ -82,7 +88,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         run_pipeline(
             source,
             output,
-            "captions",
+            CAPTIONS,
             CAPTIONED_ROWS,
             CaptionImages,
             {"model_uri": model, "decode": config.decode, "threads": pool.threads},
@@ -90,8 +96,13 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
             batch_size=config.batch_size,
             pool=pool,
         )
-        rows = finish_rows(output, "captions", total, config.max_reject_fraction)
+        rows = finish_rows(output, CAPTIONS, total, config.max_reject_fraction)
         rejected = rows["error"].length() - rows["error"].null_count
+        files = list_data_files(output, CAPTIONS)
+        if config.contact_sheet:
+            write_contact_sheet(output, files, rows, config)
+        if config.format == "jsonl":
+            files = [_write_json_lines(output, files)]
         manifest = CaptionsManifest(
             model=model,
             weights_sha256=record.weights_sha256,
@@ -99,10 +110,13 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
             source=source.identity(),
             images=total,
             rejected=rejected,
-            files=list_data_files(output, "captions"),
+            files=files,
         )
         output.publish(manifest.model_dump_json(indent=1))
         forget_checkpoint(output)
+        if config.format == "jsonl":
+            filesystem, path = storage.resolve(output.uri(CAPTIONS))
+            filesystem.delete_dir(path)
     logger.info(
         "%s: %s images captioned, %s rejected, %.0f s",
         output.root,
@@ -111,3 +125,26 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         time.monotonic() - started,
     )
     return manifest
+
+
+def _extras(config: CaptionConfig) -> dict[str, Any]:
+    """What of the output's form is not the default; only that is part of the claim, which older ones lack."""
+    asked: dict[str, Any] = {}
+    if config.format != "parquet":
+        asked["format"] = config.format
+    if config.contact_sheet:
+        asked["contact_sheet_images"] = config.contact_sheet_images
+    return asked
+
+
+def _write_json_lines(output: storage.Output, files: list[FileEntry]) -> FileEntry:
+    """All rows as one file of JSON objects, in the order of the Parquet files."""
+    count = 0
+    with storage.atomic_writer(output.uri(JSON_LINES)) as target:
+        for entry in files:
+            with storage.open_input(output.uri(entry.path)) as handle:
+                for batch in pq.ParquetFile(handle).iter_batches(1024):
+                    for row in batch.to_pylist():
+                        target.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                        count += 1
+    return FileEntry(path=JSON_LINES, rows=count)

@@ -2,19 +2,23 @@
 
 python -m ray_jobs.benchmark extract --source my_photos/ --images 2000 --json extract.json
 python -m ray_jobs.benchmark train --features runs/flickr8k/features --json train.json
+python -m ray_jobs.benchmark serve --model runs/flickr8k/model --images my_photos/ --json serve.json
 """
 
 import sys
+from typing import Any
 
 from captioner import cli, storage
 from captioner.benchmark.extract import benchmark_extract
+from captioner.benchmark.serve import benchmark_serve
 from captioner.benchmark.train import benchmark_train
-from captioner.config import BenchmarkExtractConfig, BenchmarkTrainConfig
+from captioner.config import BenchmarkExtractConfig, BenchmarkServeConfig, BenchmarkTrainConfig
 from captioner.errors import ConfigError
 
 STAGES = {
     "extract": (benchmark_extract, BenchmarkExtractConfig),
     "train": (benchmark_train, BenchmarkTrainConfig),
+    "serve": (benchmark_serve, BenchmarkServeConfig),
 }
 
 
@@ -24,7 +28,7 @@ def main() -> None:
         cli.fail(str(ConfigError(f"benchmark: {stage!r} is not one of {', '.join(STAGES)}")))
     measure, config_type = STAGES[stage]
 
-    def job(config):
+    def job(config: Any) -> None:
         result = measure(config)
         print(result.table())
         if config.json_file:

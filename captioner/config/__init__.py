@@ -3,7 +3,11 @@
 A docstring under a field is its ``--help`` text. "Per worker" and "global" are always said of batch sizes.
 """
 
-from captioner.config.benchmark import BenchmarkExtractConfig, BenchmarkTrainConfig
+from captioner.config.benchmark import (
+    BenchmarkExtractConfig,
+    BenchmarkServeConfig,
+    BenchmarkTrainConfig,
+)
 from captioner.config.jobs import (
     CaptionConfig,
     DemoConfig,
@@ -31,6 +35,7 @@ from captioner.config.serving import ServeConfig
 
 __all__ = [
     "BenchmarkExtractConfig",
+    "BenchmarkServeConfig",
     "BenchmarkTrainConfig",
     "CaptionConfig",
     "Config",

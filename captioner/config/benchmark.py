@@ -7,6 +7,7 @@ from pydantic import Field
 
 from captioner.config.parts import (
     Config,
+    DecodeConfig,
     DecoderConfig,
     DecoderKind,
     EncoderConfig,
@@ -64,5 +65,24 @@ class BenchmarkTrainConfig(Config):
     """Keep the captions of an image in one batch."""
     steps: Annotated[int, Field(ge=5)] = 60
     """Optimizer steps measured, after five that are not."""
+    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
+    """Also write the result to this file (path or URI)."""
+
+
+class BenchmarkServeConfig(Config):
+    """Measure the caption service on this machine: throughput and latency at rising concurrency, against its limit."""
+
+    model: str
+    """Model directory (path or URI)."""
+    images: str
+    """Pictures to send: a folder, or Parquet files."""
+    source_options: SourceConfig = SourceConfig(limit=200)
+    concurrency: tuple[Positive, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """Clients that each send one picture after another."""
+    seconds: Annotated[float, Field(gt=0.0)] = 15.0
+    """How long each is measured."""
+    decode: DecodeConfig = DecodeConfig()
+    max_batch_size: Positive = 32
+    """Most images in one forward pass, of the service and of the Captioner it is compared with."""
     json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
     """Also write the result to this file (path or URI)."""

@@ -126,6 +126,12 @@ class CaptionConfig(Config):
     """Model directory (path or URI)."""
     output: str
     """Directory of the captions (path or URI)."""
+    format: Literal["parquet", "jsonl"] = "parquet"
+    """parquet: files of many rows in captions/. jsonl: one file captions.jsonl, an object per line."""
+    contact_sheet: bool = False
+    """Also write contact_sheet.html, small pictures with their captions in one file for a browser."""
+    contact_sheet_images: Annotated[int, Field(ge=1, le=1000)] = 100
+    """Most pictures on the contact sheet; the first by id."""
     decode: DecodeConfig = DecodeConfig()
     limits: ImageLimits = ImageLimits()
     max_reject_fraction: Fraction = 1.0

@@ -21,6 +21,8 @@ ARGS = {
     "limits": {"max_bytes": 400_000, "max_pixels": 4_000_000},
     "max_request_bytes": 1_000_000,
     "upload_timeout_s": 3.0,
+    # A replica that takes the place of a killed one needs a minute on a busy machine, and requests wait for it.
+    "request_timeout_s": 200.0,
     "max_batch_size": 8,
     "max_queued": 24,
     "threads": 1,

@@ -208,7 +208,7 @@ def test_killed_replica_costs_no_request(
     def kill() -> None:
         time.sleep(1)
         killed = service.kill(deployment)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not set(service.replicas(deployment)) - {killed}:
             assert time.monotonic() < deadline
             time.sleep(0.5)
@@ -231,7 +231,7 @@ def test_new_version_under_load_fails_no_request(
     def roll_out() -> None:
         deploy(models["v2"])
         wanted = new.model.record.weights_sha256[:12]
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             seen = [version for _, version, _ in load.answers[-40:]]
             if len(seen) == 40 and set(seen) == {wanted}:

@@ -18,7 +18,7 @@ LAYERS = (
     ("config", "schema"),
     ("storage", "text", "cluster", "cli", "presets", "progress"),
     ("images", "sources", "models", "store", "model_store"),
-    ("encoder", "metrics", "plots", "pipeline"),
+    ("encoder", "metrics", "plots", "pipeline", "contact_sheet"),
     ("features", "training", "captioning", "collection"),
     ("report_pictures",),
     ("tuning", "evaluation", "benchmark", "serving"),

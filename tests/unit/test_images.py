@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from captioner.config import ImageLimits
 from captioner.errors import ImageError, ImageTooLargeError, ImageTypeError
-from captioner.images import decode_image, sniff_format
+from captioner.images import decode_image, decode_thumbnail, sniff_format
 from tests.fuzz_images import LIMITS, fuzz, mutate, seed_images
 
 # Pillow warns about what it can still read in damaged files.
@@ -359,3 +359,21 @@ def test_real_photographs_decode() -> None:
             .resize((224, 224), Image.Resampling.BILINEAR)
         )
         np.testing.assert_array_equal(decode_image(data), np.asarray(exact))
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(1, (80, 40)), (6, (40, 80))])
+def test_thumbnail_keeps_proportions_and_stands_upright(
+    orientation: int, size: tuple[int, int]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.new("RGB", (400, 200), "red").save(file, "JPEG", exif=exif)
+    small = decode_thumbnail(file.getvalue(), None, 80)
+    assert (small.mode, small.size) == ("RGB", size)
+    assert decode_thumbnail(file.getvalue(), None, 1000).size[0] in (200, 400)
+
+
+def test_thumbnail_refuses_what_the_decoder_refuses() -> None:
+    with pytest.raises(ImageTypeError):
+        decode_thumbnail(b"text", None, 80)

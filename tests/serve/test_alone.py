@@ -49,7 +49,8 @@ def test_service_starts_asks_for_its_token_and_stops(
         assert process.wait(timeout=60) == 0
     finally:
         process.kill()
-    text = log.read_text()
+        text = log.read_text()
+        print(text)  # shown where the test fails
     assert f"serving v1 at http://127.0.0.1:{port}" in text
     assert "secret" not in text
     with pytest.raises(httpx.ConnectError):

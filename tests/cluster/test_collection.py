@@ -1,0 +1,101 @@
+"""A captioned collection in each of its forms: Parquet, JSON lines, and a contact sheet for people."""
+
+import html
+import json
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from captioner import collection, storage
+from captioner.captioning import Captioner
+from captioner.collection import caption_collection
+from captioner.config import CaptionConfig, DecodeConfig
+from captioner.errors import StoreError
+from tests.models import write_model
+from tests.pictures import picture
+
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("models") / "words")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(7):
+        (folder / f"{number}.png").write_bytes(picture(number, "PNG", (400, 200)))
+    (folder / "<b>&.jpg").write_text("no picture")
+    return folder
+
+
+def config(photos: Path, model: str, output: Path, **changes: object) -> CaptionConfig:
+    base = CaptionConfig(
+        images=str(photos),
+        model=model,
+        output=str(output),
+        decode=DecodeConfig(beam_size=2, num_captions=2, max_length=6),
+    )
+    return base.model_copy(update=changes)
+
+
+def test_json_lines_hold_what_parquet_holds(
+    photos: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caption_collection(config(photos, model, tmp_path / "parquet"))
+    asked = config(photos, model, tmp_path / "jsonl", format="jsonl")
+
+    def full_disk(*_: object) -> None:
+        raise StoreError("no space left on the device")
+
+    # Stopped after its last row: the next run must make the file of rows that are there already.
+    with monkeypatch.context() as patch:
+        patch.setattr(collection, "_write_json_lines", full_disk)
+        with pytest.raises(StoreError, match="no space"):
+            caption_collection(asked)
+    assert not (tmp_path / "jsonl/manifest.json").exists()
+    manifest = caption_collection(asked)
+    assert [(entry.path, entry.rows) for entry in manifest.files] == [("captions.jsonl", 8)]
+    names = {file.path for file in storage.list_files(str(tmp_path / "jsonl"))}
+    assert names == {"_job.json", "captions.jsonl", "manifest.json"}
+    lines = (tmp_path / "jsonl/captions.jsonl").read_text().splitlines()
+    rows = {row["image_id"]: row for row in map(json.loads, lines)}
+    expected = pq.read_table(tmp_path / "parquet/captions").to_pylist()
+    assert rows == {row["image_id"]: row for row in expected}
+    good = rows["3.png"]
+    captioner = Captioner.load(model, device="cpu")
+    found = captioner.caption([picture(3, "PNG", (400, 200))], asked.decode)[0]
+    assert (good["caption"], good["error"]) == (found.text, None)
+    assert good["log_prob"] == pytest.approx(found.log_prob, abs=1e-3)
+    assert rows["<b>&.jpg"]["caption"] is None
+    assert "not a JPEG" in rows["<b>&.jpg"]["error"]
+    with pytest.raises(StoreError, match="format"):
+        caption_collection(config(photos, model, tmp_path / "jsonl"))
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_contact_sheet_is_one_file_with_the_first_pictures(
+    photos: Path, model: str, tmp_path: Path, form: str
+) -> None:
+    asked = config(
+        photos, model, tmp_path / "out", format=form, contact_sheet=True, contact_sheet_images=5
+    )
+    caption_collection(asked)
+    page = (tmp_path / "out/contact_sheet.html").read_text()
+    captioner = Captioner.load(model, device="cpu")
+    pictures = re.findall(r'<img [^>]*alt="([^"]*)" width="(\d+)" height="(\d+)"', page)
+    expected = [
+        captioner.caption([picture(number, "PNG", (400, 200))], asked.decode)[0].text
+        for number in range(4)
+    ]
+    assert [html.unescape(text) for text, _, _ in pictures] == expected
+    assert {(width, height) for _, width, height in pictures} == {("320", "160")}
+    assert "&lt;b&gt;&amp;.jpg" in page
+    assert "<b>" not in page
+    assert "5 of 8 images" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "<script" not in page
