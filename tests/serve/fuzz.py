@@ -7,6 +7,7 @@ must get an answer that the document describes. The exit status is 1 when one ge
 import argparse
 import random
 import sys
+import time
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,11 @@ def fuzz_images(url: str, count: int, seed: int) -> Counter[str]:
         def ask(data: bytes) -> str:
             form = {"files": {"image": ("mutant", data)}}
             sent: dict[str, Any] = form if data[:1] > b"\x80" else {"content": data}
-            answer = client.post("/v1/captions", params={"beam_size": 1}, **sent)
+            while True:
+                answer = client.post("/v1/captions", params={"beam_size": 1}, **sent)
+                if answer.status_code != 503:
+                    break
+                time.sleep(float(answer.headers["Retry-After"]))
             body = answer.json()
             if answer.status_code == 200 and len(body["captions"]) == 1:
                 return "200"
