@@ -29,7 +29,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     for number in range(7):
         (folder / f"{number}.png").write_bytes(picture(number, "PNG", (400, 200)))
-    (folder / "<b>&.jpg").write_text("no picture")
+    (folder / "&<b>.jpg").write_text("no picture")
     return folder
 
 
@@ -71,8 +71,8 @@ def test_json_lines_hold_what_parquet_holds(
     found = captioner.caption([picture(3, "PNG", (400, 200))], asked.decode)[0]
     assert (good["caption"], good["error"]) == (found.text, None)
     assert good["log_prob"] == pytest.approx(found.log_prob, abs=1e-3)
-    assert rows["<b>&.jpg"]["caption"] is None
-    assert "not a JPEG" in rows["<b>&.jpg"]["error"]
+    assert rows["&<b>.jpg"]["caption"] is None
+    assert "not a JPEG" in rows["&<b>.jpg"]["error"]
     with pytest.raises(StoreError, match="format"):
         caption_collection(config(photos, model, tmp_path / "jsonl"))
 
@@ -94,7 +94,7 @@ def test_contact_sheet_is_one_file_with_the_first_pictures(
     ]
     assert [html.unescape(text) for text, _, _ in pictures] == expected
     assert {(width, height) for _, width, height in pictures} == {("320", "160")}
-    assert "&lt;b&gt;&amp;.jpg" in page
+    assert "&amp;&lt;b&gt;.jpg" in page
     assert "<b>" not in page
     assert "5 of 8 images" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
