@@ -1,0 +1,108 @@
+"""The manifests for KubeRay and the image they name, as far as they can be checked without a Kubernetes.
+
+The field names are those of KubeRay's published API reference; Serve's part is parsed by Ray itself, the entry
+point by the job's own command line.
+"""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from captioner import cli
+from captioner.config import ExtractConfig, ServeConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = {"rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec",
+           "workerGroupSpecs"}  # fmt: skip
+WORKERS = {"groupName", "minReplicas", "replicas", "maxReplicas", "rayStartParams", "template"}
+POD = {"serviceAccountName", "securityContext", "containers", "volumes"}
+CONTAINER = {"name", "image", "env", "securityContext", "resources", "volumeMounts"}
+FIELDS = {
+    "RayJob": {"entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit",
+               "rayClusterSpec"},
+    "RayService": {"upgradeStrategy", "serveConfigV2", "rayClusterConfig"},
+}  # fmt: skip
+
+
+def load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / name).read_text())
+    return found
+
+
+def cluster_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    spec = manifest["spec"]
+    found: dict[str, Any] = spec.get("rayClusterSpec") or spec["rayClusterConfig"]
+    return found
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "rayservice.yaml"])
+def test_manifest_has_known_fields_and_safe_pods(name: str) -> None:
+    manifest = load(name)
+    assert manifest["apiVersion"] == "ray.io/v1"
+    assert manifest["spec"].keys() == FIELDS[manifest["kind"]]
+    cluster = cluster_of(manifest)
+    assert cluster.keys() == CLUSTER
+    assert cluster["rayVersion"] == ray.__version__
+    assert cluster["authOptions"] == {"mode": "token", "secretName": "captioner-ray-token"}
+    head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    # No service of another type: nothing is reachable from outside the cluster.
+    assert head.keys() == {"rayStartParams", "template"}
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    for group in workers:
+        assert group.keys() == WORKERS
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    for group in [head, *workers]:
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        assert group["template"].keys() == {"spec"}
+        pod = group["template"]["spec"]
+        assert pod.keys() <= POD
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        volumes = {volume["name"] for volume in pod.get("volumes", [])}
+        for container in pod["containers"]:
+            assert container.keys() <= CONTAINER
+            assert container["image"] == f"captioner:{ray.__version__}"
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            # Ray takes its resources from the limits.
+            assert container["resources"]["requests"] == container["resources"]["limits"]
+            assert {mount["name"] for mount in container.get("volumeMounts", [])} == volumes
+            for variable in container.get("env", []):
+                secret = re.search("TOKEN|SECRET|KEY", variable["name"])
+                assert ("valueFrom" in variable) == bool(secret)
+
+
+def test_job_is_one_that_parses() -> None:
+    python, option, module, *arguments = shlex.split(load("rayjob.yaml")["spec"]["entrypoint"])
+    assert (python, option, module) == ("python", "-m", "ray_jobs.extract_features")
+    assert cli.parse(ExtractConfig, arguments).output.startswith("s3://")
+
+
+def test_service_is_one_that_ray_serve_and_the_application_accept() -> None:
+    config = ServeDeploySchema.model_validate(
+        yaml.safe_load(load("rayservice.yaml")["spec"]["serveConfigV2"])
+    )
+    ServeConfig.model_validate(config.applications[0].args)
+    assert config.applications[0].import_path == "captioner.serving.build:build_app"
+    # The proxies' guard is what keeps a service that listens for its pods' network behind tokens.
+    for group in cluster_of(load("rayservice.yaml"))["workerGroupSpecs"]:
+        names = {variable["name"] for variable in group["template"]["spec"]["containers"][0]["env"]}
+        assert names == {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "CAPTIONER_TOKENS"}
+
+
+def test_image_is_unprivileged_and_pinned() -> None:
+    text = (ROOT / "deploy/Dockerfile").read_text()
+    assert re.search(r"^ARG BASE=python:3\.11-", text, re.MULTILINE)
+    users = re.findall(r"^USER (\S+)", text, re.MULTILINE)
+    assert users == ["ray"]
+    assert "--uid 1000" in text
+    assert "--requirement requirements.txt" in text
+    ignored = (ROOT / "deploy/Dockerfile.dockerignore").read_text().splitlines()
+    assert ignored[0] == "*"  # everything, but for what is named
+    for source in re.findall(r"^COPY --chown=ray:ray (\S+)", text, re.MULTILINE):
+        assert (ROOT / source).exists()
+        assert f"!{source}" in ignored
