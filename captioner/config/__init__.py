@@ -32,6 +32,7 @@ from captioner.config.parts import (
     TextConfig,
 )
 from captioner.config.serving import ServeConfig
+from captioner.config.tuning import TuneConfig
 
 __all__ = [
     "BenchmarkExtractConfig",
@@ -57,4 +58,5 @@ __all__ = [
     "Split",
     "TextConfig",
     "TrainConfig",
+    "TuneConfig",
 ]

@@ -65,12 +65,18 @@ class TrainConfig(Config):
     """Probability mass spread over the vocabulary in the training loss (validation never smooths)."""
     group_captions: bool = False
     """Keep the captions of an image in one batch: its features are read and projected once for all of them."""
+    validation_cider: bool = False
+    """Also caption the validation images greedily after every epoch, and keep the epoch of the highest CIDEr-D."""
     mirrored: bool = False
     """Show half of the images mirrored, another half in every epoch; needs features extracted with --mirrored."""
     self_critical: SelfCriticalConfig = SelfCriticalConfig()
     num_workers: Positive | tuple[Positive, Positive] = 1
     """Data-parallel workers (DDP), each with one GPU where the cluster has any. Two numbers: as many as the cluster has
     room for, at least the first, at most the second, adjusted while training."""
+    gpus_per_worker: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of a GPU for each worker, where the cluster has any."""
+    threads_per_worker: Positive | None = None
+    """Threads of one worker on CPU; default: the node's cores, shared between the run's workers on it."""
     ingest: Literal["auto", "resident", "streaming"] = "auto"
     """How features reach a worker. resident: in memory, or in a local file mapped to it. streaming: read from the store
     again in every epoch. auto: resident where it fits."""

@@ -51,6 +51,16 @@ from captioner.training.worker import (
 logger = logging.getLogger(__name__)
 
 WORK, SUMMARY = "_training", "summary.txt"
+# Where things lie, and who shares the work, changes nothing in the model.
+_NO_MATTER = {
+    "features",
+    "output",
+    "num_workers",
+    "gpus_per_worker",
+    "threads_per_worker",
+    "ingest",
+    "max_failures",
+}
 HISTORY_ROWS = pa.schema(
     [
         ("epoch", pa.int64()),
@@ -122,10 +132,7 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
 
 
 def _identity(config: TrainConfig, store: FeatureStore) -> dict[str, Any]:
-    # How many workers share a batch, and where the store lies, changes nothing in the model.
-    settings = config.model_dump(
-        mode="json", exclude={"features", "output", "num_workers", "ingest", "max_failures"}
-    )
+    settings = config.model_dump(mode="json", exclude=_NO_MATTER)
     features = store.manifest.model_dump(mode="json", include={"encoder", "source"})
     return {"job": "train", "features": features, "training": settings}
 
@@ -138,10 +145,11 @@ def _fit(
 ) -> tuple[bytes, list[EpochRecord]]:
     """Weights of the best epoch, and the history."""
     gpu = num_gpus() > 0
-    if (num_gpus() if gpu else num_cpus()) < config.worker_range[0]:
+    slots = int(num_gpus() / config.gpus_per_worker) if gpu else num_cpus()
+    if slots < config.worker_range[0]:
         raise ConfigError(
-            f"num-workers: {config.worker_range[0]} need as many {'GPUs' if gpu else 'CPUs'}, the cluster has "
-            f"{num_gpus() if gpu else num_cpus()}"
+            f"num-workers: {config.worker_range[0]} need as many {'GPUs' if gpu else 'CPUs'}, "
+            f"the cluster has {slots}"
         )
     filesystem, path = storage.resolve(output.uri(WORK))
     with MessageLog(logger) as messages:
@@ -157,7 +165,9 @@ def _fit(
             scaling_config=ScalingConfig(
                 num_workers=config.num_workers,
                 use_gpu=gpu,
-                resources_per_worker=None if gpu else {"CPU": 1},
+                resources_per_worker={"GPU": config.gpus_per_worker, "CPU": 1}
+                if gpu
+                else {"CPU": 1},
             ),
             run_config=RunConfig(
                 # A second fit() under the same name and path continues from the last checkpoint.

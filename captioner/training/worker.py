@@ -54,7 +54,8 @@ class EpochRecord(Record):
     validation_loss: float
     validation_accuracy: float
     validation_cider: float | None = None
-    """CIDEr-D of greedy captions on token ids, in the self-critical phase; near the standard protocol's."""
+    """CIDEr-D of greedy captions on token ids, where it was asked for and in the self-critical phase; near the standard
+    protocol's."""
     learning_rate: float
     """Of the epoch's last step."""
     seconds: float
@@ -101,7 +102,8 @@ class Worker:
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             # Ray leaves one thread per worker; share out the node's cores.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+            share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+            torch.set_num_threads(config.threads_per_worker or share)
         wanted = config.compute
         auto = "bfloat16" if fast_bfloat16(self.device.type) else "float32"
         self.compute = auto if wanted == "auto" else wanted
@@ -131,6 +133,8 @@ class Worker:
         self.optimizer = build_optimizer(config.optimizer, self.decoder)
         self.steps_per_epoch = -(-len(self.train.data) // config.global_batch)
         self.schedule = Schedule(config.optimizer, config.epochs * self.steps_per_epoch)
+        if config.validation_cider or config.self_critical.epochs:
+            self.judge = Critic(self.validation.data, config.self_critical)
         self.history: list[EpochRecord] = []
         self.best: bytes | None = None
         # The optimizer of a self-critical phase that was left in its middle.
@@ -200,6 +204,7 @@ class Worker:
             captions_per_second=len(self.train.data) / timer.seconds,
             **timer.record(),
             **self.validate(epoch),
+            validation_cider=self.validation_cider() if self.config.validation_cider else None,
         )
 
     def start_self_critical(self) -> None:
@@ -214,7 +219,6 @@ class Worker:
         elif self.restored is not None:
             self.optimizer.load_state_dict(self.restored)
         self.critic = Critic(self.train.data, settings)
-        self.judge = Critic(self.validation.data, settings)
 
     def self_critical_epoch(self, epoch: int) -> EpochRecord:
         """One pass over the train images with captions drawn from the decoder itself."""
@@ -359,9 +363,9 @@ class Stopwatch:
 
 def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord:
     """The epoch whose weights are published: of the last phase, the one with the lowest validation loss or, where
-    captions are rewarded, the highest validation CIDEr."""
+    captions are scored, the highest validation CIDEr."""
     last = [record for record in history if record.phase == history[-1].phase]
-    if history[-1].phase == "cross_entropy":
+    if history[-1].validation_cider is None:
         return min(last, key=lambda record: record.validation_loss)
     return max(last, key=lambda record: record.validation_cider or 0.0)
 

@@ -1,0 +1,131 @@
+"""The trials of a search: their learning curves, and what each hyperparameter did."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from captioner.plots.render import DPI, FAINT, GREY, INK, font, to_png
+
+BEST, FINISHED, STOPPED, FAILED = "#d1603d", "#3b6fb6", "#9aa5b1", "#8b1e3f"
+COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class TrialCurve:
+    """One trial, as far as it is drawn."""
+
+    number: int
+    hyperparameters: dict[str, str | int | float]
+    status: str
+    """finished, stopped or failed."""
+    curve: Sequence[tuple[int, float]]
+    """(epoch, metric) in order."""
+
+
+def plot_trials(trials: Sequence[TrialCurve], best: int, metric: str, *, largest: bool) -> bytes:
+    """Learning curves on top, stopped trials grey with a cross at their end; below, the metric against each
+    hyperparameter that differs between trials.
+
+    Args:
+        best: number of the best trial.
+        metric: its name, for the labels.
+        largest: whether a larger metric is better.
+
+    Returns:
+        A PNG.
+
+    Raises:
+        ValueError: there are no trials.
+    """
+    if not trials:
+        raise ValueError("there are no trials")
+    names = [
+        name
+        for name in trials[0].hyperparameters
+        if len({trial.hyperparameters[name] for trial in trials}) > 1
+    ]
+    rows = -(-len(names) // COLUMNS)
+    figure = Figure(figsize=(11, 4.2 + 2.6 * rows), dpi=DPI, layout="constrained")
+    grid = figure.add_gridspec(1 + rows, COLUMNS, height_ratios=[1.6, *[1.0] * rows])
+    curves = figure.add_subplot(grid[0, :])
+    label = metric.replace("_", " ")
+    for trial in sorted(trials, key=lambda one: one.number == best):
+        _draw_curve(curves, trial, trial.number == best)
+    for text, color, marker in (
+        (f"best: trial {best}", BEST, "."),
+        ("finished", FINISHED, "."),
+        ("stopped early", STOPPED, "x"),
+        ("failed", FAILED, "X"),
+    ):
+        curves.plot([], [], color=color, marker=marker, label=text)
+    curves.legend(prop=font(9), frameon=False, ncols=4)
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _dress(curves, f"{label} of every trial", "Epoch")
+    for position, name in enumerate(names):
+        axes = figure.add_subplot(grid[1 + position // COLUMNS, position % COLUMNS])
+        _draw_effect(axes, trials, name, best, largest)
+        _dress(axes, name.replace("_", " "), "")
+    return to_png(figure)
+
+
+def _color(trial: TrialCurve, best: bool) -> str:
+    return BEST if best else {"finished": FINISHED, "failed": FAILED}.get(trial.status, STOPPED)
+
+
+def _draw_curve(axes: Axes, trial: TrialCurve, best: bool) -> None:
+    if not trial.curve:
+        return
+    epochs, values = zip(*trial.curve, strict=True)
+    color = _color(trial, best)
+    axes.plot(epochs, values, color=color, linewidth=2.4 if best else 1.3, marker=".")
+    if trial.status != "finished":
+        axes.plot(epochs[-1], values[-1], "x" if trial.status == "stopped" else "X", color=color)
+    axes.annotate(
+        str(trial.number),
+        (epochs[-1], values[-1]),
+        xytext=(4, 0),
+        textcoords="offset points",
+        fontproperties=font(7.5),
+        color=color,
+        va="center",
+    )
+
+
+def _draw_effect(
+    axes: Axes, trials: Sequence[TrialCurve], name: str, best: int, largest: bool
+) -> None:
+    values = [trial.hyperparameters[name] for trial in trials]
+    named = any(isinstance(value, str) for value in values)
+    choices = sorted(set(values), key=str) if named else []
+    for trial in trials:
+        found = [value for _, value in trial.curve if np.isfinite(value)]
+        if not found:
+            continue
+        value = trial.hyperparameters[name]
+        place = choices.index(value) if named else float(value)
+        axes.plot(
+            place,
+            max(found) if largest else min(found),
+            "o" if trial.status == "finished" else "x",
+            color=_color(trial, trial.number == best),
+            markersize=7 if trial.number == best else 5,
+        )
+    if named:
+        axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
+        axes.set_xlim(-0.5, len(choices) - 0.5)
+    elif name in ("learning_rate", "width", "global_batch"):
+        axes.set_xscale("log", base=10 if name == "learning_rate" else 2)
+
+
+def _dress(axes: Axes, title: str, below: str) -> None:
+    axes.set_title(title, fontproperties=font(10, "bold"), color=INK, loc="left")
+    axes.set_xlabel(below, fontproperties=font(9), color=INK)
+    axes.grid(color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=8, labelfontfamily=font(8).get_name())

@@ -1,0 +1,1 @@
+"""A search over many training runs, on Ray Tune."""

@@ -1,0 +1,325 @@
+"""Ray Tune over ``run_training``: trials, ASHA, resuming, and what a search publishes."""
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+
+from captioner import storage
+from captioner.cluster import num_cpus, num_gpus, start_ray
+from captioner.config import TuneConfig
+from captioner.errors import TrainingError
+from captioner.model_store import load_model
+from captioner.models import build_decoder
+from captioner.plots.trials import TrialCurve, plot_trials
+from captioner.schema import SCHEMA_VERSION, Record
+from captioner.store import FeatureStore
+from captioner.training.run import run_training
+from captioner.tuning.space import Hyperparameters, draw_trials, training_of
+
+logger = logging.getLogger(__name__)
+
+WORK, SEARCH = "_tuning", "search"
+MODEL, TRIALS, PICTURE = "model", "trials.parquet", "trials.png"
+
+# What the driver of a trial takes while its training worker does the work: next to nothing, but Tune wants a number.
+_DRIVER = {"memory": 256 * 2**20}
+
+
+class SearchManifest(Record):
+    """``manifest.json`` of a search."""
+
+    kind: str = "search"
+    schema_version: int = SCHEMA_VERSION
+    best: int
+    """Number of the trial whose model is in ``model/``."""
+    metric: str
+    trials: int
+    files: list[str]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of a search."""
+
+    number: int
+    hyperparameters: Hyperparameters
+    status: str
+    """finished, stopped (by ASHA), or failed."""
+    curve: list[tuple[int, float]]
+    """(epoch, metric) in order."""
+    seconds: float
+    error: str | None
+
+    def best(self, *, largest: bool) -> float:
+        """The metric of its best epoch; nan if it has none."""
+        values = [value for _, value in self.curve if math.isfinite(value)]
+        return (max if largest else min)(values, default=math.nan)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A finished search."""
+
+    uri: str
+    metric: str
+    best: int
+    trials: list[Trial]
+
+    def table(self) -> str:
+        """The trials, best first, for a terminal."""
+        largest = self.metric == "validation_cider"
+        order = sorted(
+            self.trials,
+            key=lambda trial: (
+                math.isnan(value := trial.best(largest=largest)),
+                -value if largest else value,
+            ),
+        )
+        names = sorted({name for trial in self.trials for name in trial.hyperparameters})
+        rows = [["trial", "status", "epochs", self.metric, "seconds", *names]]
+        for trial in order:
+            chosen = "*" if trial.number == self.best else ""
+            rows.append(
+                [
+                    f"{trial.number}{chosen}",
+                    trial.status,
+                    str(len(trial.curve)),
+                    f"{trial.best(largest=largest):.4f}",
+                    f"{trial.seconds:.0f}",
+                    *(str(trial.hyperparameters.get(name, "")) for name in names),
+                ]
+            )
+        wide = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [
+            "  ".join(f"{cell:>{w}}" for cell, w in zip(row, wide, strict=True)) for row in rows
+        ]
+        epochs = sum(len(trial.curve) for trial in self.trials)
+        return "\n".join([*lines, "", f"{epochs} epochs in all; model: {self.uri}/{MODEL}"])
+
+
+def run_search(config: TuneConfig) -> SearchResult:
+    """Try every trial of ``config.space`` and publish the best one's model, with the record of all.
+
+    Continues a killed search: finished trials are kept, unfinished ones go on from their last epoch.
+
+    Raises:
+        StoreError: the features lack something, or the output belongs to another search.
+        TrainingError: no trial came to its end.
+    """
+    store = FeatureStore.open(config.features)
+    config = config.model_copy(update={"features": store.uri})
+    trials = draw_trials(config, grid=store.manifest.grid)
+    for kind in {str(trial["decoder"]) for trial in trials}:
+        decoder = training_of(config, {**trials[0], "decoder": kind}, "unused", threads=1).decoder
+        for split in ("train", "validation"):
+            store.require(split, build_decoder(decoder, 5, 1).columns, captions=True)
+    output = storage.Output(
+        config.output,
+        {
+            "job": "tune",
+            "features": store.manifest.model_dump(mode="json", include={"encoder", "source"}),
+            "search": config.model_dump(
+                mode="json", exclude={"features", "output", "max_concurrent", "gpus_per_trial"}
+            ),
+        },
+    )
+    if output.complete:
+        logger.info("%s is complete: nothing to do", output.root)
+        return _published(output)
+    with output:
+        start_ray()
+        found = _run_trials(config, trials, output)
+        return _publish(config, output, found)
+
+
+def _run_trials(
+    config: TuneConfig, trials: list[Hyperparameters], output: storage.Output
+) -> list[Trial]:
+    slots = int(num_gpus() / config.gpus_per_trial) if num_gpus() else num_cpus()
+    concurrent = min(config.max_concurrent or slots, slots, len(trials))
+    trainable = _trainable(config, output, threads=max(1, num_cpus() // concurrent))
+    metric, mode = _metric(config)
+    logger.info("%d trials, %d at a time", len(trials), concurrent)
+    filesystem, path = storage.resolve(output.uri(WORK))
+    place = f"{path}/{SEARCH}"
+    if tune.Tuner.can_restore(place, storage_filesystem=filesystem):
+        logger.info("continuing the search")
+        tuner = tune.Tuner.restore(
+            place, trainable, resume_unfinished=True, storage_filesystem=filesystem
+        )
+    else:
+        scheduler = None
+        if config.scheduler == "asha":
+            scheduler = ASHAScheduler(
+                time_attr="epoch",
+                # One more than a trial ever reports: it ends by itself, with its model published.
+                max_t=config.max_epochs + 1,
+                grace_period=min(config.grace_epochs, config.max_epochs),
+                reduction_factor=config.reduction_factor,
+            )
+        tuner = tune.Tuner(
+            trainable,
+            param_space={
+                "trial": tune.grid_search(
+                    [{"number": number, **trial} for number, trial in enumerate(trials)]
+                )
+            },
+            tune_config=tune.TuneConfig(
+                metric=metric,
+                mode=mode,
+                scheduler=scheduler,
+                max_concurrent_trials=concurrent,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
+            ),
+            run_config=tune.RunConfig(
+                name=SEARCH,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                progress_reporter=tune.CLIReporter(
+                    metric_columns={"epoch": "epoch", metric: metric},
+                    parameter_columns={f"trial/{name}": name for name in trials[0]},
+                    max_report_frequency=10,
+                    max_progress_rows=len(trials),
+                ),
+            ),
+        )
+    results = tuner.fit()
+    found = []
+    for result in results:
+        parameters = dict(result.config["trial"])
+        number = int(parameters.pop("number"))
+        frame = result.metrics_dataframe
+        curve: list[tuple[int, float]] = []
+        if frame is not None and metric in frame:
+            # A trial that was continued may report an epoch twice.
+            last = frame.drop_duplicates("epoch", keep="last").sort_values("epoch")
+            curve = [
+                (int(epoch), float(value))
+                for epoch, value in zip(last["epoch"], last[metric], strict=True)
+            ]
+        done = storage.exists(storage.join(_trial_uri(output, number), storage.MANIFEST))
+        status = "finished" if done else "failed" if result.error else "stopped"
+        seconds = float(frame["time_this_iter_s"].sum()) if curve else 0.0
+        error = None if result.error is None else " ".join(str(result.error).split())[-300:]
+        found.append(Trial(number, parameters, status, curve, seconds, None if done else error))
+    return sorted(found, key=lambda trial: trial.number)
+
+
+def _trainable(config: TuneConfig, output: storage.Output, *, threads: int) -> Any:
+    def train_trial(parameters: dict[str, Any]) -> None:
+        trial = dict(parameters["trial"])
+        training = training_of(
+            config, trial, _trial_uri(output, trial.pop("number")), threads=threads
+        )
+        run_training(training, callbacks=[TuneReportCallback()])
+
+    return tune.with_resources(train_trial, _DRIVER)
+
+
+def _trial_uri(output: storage.Output, number: int) -> str:
+    return output.uri(WORK, "trials", f"{number:03d}")
+
+
+def _name(trial: Any) -> str:
+    return f"trial-{trial.config['trial']['number']:03d}"
+
+
+def _metric(config: TuneConfig) -> tuple[str, str]:
+    return ("validation_cider", "max") if config.metric == "cider" else ("validation_loss", "min")
+
+
+def _publish(config: TuneConfig, output: storage.Output, trials: list[Trial]) -> SearchResult:
+    metric, mode = _metric(config)
+    largest = mode == "max"
+    finished = [trial for trial in trials if trial.status == "finished"]
+    if not finished:
+        errors = {trial.error for trial in trials if trial.error}
+        raise TrainingError(f"no trial came to its end; {' '.join(sorted(errors)) or 'no error'}")
+    best = (max if largest else min)(finished, key=lambda trial: trial.best(largest=largest))
+    source = _trial_uri(output, best.number)
+    files = []
+    for file in storage.list_files(source):
+        # The copy becomes a model with its manifest, as everywhere the last file.
+        if file.path not in (storage.MANIFEST, storage.CLAIM):
+            storage.copy_file(file.uri, output.uri(MODEL, file.path))
+            files.append(f"{MODEL}/{file.path}")
+    for name in (storage.CLAIM, storage.MANIFEST):
+        storage.copy_file(storage.join(source, name), output.uri(MODEL, name))
+        files.append(f"{MODEL}/{name}")
+    load_model(output.uri(MODEL))
+    for file in storage.list_files(output.uri(WORK, SEARCH)):
+        if "events.out.tfevents" in file.path:
+            storage.copy_file(file.uri, output.uri("tensorboard", file.path))
+            files.append(f"tensorboard/{file.path}")
+    with storage.atomic_writer(output.uri(TRIALS)) as handle:
+        pq.write_table(_table(trials, metric, largest), handle)
+    curves = [
+        TrialCurve(trial.number, trial.hyperparameters, trial.status, trial.curve)
+        for trial in trials
+    ]
+    picture = plot_trials(curves, best.number, metric, largest=largest)
+    storage.write_bytes(output.uri(PICTURE), picture)
+    manifest = SearchManifest(
+        best=best.number, metric=metric, trials=len(trials), files=[*files, TRIALS, PICTURE]
+    )
+    output.publish(manifest.model_dump_json(indent=1))
+    filesystem, path = storage.resolve(output.uri(WORK))
+    filesystem.delete_dir(path)
+    return SearchResult(output.root, metric, best.number, trials)
+
+
+def _table(trials: list[Trial], metric: str, largest: bool) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {
+                "trial": trial.number,
+                "status": trial.status,
+                "epochs": len(trial.curve),
+                metric: trial.best(largest=largest),
+                "seconds": trial.seconds,
+                "error": trial.error,
+                "configuration": json.dumps(trial.hyperparameters),
+                "curve": [{"epoch": epoch, "value": value} for epoch, value in trial.curve],
+            }
+            for trial in trials
+        ],
+        pa.schema(
+            [
+                ("trial", pa.int64()),
+                ("status", pa.string()),
+                ("epochs", pa.int64()),
+                (metric, pa.float64()),
+                ("seconds", pa.float64()),
+                ("error", pa.string()),
+                ("configuration", pa.string()),
+                ("curve", pa.list_(pa.struct([("epoch", pa.int64()), ("value", pa.float64())]))),
+            ]
+        ),
+    )
+
+
+def _published(output: storage.Output) -> SearchResult:
+    manifest = SearchManifest.model_validate(storage.read_json(output.uri(storage.MANIFEST)))
+    with storage.open_input(output.uri(TRIALS)) as file:
+        rows = pq.read_table(file).to_pylist()
+    trials = [
+        Trial(
+            row["trial"],
+            json.loads(row["configuration"]),
+            row["status"],
+            [(point["epoch"], point["value"]) for point in row["curve"]],
+            row["seconds"],
+            row["error"],
+        )
+        for row in rows
+    ]
+    return SearchResult(output.root, manifest.metric, manifest.best, trials)

@@ -1,0 +1,81 @@
+"""What a search tries: every trial's hyperparameters are known before it starts, so a resumed search has the same."""
+
+from typing import Any
+
+import numpy as np
+
+from captioner.config import DecoderConfig, OptimizerConfig, TrainConfig, TuneConfig
+
+Hyperparameters = dict[str, str | int | float]
+
+SEED_WIDTHS, SEED_OPTIMIZERS = (128, 256, 512), ("adam", "rmsprop")
+
+
+def draw_trials(config: TuneConfig, *, grid: bool) -> list[Hyperparameters]:
+    """The hyperparameters of every trial, in order.
+
+    Args:
+        grid: whether the store holds the grid, which half of the wide space's decoders read.
+    """
+    if config.space == "seed":
+        return [
+            {"decoder": "merge", "width": width, "optimizer": optimizer, "dropout": 0.5}
+            for width in SEED_WIDTHS
+            for optimizer in SEED_OPTIMIZERS
+        ]
+    generator = np.random.default_rng(config.seed)
+    kinds = ["merge", "sequence_attention"]
+    if grid:
+        kinds += ["spatial_attention", "transformer"]
+
+    def choose(*values: Any) -> Any:
+        return values[int(generator.integers(len(values)))]
+
+    return [
+        {
+            "decoder": choose(*kinds),
+            "width": choose(128, 256, 512),
+            "optimizer": choose("adam", "adamw", "rmsprop"),
+            "learning_rate": float(f"{10 ** generator.uniform(-3.7, -2.5):.2g}"),
+            "dropout": choose(0.2, 0.3, 0.4, 0.5),
+            "label_smoothing": choose(0.0, 0.05, 0.1),
+            "global_batch": choose(32, 64, 128),
+            "weight_decay": choose(0.0, 1e-5, 1e-4),
+        }
+        for _ in range(config.num_samples)
+    ]
+
+
+def training_of(
+    config: TuneConfig, trial: Hyperparameters, output: str, *, threads: int
+) -> TrainConfig:
+    """The training run of one trial."""
+    return TrainConfig(
+        features=config.features,
+        output=output,
+        decoder=DecoderConfig.model_validate(
+            {
+                "kind": trial["decoder"],
+                "width": trial["width"],
+                "dropout": trial["dropout"],
+            }
+        ),
+        text=config.text,
+        optimizer=OptimizerConfig.model_validate(
+            {
+                "name": trial["optimizer"],
+                "learning_rate": trial.get("learning_rate", 1e-3),
+                "weight_decay": trial.get("weight_decay", 0.0),
+                # The notebook clipped nothing.
+                "clip_norm": None if config.space == "seed" else 5.0,
+            }
+        ),
+        epochs=config.max_epochs,
+        global_batch=int(trial.get("global_batch", 64)),
+        label_smoothing=float(trial.get("label_smoothing", 0.0)),
+        patience=None,
+        validation_cider=config.metric == "cider",
+        gpus_per_worker=config.gpus_per_trial,
+        threads_per_worker=threads,
+        seed=config.seed,
+    )

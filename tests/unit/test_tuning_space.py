@@ -1,0 +1,59 @@
+"""What a search tries is decided by its settings alone; and its picture."""
+
+import io
+
+import pytest
+from PIL import Image
+
+from captioner.config import TuneConfig
+from captioner.plots import plot_trials
+from captioner.plots.trials import TrialCurve
+from captioner.tuning.space import draw_trials, training_of
+
+BASE = TuneConfig(features="f", output="o")
+
+
+def test_seed_space_is_the_notebooks_grid() -> None:
+    trials = draw_trials(BASE, grid=True)
+    assert [(trial["width"], trial["optimizer"]) for trial in trials] == [
+        (128, "adam"), (128, "rmsprop"), (256, "adam"), (256, "rmsprop"), (512, "adam"), (512, "rmsprop"),
+    ]  # fmt: skip
+    assert {trial["dropout"] for trial in trials} == {0.5}
+
+
+def test_wide_space_is_seeded_and_knows_the_store() -> None:
+    wide = BASE.model_copy(update={"space": "wide", "num_samples": 40})
+    trials = draw_trials(wide, grid=True)
+    assert trials == draw_trials(wide, grid=True)
+    assert trials != draw_trials(wide.model_copy(update={"seed": 1}), grid=True)
+    # More samples later keep the first ones.
+    assert draw_trials(wide.model_copy(update={"num_samples": 50}), grid=True)[:40] == trials
+    assert {trial["decoder"] for trial in trials} == {
+        "merge", "sequence_attention", "spatial_attention", "transformer",
+    }  # fmt: skip
+    without = {trial["decoder"] for trial in draw_trials(wide, grid=False)}
+    assert without == {"merge", "sequence_attention"}
+
+
+@pytest.mark.parametrize("space", ["seed", "wide"])
+def test_every_trial_is_a_valid_training_run(space: str) -> None:
+    config = BASE.model_copy(update={"space": space, "metric": "cider", "max_epochs": 4})
+    for trial in draw_trials(config, grid=True):
+        training = training_of(config, trial, "out", threads=1)
+        assert training.decoder.kind == trial["decoder"]
+        assert training.optimizer.name == trial["optimizer"]
+        assert (training.epochs, training.patience) == (4, None)
+        assert training.validation_cider
+
+
+def test_picture_shows_trials_of_every_status() -> None:
+    trials = [
+        TrialCurve(0, {"width": 8, "optimizer": "adam"}, "finished", [(1, 3.0), (2, 2.5)]),
+        TrialCurve(1, {"width": 16, "optimizer": "adamw"}, "stopped", [(1, 3.5)]),
+        TrialCurve(2, {"width": 16, "optimizer": "adam"}, "failed", []),
+    ]
+    picture = plot_trials(trials, 0, "validation_loss", largest=False)
+    image = Image.open(io.BytesIO(picture))
+    assert min(image.size) > 500
+    with pytest.raises(ValueError, match="no trials"):
+        plot_trials([], 0, "validation_loss", largest=False)
