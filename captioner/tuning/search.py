@@ -145,7 +145,7 @@ def _run_trials(
 ) -> list[Trial]:
     slots = int(num_gpus() / config.gpus_per_trial) if num_gpus() else num_cpus()
     concurrent = min(config.max_concurrent or slots, slots, len(trials))
-    trainable = _trainable(config, output, threads=max(1, num_cpus() // concurrent))
+    trainable = _trainable(config, output.root, threads=max(1, num_cpus() // concurrent))
     metric, mode = _metric(config)
     logger.info("%d trials, %d at a time", len(trials), concurrent)
     filesystem, path = storage.resolve(output.uri(WORK))
@@ -206,7 +206,7 @@ def _run_trials(
                 (int(epoch), float(value))
                 for epoch, value in zip(last["epoch"], last[metric], strict=True)
             ]
-        done = storage.exists(storage.join(_trial_uri(output, number), storage.MANIFEST))
+        done = storage.exists(storage.join(_trial_uri(output.root, number), storage.MANIFEST))
         status = "finished" if done else "failed" if result.error else "stopped"
         seconds = float(frame["time_this_iter_s"].sum()) if curve else 0.0
         error = None if result.error is None else " ".join(str(result.error).split())[-300:]
@@ -214,19 +214,19 @@ def _run_trials(
     return sorted(found, key=lambda trial: trial.number)
 
 
-def _trainable(config: TuneConfig, output: storage.Output, *, threads: int) -> Any:
+def _trainable(config: TuneConfig, root: str, *, threads: int) -> Any:
     def train_trial(parameters: dict[str, Any]) -> None:
         trial = dict(parameters["trial"])
         training = training_of(
-            config, trial, _trial_uri(output, trial.pop("number")), threads=threads
+            config, trial, _trial_uri(root, trial.pop("number")), threads=threads
         )
         run_training(training, callbacks=[TuneReportCallback()])
 
     return tune.with_resources(train_trial, _DRIVER)
 
 
-def _trial_uri(output: storage.Output, number: int) -> str:
-    return output.uri(WORK, "trials", f"{number:03d}")
+def _trial_uri(root: str, number: int) -> str:
+    return storage.join(root, WORK, "trials", f"{number:03d}")
 
 
 def _name(trial: Any) -> str:
@@ -245,7 +245,7 @@ def _publish(config: TuneConfig, output: storage.Output, trials: list[Trial]) ->
         errors = {trial.error for trial in trials if trial.error}
         raise TrainingError(f"no trial came to its end; {' '.join(sorted(errors)) or 'no error'}")
     best = (max if largest else min)(finished, key=lambda trial: trial.best(largest=largest))
-    source = _trial_uri(output, best.number)
+    source = _trial_uri(output.root, best.number)
     files = []
     for file in storage.list_files(source):
         # The copy becomes a model with its manifest, as everywhere the last file.
