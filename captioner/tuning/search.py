@@ -199,14 +199,20 @@ def _run_trials(
         number = int(parameters.pop("number"))
         frame = result.metrics_dataframe
         curve: list[tuple[int, float]] = []
-        if frame is not None and metric in frame:
-            # A trial that was continued may report an epoch twice.
+        done = storage.exists(storage.join(_trial_uri(output.root, number), storage.MANIFEST))
+        if done:
+            # The model's own history is whole, even where a kill swallowed some of Tune's reports.
+            with storage.open_input(
+                storage.join(_trial_uri(output.root, number), "history.parquet")
+            ) as file:
+                rows = pq.read_table(file, columns=["epoch", metric]).to_pylist()
+            curve = [(row["epoch"], row[metric]) for row in rows]
+        elif frame is not None and metric in frame:
             last = frame.drop_duplicates("epoch", keep="last").sort_values("epoch")
             curve = [
                 (int(epoch), float(value))
                 for epoch, value in zip(last["epoch"], last[metric], strict=True)
             ]
-        done = storage.exists(storage.join(_trial_uri(output.root, number), storage.MANIFEST))
         status = "finished" if done else "failed" if result.error else "stopped"
         seconds = float(frame["time_this_iter_s"].sum()) if curve else 0.0
         error = None if result.error is None else " ".join(str(result.error).split())[-300:]
@@ -220,7 +226,9 @@ def _trainable(config: TuneConfig, root: str, *, threads: int) -> Any:
         training = training_of(
             config, trial, _trial_uri(root, trial.pop("number")), threads=threads
         )
-        run_training(training, callbacks=[TuneReportCallback()])
+        result = run_training(training, callbacks=[TuneReportCallback()])
+        # A trial that had come to its last epoch before the search was killed reports nothing else.
+        tune.report(result.history[-1].model_dump(exclude_none=True))
 
     return tune.with_resources(train_trial, _DRIVER)
 
