@@ -14,7 +14,7 @@ SUBMIT = RAY_AUTH_MODE=token $(VENV)/bin/ray job submit --address $(ADDRESS) --w
 
 MODEL := runs/demo/model
 
-.PHONY: help install demo serve test test-unit test-cluster test-serve chromium lint type requirements clean \
+.PHONY: help install demo serve dashboard test test-all test-unit test-cluster test-serve test-chaos chromium lint type requirements clean \
 	submit-extract submit-train submit-tune submit-evaluate submit-caption submit-serve
 
 help: ## List the targets
@@ -67,9 +67,18 @@ submit-caption: $(INSTALLED) ## The same for captioning
 submit-serve: $(INSTALLED) ## The same for the service, which stays when its job has ended
 	$(SUBMIT).serve $(ARGS)
 
-test: lint chromium ## Run ruff and every test
+# RUN is a model, a search, or any folder of them.
+dashboard: $(INSTALLED) ## TensorBoard on this machine: make dashboard RUN=runs/flickr8k/search
+	$(PYTHON) -m tensorboard.main --logdir $(or $(RUN),runs) --host 127.0.0.1
+
+test: lint ## Run ruff and the tests: without Ray, on a local Ray, and of every job
 	$(PYTEST) --durations=5 tests/unit
-	$(PYTEST) --durations=10 --ignore=tests/unit tests
+	$(PYTEST) --durations=10 -m "not chaos" tests/cluster tests/jobs tests/deploy
+
+test-all: test test-serve test-chaos ## Run every test, as the continuous integration does
+
+test-chaos: $(INSTALLED) ## Run the tests that kill drivers, workers and nodes
+	$(PYTEST) --durations=10 -m chaos tests
 
 test-unit: $(INSTALLED) ## Run the tests that need no Ray
 	$(PYTEST) --durations=5 tests/unit
@@ -78,7 +87,7 @@ test-cluster: $(INSTALLED) ## Run the tests that start a local Ray
 	$(PYTEST) --durations=10 tests/cluster
 
 test-serve: $(INSTALLED) chromium ## Run the tests that talk to a running service
-	$(PYTEST) --durations=10 tests/serve
+	$(PYTEST) --durations=10 -m "not chaos" tests/serve
 
 # The page is tested in Debian's Chromium. Where it can be neither found nor installed, only those tests are skipped.
 chromium: ## Install Chromium for the tests of the page, where that is allowed

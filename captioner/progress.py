@@ -4,9 +4,11 @@ import logging
 import sys
 import threading
 import time
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util import metrics
 
 logger = logging.getLogger(__name__)
 
@@ -15,15 +17,24 @@ logger = logging.getLogger(__name__)
 class Counter:
     """Counts rows that the actors of a job have handled. For people to look at, never for bookkeeping: a retried
     task counts its rows again.
+
+    Also exported, as ``ray_captioner_images_total`` and ``ray_captioner_rejected_images_total``, to whatever scrapes
+    the cluster's metrics.
     """
 
     def __init__(self) -> None:
         self.done = 0
         self.rejected = 0
+        self._images = metrics.Counter("captioner_images_total", "Images handled")
+        self._refused = metrics.Counter("captioner_rejected_images_total", "Images rejected")
 
     def add(self, done: int, rejected: int) -> None:
         self.done += done
         self.rejected += rejected
+        # Ray's counters refuse to count nothing.
+        for counter, count in ((self._images, done), (self._refused, rejected)):
+            if count:
+                counter.inc(count)
 
     def read(self) -> tuple[int, int]:
         return self.done, self.rejected
@@ -88,6 +99,33 @@ class ProgressLine:
         if rejected:
             parts.append(f"{rejected:,} rejected")
         return " | ".join(parts)
+
+
+class TrainingGauges:
+    """A training run's last epoch, for whatever scrapes the cluster's metrics; made in the worker that sets them."""
+
+    NAMES = {
+        "epoch": "Epochs done",
+        "captions_per_second": "Captions trained on per second, over all workers",
+        "validation_loss": "Nats per next word under teacher forcing",
+        "data_wait_fraction": "Share of the time spent waiting for batches",
+    }
+
+    def __init__(self, run: str):
+        """
+        Args:
+            run: the model's directory, the value of the tag ``run``.
+        """
+        self._run = run
+        self._gauges = {
+            name: metrics.Gauge(f"captioner_training_{name}", text, tag_keys=("run",))
+            for name, text in self.NAMES.items()
+        }
+
+    def set(self, epoch: dict[str, Any]) -> None:
+        """Values of one epoch, by field."""
+        for name, gauge in self._gauges.items():
+            gauge.set(float(epoch[name]), {"run": self._run})
 
 
 @ray.remote(num_cpus=0)

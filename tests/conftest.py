@@ -15,11 +15,13 @@ os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark everything in tests/cluster, tests/jobs and tests/serve by its folder."""
+    """Mark everything in tests/cluster, tests/jobs, tests/serve and tests/nodes by its folder."""
     for item in items:
         folder = item.path.parent.name
         if folder in ("cluster", "jobs", "serve"):
             item.add_marker(folder)
+        elif folder == "nodes":
+            item.add_marker("chaos")
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from captioner.errors import TrainingError
 from captioner.model_store import pack_weights, unpack_weights
 from captioner.models import build_decoder
 from captioner.models.base import Features
+from captioner.progress import TrainingGauges
 from captioner.schema import Record
 from captioner.store import FeatureStore
 from captioner.text import Vocabulary
@@ -133,6 +134,7 @@ class Worker:
         self.optimizer = build_optimizer(config.optimizer, self.decoder)
         self.steps_per_epoch = -(-len(self.train.data) // config.global_batch)
         self.schedule = Schedule(config.optimizer, config.epochs * self.steps_per_epoch)
+        self.gauges = TrainingGauges(config.output) if self.rank == 0 else None
         if config.validation_cider or config.self_critical.epochs:
             self.judge = Critic(self.validation.data, config.self_critical)
         self.history: list[EpochRecord] = []
@@ -304,6 +306,8 @@ class Worker:
     def report(self, record: EpochRecord) -> None:
         """Every worker reports, as Ray Train's barrier wants; the first attaches the checkpoint."""
         metrics = record.model_dump()
+        if self.gauges is not None:
+            self.gauges.set(metrics)
         if self.rank != 0:
             ray.train.report(metrics)
             return

@@ -134,6 +134,7 @@ def wait_for_marks(output: Path, count: int, child: "subprocess.Popen[str]") -> 
         time.sleep(0.01)
 
 
+@pytest.mark.chaos
 def test_killed_again_and_again_it_continues_and_ends_as_if_unbroken(
     photos: Path, unbroken: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
@@ -163,6 +164,7 @@ def test_killed_again_and_again_it_continues_and_ends_as_if_unbroken(
     assert len(survivors) >= kept[-1]
 
 
+@pytest.mark.chaos
 def test_killed_encoder_is_replaced(
     photos: Path, unbroken: dict[str, np.ndarray], tmp_path: Path
 ) -> None:

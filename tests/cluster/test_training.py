@@ -135,6 +135,7 @@ def test_same_seed_gives_the_same_history_and_weights_even_when_a_worker_is_kill
     assert weights(result) == weights(unbroken)
 
 
+@pytest.mark.chaos
 def test_a_killed_driver_changes_nothing(
     unbroken: TrainResult, features: str, tmp_path: Path
 ) -> None:

@@ -117,6 +117,7 @@ def test_complete_search_is_left_alone_and_another_refused(
         run_search(config.model_copy(update={"max_epochs": 4}))
 
 
+@pytest.mark.chaos
 def test_killed_search_goes_on_with_the_same_trials(features: str, tmp_path: Path) -> None:
     config = settings(
         features, tmp_path / "out", space="seed", scheduler="none", max_epochs=2, max_concurrent=2

@@ -14,6 +14,7 @@ from tests.serve.soak import expected_captions, soak
 pytestmark = pytest.mark.timeout(900)
 
 
+@pytest.mark.chaos
 def test_mixed_load_with_a_killed_replica_gets_right_captions_and_no_other_5xx(
     service: Service, models: dict[str, str]
 ) -> None:
