@@ -65,6 +65,8 @@ def deploy(config: ServeConfig) -> None:
     Raises:
         ModelError: a replica does not start.
     """
+    # It reports its own steps, and as news that options given a moment ago are not applied again.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         http_options=HTTPOptions(
             host=config.host,

@@ -114,6 +114,13 @@ def fuzz_requests(url: str, count: int, seed: int) -> Counter[str]:
     return statuses
 
 
+def report(outcomes: Counter[str], noun: str) -> None:
+    print(f"{outcomes.total():,} {noun}")
+    for outcome, number in outcomes.most_common():
+        print(f"{number:7,}  {outcome}")
+    sys.stdout.flush()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the service")
@@ -123,10 +130,8 @@ def main() -> int:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     images = fuzz_images(options.url, options.images, options.seed)
-    requests = fuzz_requests(options.url, options.requests, options.seed)
-    for outcome, number in [*images.most_common(), *requests.most_common()]:
-        print(f"{number:7,}  {outcome}")
-    print(f"{images.total():,} mutated images, {requests.total():,} generated requests")
+    report(images, "mutated images")
+    report(fuzz_requests(options.url, options.requests, options.seed), "generated requests")
     return int(any(outcome.startswith("FAILED") for outcome in images))
 
 

@@ -1,4 +1,7 @@
-"""The page in a real Chromium: pictures in, captions and attention out, with mouse, keyboard, touch and clipboard."""
+"""The page in a real Chromium: pictures in, captions and attention out, with mouse, keyboard, touch and clipboard.
+
+With a folder in CAPTIONER_SCREENSHOTS, light.png, dark.png and phone.png are written there.
+"""
 
 import base64
 import os
@@ -188,6 +191,7 @@ def test_phone_shows_it_all_without_scrolling_sideways_and_reacts_to_a_tap(
     captioned(page, 2)
     page.locator(".word").nth(1).tap()
     expect(page.locator("figure").first).to_have_class("looking")
+    screenshot(page, "phone")
     width = page.evaluate("document.documentElement.scrollWidth")
     assert width <= 360
     for button in page.locator("button").all():
@@ -195,6 +199,11 @@ def test_phone_shows_it_all_without_scrolling_sideways_and_reacts_to_a_tap(
             box = button.bounding_box()
             assert box is not None
             assert box["height"] >= 24  # WCAG 2.2, target size
+
+
+def screenshot(page: Page, name: str) -> None:
+    if folder := os.environ.get("CAPTIONER_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
 
 
 def luminance(page: Page, selector: str, property: str) -> float:
@@ -220,6 +229,7 @@ def test_light_and_dark_follow_the_system_and_can_be_read(open_page: OpenPage, s
     page.set_input_files("#files", [{**file(0), "buffer": b"text"}, file(0)])
     captioned(page, 1)
     expect(page.locator(".error:visible")).to_have_count(1, timeout=SLOW)
+    screenshot(page, scheme)
     back = luminance(page, "article", "backgroundColor")
     assert (back < 0.1) == (scheme == "dark")
     for selector in (".caption .word", ".facts", ".error:visible", ".hint"):

@@ -223,7 +223,7 @@ function paint(canvas, weights) {
 }
 
 function percent({ probability }) {
-  if (probability >= 0.001) return `${(100 * probability).toPrecision(2)} %`;
+  if (probability >= 1e-5) return `${Number((100 * probability).toPrecision(2))} %`;
   const power = Math.floor(Math.log10(probability));
   if (!Number.isFinite(power)) return "0 %";
   const digits = [...String(-power)].map((digit) => "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"[digit]);
