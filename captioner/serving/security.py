@@ -157,18 +157,13 @@ class Guard:
     async def _admit(
         self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, reply: "_Reply"
     ) -> None:
-        settings = self.settings
-        if settings.token_digests and scope["path"] not in HEALTH_PATHS:
-            given = headers.get(b"authorization", b"").decode("latin-1")
-            if not authorized(given, settings.token_digests):
-                challenge = "Bearer" if given or not _is_page(headers) else "Basic"
-                await self._turn_away(
-                    reply, 401, "unauthorized", "send a valid token: Authorization: Bearer TOKEN",
-                    {"www-authenticate": f'{challenge} realm="captioner"'},
-                )  # fmt: skip
-                return
-        if self._uploads >= settings.max_uploads or self._bytes >= settings.max_upload_bytes:
-            await self._turn_away(reply, 503, "overloaded", _ADVICE[503])
+        refusal = self._refuse(scope, headers)
+        if refusal is not None:
+            complete = await self._discard(headers, receive)
+            if complete is not None:
+                status, code, message, extra = refusal
+                self._reject(code)
+                await reply.error(status, code, message, extra, close=not complete)
             return
         self._uploads += 1
         body = bytearray()
@@ -177,10 +172,49 @@ class Guard:
             if problem is None:
                 await self._forward(scope, bytes(body), receive, reply)
             elif problem != "gone":
-                await self._turn_away(reply, *_PROBLEMS[problem])
+                self._reject(_PROBLEMS[problem][1])
+                await reply.error(*_PROBLEMS[problem], {}, close=True)
         finally:
             self._uploads -= 1
             self._bytes -= len(body)
+
+    def _refuse(
+        self, scope: Scope, headers: dict[bytes, bytes]
+    ) -> tuple[int, str, str, dict[str, str]] | None:
+        """Why a request is turned away by its headers alone: status, code, message and further headers."""
+        settings = self.settings
+        if settings.token_digests and scope["path"] not in HEALTH_PATHS:
+            given = headers.get(b"authorization", b"").decode("latin-1")
+            if not authorized(given, settings.token_digests):
+                challenge = "Bearer" if given or not _is_page(headers) else "Basic"
+                advice = "send a valid token: Authorization: Bearer TOKEN"
+                extra = {"www-authenticate": f'{challenge} realm="captioner"'}
+                return 401, "unauthorized", advice, extra
+        if self._uploads >= settings.max_uploads or self._bytes >= settings.max_upload_bytes:
+            return 503, "overloaded", _ADVICE[503], {}
+        return None
+
+    async def _discard(self, headers: dict[bytes, bytes], receive: Receive) -> bool | None:
+        """Throw the body away, because most clients send all before they read the answer.
+
+        Returns:
+            Whether it came to its end; None: the client left.
+        """
+        if b"expect" in headers:
+            return False  # the client waits to be asked for the body, and is not
+        seen = 0
+        try:
+            async with asyncio.timeout(self.settings.upload_timeout_s):
+                while seen <= 4 * self.settings.max_request_bytes:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    if not message.get("more_body", False):
+                        return True
+                    seen += len(message.get("body", b""))
+        except TimeoutError:
+            pass
+        return False
 
     async def _read(
         self, headers: dict[bytes, bytes], receive: Receive, body: bytearray
@@ -245,13 +279,8 @@ class Guard:
                 return
             # Ray Serve's proxy returns without an answer when a replica died with the request.
             await asyncio.sleep(0.1 * 2**attempt)
-        await self._turn_away(reply, 503, "overloaded", _ADVICE[503])
-
-    async def _turn_away(
-        self, reply: "_Reply", status: int, code: str, message: str, extra: dict[str, str] | None = None
-    ) -> None:  # fmt: skip
-        self._reject(code)
-        await reply.error(status, code, message, extra or {})
+        self._reject("overloaded")
+        await reply.error(503, "overloaded", _ADVICE[503], {})
 
 
 _PROBLEMS = {
@@ -286,8 +315,10 @@ class _Reply:
             return
         await self._send(message)
 
-    async def error(self, status: int, code: str, message: str, extra: dict[str, str]) -> None:
-        """Answer with an error, and close the connection: what the client still sends is not read."""
+    async def error(
+        self, status: int, code: str, message: str, extra: dict[str, str], *, close: bool = False
+    ) -> None:
+        """Answer with an error. With ``close`` the connection ends: what the client still sends is not read."""
         self.status = status
         body = json.dumps({"error": {"code": code, "message": message}}).encode()
         headers = {
@@ -295,7 +326,7 @@ class _Reply:
             b"content-length": str(len(body)).encode(),
             **{name.encode(): value.encode() for name, value in extra.items()},
         }
-        if status in (408, 413):
+        if close:
             headers[b"connection"] = b"close"
         start = {"type": "http.response.start", "status": status}
         await self._send({**start, "headers": self._with_ours(headers, status)})

@@ -378,6 +378,23 @@ def test_slow_client_is_given_up_and_others_are_not_kept_waiting() -> None:
     assert third.headers["retry-after"] == "1"
 
 
+@pytest.mark.parametrize("guard", [{"max_uploads": 0}, {"token_digests": ("x",)}])
+def test_client_that_is_turned_away_cannot_go_on_sending(guard: dict[str, Any]) -> None:
+    client = Client(guard={"upload_timeout_s": 0.2} | guard)
+
+    async def trickle() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x"
+            await asyncio.sleep(0.05)
+
+    slow = client.post(content=trickle())
+    assert slow.status_code in (401, 503)
+    assert slow.headers["connection"] == "close"
+    complete = client.post(content=PICTURE)
+    assert complete.status_code == slow.status_code
+    assert "connection" not in complete.headers
+
+
 def test_bytes_held_are_bounded() -> None:
     client = Client(guard={"max_upload_bytes": 30_000})
 
