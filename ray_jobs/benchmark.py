@@ -3,6 +3,8 @@
 python -m ray_jobs.benchmark extract --source my_photos/ --images 2000 --json extract.json
 python -m ray_jobs.benchmark train --features runs/flickr8k/features --json train.json
 python -m ray_jobs.benchmark serve --model runs/flickr8k/model --images my_photos/ --json serve.json
+python -m ray_jobs.benchmark scale --features runs/flickr8k/features --images-per-second 51 \\
+    --decoded-per-second 200 --cpus 2
 """
 
 import sys
@@ -10,14 +12,21 @@ from typing import Any
 
 from captioner import cli, storage
 from captioner.benchmark.extract import benchmark_extract
+from captioner.benchmark.scale import benchmark_scale
 from captioner.benchmark.serve import benchmark_serve
 from captioner.benchmark.train import benchmark_train
-from captioner.config import BenchmarkExtractConfig, BenchmarkServeConfig, BenchmarkTrainConfig
+from captioner.config import (
+    BenchmarkExtractConfig,
+    BenchmarkScaleConfig,
+    BenchmarkServeConfig,
+    BenchmarkTrainConfig,
+)
 from captioner.errors import ConfigError
 
 STAGES = {
     "extract": (benchmark_extract, BenchmarkExtractConfig),
     "train": (benchmark_train, BenchmarkTrainConfig),
+    "scale": (benchmark_scale, BenchmarkScaleConfig),
     "serve": (benchmark_serve, BenchmarkServeConfig),
 }
 

@@ -165,6 +165,7 @@ def _options(
         "weights_uri": output.uri(ENCODER_WEIGHTS),
         "identity": identity,
         "grid": grid,
+        "mirrored": False,
         "threads": pool.threads,
     }
 

@@ -5,6 +5,7 @@ A docstring under a field is its ``--help`` text. "Per worker" and "global" are 
 
 from captioner.config.benchmark import (
     BenchmarkExtractConfig,
+    BenchmarkScaleConfig,
     BenchmarkServeConfig,
     BenchmarkTrainConfig,
 )
@@ -36,6 +37,7 @@ from captioner.config.tuning import TuneConfig
 
 __all__ = [
     "BenchmarkExtractConfig",
+    "BenchmarkScaleConfig",
     "BenchmarkServeConfig",
     "BenchmarkTrainConfig",
     "CaptionConfig",

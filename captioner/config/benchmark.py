@@ -86,3 +86,32 @@ class BenchmarkServeConfig(Config):
     """Most images in one forward pass, of the service and of the Captioner it is compared with."""
     json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
     """Also write the result to this file (path or URI)."""
+
+
+class BenchmarkScaleConfig(Config):
+    """Scaling on paper: time, cost and limits of known data sets, from measured rates and a store's sizes."""
+
+    features: str
+    """A feature store to take sizes from (path or URI)."""
+    images_per_second: Annotated[float, Field(gt=0.0)]
+    """Measured: images/s of the pipeline, as `benchmark extract` prints it."""
+    decoded_per_second: Annotated[float, Field(gt=0.0)]
+    """Measured: images/s of decoding alone, as `benchmark extract` prints it."""
+    cpus: Positive
+    """CPUs of the machine that was measured."""
+    node_cpus: Positive = 16
+    """CPUs of a CPU node."""
+    gpu_node_cpus: Positive = 8
+    """CPUs beside the GPU of a GPU node."""
+    driver_memory_gib: Positive = 32
+    """Memory of the head, where drivers run, in GiB."""
+    assumed_gpu_images_per_second: Annotated[float, Field(gt=0.0)] = 2000.0
+    """ASSUMED, not measured: images/s of the encoder on one GPU."""
+    assumed_node_price: Annotated[float, Field(ge=0.0)] = 0.75
+    """ASSUMED: price of a CPU node per hour, in dollars."""
+    assumed_gpu_node_price: Annotated[float, Field(ge=0.0)] = 1.0
+    """ASSUMED: price of a GPU node per hour, in dollars."""
+    assumed_storage_price: Annotated[float, Field(ge=0.0)] = 0.023
+    """ASSUMED: price of a GB in object storage per month, in dollars."""
+    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
+    """Also write the result to this file (path or URI)."""
