@@ -27,6 +27,7 @@ DOCUMENTS = ("README.md", "ARCHITECTURE.md", "OPERATIONS.md")
 CONFIGS = {
     "extract_features": settings.ExtractConfig,
     "train": settings.TrainConfig,
+    "tune": settings.TuneConfig,
     "evaluate": settings.EvaluateConfig,
     "caption": settings.CaptionConfig,
     "serve": settings.ServeConfig,
@@ -74,12 +75,7 @@ def job_of(words: list[str]) -> tuple[str, list[str]]:
 
 
 def parse_job(name: str, arguments: list[str]) -> object:
-    if name == "tune":
-        from captioner.config import TuneConfig
-
-        config_type: type[settings.Config] = TuneConfig
-    else:
-        config_type = CONFIGS[name]
+    config_type = CONFIGS[name]
     if arguments == ["--help"]:
         with pytest.raises(SystemExit) as stop:
             cli.parse(config_type, arguments)
@@ -232,10 +228,8 @@ def test_jobs_of_the_documents_run_as_written_one_after_the_other(
         if words[0] != "python" or words[1:3] == ["-m", "pytest"]:
             continue
         name, arguments = job_of(words)
-        # The service stays, and has its own tests; the other benchmarks take minutes, and have theirs.
-        if name == "serve" or name in ("benchmark extract", "benchmark train", "benchmark serve"):
-            continue
-        if name == "tune":
+        # They stay or take minutes, and have tests of their own.
+        if name in ("serve", "tune", "benchmark extract", "benchmark train", "benchmark serve"):
             continue
         done = subprocess.run(
             [sys.executable, *words[1:], *TINY.get(name, [])],

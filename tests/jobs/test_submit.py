@@ -88,6 +88,7 @@ def test_every_target_shows_the_plain_command(target: str, module: str) -> None:
         "RAY_AUTH_MODE=token .venv/bin/ray job submit --address http://127.0.0.1:8265 "
         f"--working-dir . -- python -m ray_jobs.{module} --flag 'a b'"
     )
+    assert (ROOT / "ray_jobs" / f"{module}.py").is_file()
 
 
 def test_submitted_extraction_uses_every_node_and_is_followed(
