@@ -14,7 +14,7 @@ SUBMIT = RAY_AUTH_MODE=token $(VENV)/bin/ray job submit --address $(ADDRESS) --w
 
 MODEL := runs/demo/model
 
-.PHONY: help install demo serve dashboard test test-all test-unit test-cluster test-serve test-chaos chromium lint type requirements clean \
+.PHONY: help install demo serve dashboard test test-all test-unit test-cluster test-serve test-nodes test-chaos chromium lint type requirements clean \
 	submit-extract submit-train submit-tune submit-evaluate submit-caption submit-serve
 
 help: ## List the targets
@@ -85,6 +85,9 @@ test-unit: $(INSTALLED) ## Run the tests that need no Ray
 
 test-cluster: $(INSTALLED) ## Run the tests that start a local Ray
 	$(PYTEST) --durations=10 tests/cluster
+
+test-nodes: $(INSTALLED) ## Kill a node of three in the middle of every job, and print what it cost
+	$(PYTEST) --durations=10 tests/nodes
 
 test-serve: $(INSTALLED) chromium ## Run the tests that talk to a running service
 	$(PYTEST) --durations=10 -m "not chaos" tests/serve

@@ -1,6 +1,7 @@
 """Starts Ray or joins the cluster that a job was submitted to."""
 
 import contextlib
+import json
 import logging
 import os
 import secrets
@@ -11,16 +12,34 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray._private.utils import get_num_cpus
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from captioner.errors import ConfigError
+from captioner.storage import S3_ADDRESS_VARIABLES
 
 logger = logging.getLogger(__name__)
 
+# Logical CPUs of a task that reads, decodes or writes, and of a model actor. Whatever nodes are lost, those that stay
+# must have room for the tasks beside all actors, restarted there: actors that held whole CPUs would leave none, and
+# the job would wait for ever. So actors take next to nothing, yet something, which keeps them off heads without CPUs.
+TASK_CPUS = 0.99
+ACTOR_CPUS = 0.001
+# One for tasks, one that Ray Data's filter of finished rows holds in a continued run.
+LEAST_CPUS = 2
+
 
 def start_ray() -> None:
-    """Join the cluster named by ``RAY_ADDRESS`` (set by ``ray job submit``), else start a local one."""
+    """Join the cluster named by ``RAY_ADDRESS`` (set by ``ray job submit``), else start a local one.
+
+    Workers on a joined cluster get the driver's address of S3. They do not get its credentials: a runtime environment
+    is shown on the dashboard and in logs, so nodes have their own, by role, variable or ``~/.aws/credentials``.
+    """
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
+        ray.init(logging_level=logging.WARNING, runtime_env=_s3_address())
     else:
         start_local_ray(logging_level=logging.WARNING)
     resources = ray.cluster_resources()
@@ -33,8 +52,9 @@ def start_local_ray(**options: Any) -> None:
     It never attaches to an unrelated cluster that happens to run here.
 
     Args:
-        options: passed on to ``ray.init``.
+        options: passed on to ``ray.init``; by default a logical CPU for each core, but two at least.
     """
+    options.setdefault("num_cpus", max(LEAST_CPUS, int(get_num_cpus())))
     if os.environ.get("RAY_AUTH_MODE", "token") == "token":
         _create_token()
     # On Linux Ray replaces 127.0.0.1 by the machine's own address, on which everybody can call it, unless it is told,
@@ -67,6 +87,18 @@ def _create_token() -> None:
     path.chmod(0o600)
 
 
+def _s3_address() -> dict[str, dict[str, str]] | None:
+    """Runtime environment with the S3 variables that the submitted job's own does not set; Ray refuses a key twice."""
+    submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    given = (submitted.get("runtime_env") or {}).get("env_vars", {})
+    found = {
+        name: os.environ[name]
+        for name in S3_ADDRESS_VARIABLES
+        if os.environ.get(name) and name not in given
+    }
+    return {"env_vars": found} if found else None
+
+
 def num_gpus() -> int:
     """GPUs of the whole cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
@@ -74,7 +106,12 @@ def num_gpus() -> int:
 
 def num_cpus() -> int:
     """Logical CPUs of the whole cluster."""
-    return int(ray.cluster_resources().get("CPU", 1))
+    return int(ray.cluster_resources().get("CPU", 0))
+
+
+def beside_driver() -> NodeAffinitySchedulingStrategy:
+    """Where an actor lives that only serves the driver: no other node's loss should take it."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 @dataclass(frozen=True)
@@ -82,35 +119,37 @@ class PoolPlan:
     """A pool of model actors: how many, and what each takes."""
 
     size: int
-    num_cpus: float
-    """Logical CPUs that one actor reserves."""
     num_gpus: float
     threads: int
     """Threads of one actor's tensor library. Ray would set one."""
+    num_cpus: float = ACTOR_CPUS
 
 
 def plan_pool(size: int | None = None, cpus_per_actor: int | None = None) -> PoolPlan:
-    """Model actors for the cluster as it stands: one per GPU, else CPU actors of up to four cores.
+    """Model actors for the cluster as it stands: one per GPU, else CPU actors of about four cores each.
 
-    On CPU an eighth of each node's logical CPUs (at least one) stays unreserved for reading, decoding and writing; the
-    actors' threads still cover all cores, for the system to share out, because those tasks need few of them.
+    On CPU the actors' threads cover all cores and share them with decoding, which needs few: the system does that
+    better than a reservation, and Ray Data starts no more decoding than the model keeps up with.
 
     Args:
         size: number of actors, to override the plan.
         cpus_per_actor: threads of one actor on CPU, to override the plan.
+
+    Raises:
+        ConfigError: the cluster has too few CPUs for a pipeline.
     """
-    gpus = num_gpus()
-    if gpus:
-        return PoolPlan(size or gpus, num_cpus=1, num_gpus=1, threads=1)
+    if num_cpus() < LEAST_CPUS:
+        raise ConfigError(
+            f"the Ray cluster has {num_cpus()} CPU, and a pipeline needs {LEAST_CPUS} logical CPUs at least "
+            f"(ray start --num-cpus={LEAST_CPUS}; an autoscaling cluster must keep a worker up)"
+        )
+    if gpus := num_gpus():
+        return PoolPlan(size or gpus, num_gpus=1, threads=1)
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    cpus = max([count for count in nodes if count > 0], default=1)
-    available = max(1, cpus - max(1, cpus // 8))
-    per_node = max(1, round(available / (cpus_per_actor or 4)))
-    reserved = max(1, available // per_node)
-    workers = sum(1 for count in nodes if count >= reserved + 1) or 1
+    actors = {cpus: max(1, round(cpus / (cpus_per_actor or 4))) for cpus in nodes if cpus}
+    largest = max(actors)
     return PoolPlan(
-        size or per_node * workers,
-        num_cpus=reserved,
+        size or sum(actors[cpus] for cpus in nodes if cpus),
         num_gpus=0,
-        threads=cpus_per_actor or -(-cpus // per_node),
+        threads=cpus_per_actor or -(-largest // actors[largest]),
     )

@@ -12,11 +12,12 @@ import torch
 
 from captioner import storage
 from captioner.captioning import Captioner
+from captioner.checkpoint import finish_rows, forget_checkpoint, list_data_files
 from captioner.cluster import plan_pool, start_ray
 from captioner.config import CaptionConfig, DecodeConfig
 from captioner.contact_sheet import write_contact_sheet
 from captioner.model_store import load_record
-from captioner.pipeline import finish_rows, forget_checkpoint, list_data_files, run_pipeline
+from captioner.pipeline import run_pipeline
 from captioner.schema import CAPTIONED_ROWS, CaptionsManifest, FileEntry
 from captioner.sources import open_source
 
@@ -61,12 +62,14 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         SourceError: there are no images, or too many were rejected.
         ModelError: the model directory is unusable.
         StoreError: the output belongs to another run or cannot be written.
+        ConfigError: the cluster has too few CPUs.
     """
-    source = open_source(config.images, config.source_options, limits=config.limits)
+    source = open_source(config.images, config.source_options, limits=config.limits, captions=False)
     total = source.num_images()
     model = storage.absolute(config.model)
     record = load_record(model)
     start_ray()
+    pool = plan_pool(config.num_captioners, config.cpus_per_captioner)
     output = storage.Output(
         config.output,
         {
@@ -83,7 +86,6 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         return CaptionsManifest.model_validate(storage.read_json(output.uri(storage.MANIFEST)))
     with output:
         started = time.monotonic()
-        pool = plan_pool(config.num_captioners, config.cpus_per_captioner)
         logger.info("captioning %s images with %s", f"{total:,}", model)
         run_pipeline(
             source,

@@ -199,7 +199,7 @@ def _score(
             },
             compute=ActorPoolStrategy(size=pool.size),
             batch_size=config.batch_size,
-            num_cpus=None if pool.num_gpus else pool.num_cpus,
+            num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus or None,
         )
     )

@@ -12,15 +12,11 @@ import safetensors.torch
 import torch
 
 from captioner import storage
+from captioner.checkpoint import finish_rows, forget_checkpoint, list_data_files
 from captioner.cluster import PoolPlan, num_gpus, plan_pool, start_ray
 from captioner.config import ExtractConfig
 from captioner.encoder import Encoder, choose_compute, identify, load_weights
-from captioner.pipeline import (
-    finish_rows,
-    forget_checkpoint,
-    list_data_files,
-    run_pipeline,
-)
+from captioner.pipeline import run_pipeline
 from captioner.schema import (
     CAPTION_ROWS,
     MIRRORED,
@@ -37,6 +33,7 @@ from captioner.store import ENCODER_WEIGHTS, FeatureStore
 logger = logging.getLogger(__name__)
 
 _CAPTIONS_PER_FILE = 1_000_000
+_REASONS_SHOWN = 5
 
 
 class EncodeImages:
@@ -77,11 +74,13 @@ def extract(config: ExtractConfig) -> StoreManifest:
         SourceError: the source is empty or contradicts itself, or too many images were rejected.
         StoreError: the output belongs to another run or cannot be written.
         ModelError: the encoder's weights cannot be had.
+        ConfigError: the cluster has too few CPUs.
     """
     source = open_source(config.source, config.source_options, limits=config.limits)
     total = source.num_images()
     tensors = load_weights(config.encoder)
     start_ray()
+    pool = plan_pool(config.num_encoders, config.cpus_per_encoder)
     identity = identify(config.encoder, tensors, compute_on_cluster(config.encoder.compute))
     output = storage.Output(
         config.output,
@@ -96,12 +95,13 @@ def extract(config: ExtractConfig) -> StoreManifest:
     )
     if output.complete:
         logger.info("%s is complete: nothing to do", output.root)
-        return FeatureStore.open(output.root).manifest
+        manifest = FeatureStore.open(output.root).manifest
+        logger.info(describe(manifest))
+        return manifest
     with output:
         started = time.monotonic()
         storage.write_bytes(output.uri(ENCODER_WEIGHTS), safetensors.torch.save(tensors))
         _write_captions(source, output)
-        pool = plan_pool(config.num_encoders, config.cpus_per_encoder)
         logger.info(
             "extracting %s images with %s, %s", f"{total:,}", config.encoder.name, _describe(pool)
         )
@@ -136,15 +136,29 @@ def extract(config: ExtractConfig) -> StoreManifest:
         output.publish(manifest.model_dump_json(indent=1))
         forget_checkpoint(output)
     seconds = time.monotonic() - started
-    logger.info(
-        "%s: %s images (%s rejected), %s captions, %.0f s",
-        output.root,
-        f"{manifest.total.images:,}",
-        f"{manifest.total.rejected:,}",
-        f"{manifest.total.captions:,}",
-        seconds,
-    )
+    logger.info("%s: published after %.0f s", output.root, seconds)
+    logger.info("\n".join([describe(manifest), *_reasons(rows)]))
     return manifest
+
+
+def describe(manifest: StoreManifest) -> str:
+    """What a feature store holds, one line a split."""
+    rows = [*manifest.splits.items(), ("total", manifest.total)]
+    return "\n".join(
+        f"  {name:10} {counts.images:>11,} images  {counts.rejected:>9,} rejected  {counts.captions:>11,} captions"
+        for name, counts in rows
+    )
+
+
+def _reasons(rows: pa.Table) -> list[str]:
+    """The commonest reasons for rejection, with an image each."""
+    rejected = rows.filter(rows["error"].is_valid())
+    counted = rejected.group_by("error").aggregate([([], "count_all"), ("image_id", "min")])
+    common = counted.sort_by([("count_all", "descending"), ("error", "ascending")])
+    return [
+        f"  {row['count_all']:,} rejected: {row['error']} ({row['image_id_min']})"
+        for row in common.slice(0, _REASONS_SHOWN).to_pylist()
+    ]
 
 
 def compute_on_cluster(requested: str) -> str:

@@ -1,20 +1,18 @@
 """The Ray Data job that extraction and captioning share: source -> decode -> model actors -> Parquet, exactly once.
 
 Ray Data's row checkpointing keeps the books: behind every Read it filters the ids whose output files are complete, and
-on a restart it deletes files that a killed task left half-done. What remains here is to give it ids that come out of
-the Read itself, and to publish only when the rows add up.
+on a restart it deletes files that a killed task left half-done. It needs ids that come out of the Read itself.
 """
 
 import errno
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as pads
-import pyarrow.parquet as pq
 import ray
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext
@@ -22,21 +20,21 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.extensions import FixedShapeTensorFormat
 
 from captioner import storage
-from captioner.cluster import PoolPlan, num_cpus
+from captioner.checkpoint import CHECKPOINT, count_done, distrust_double_marks, has_pending
+from captioner.cluster import TASK_CPUS, PoolPlan, num_cpus
 from captioner.config import ImageLimits
-from captioner.errors import ImageError, SourceError, StoreError
+from captioner.errors import ImageError, StoreError
 from captioner.images import decode_image
 from captioner.progress import ProgressLine
-from captioner.schema import FileEntry
 from captioner.sources.base import Source
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = "_checkpoint"
 PIXELS = "pixels"
-_PENDING = ".pending.parquet"
 _IMAGE_SHAPE = (224, 224, 3)
 _ACTOR_MEMORY = 3 * 2**29
+_FILES = 1000
+_FILE_BYTES = 128 * 2**20
 
 
 class Stage(Protocol):
@@ -137,23 +135,23 @@ def run_pipeline(
     filesystem, path = storage.resolve(output.uri(directory))
     _, checkpoint = storage.resolve(output.uri(CHECKPOINT))
     total = source.num_images()
-    _distrust_double_marks(output)
-    already = _checkpointed(output)
+    distrust_double_marks(output)
+    already = count_done(output)
     if already:
         logger.info("continuing: %s of %s images are done", f"{already:,}", f"{total:,}")
-    if already == total and not _pending(output):
+    if already == total and not has_pending(output):
         return
     with (
         _data_context(checkpoint, filesystem),
         ProgressLine(total, already, counter=counter) as progress,
     ):
-        images = ray.data.read_datasource(source.images())
+        images = ray.data.read_datasource(source.images(), num_cpus=TASK_CPUS)
         decoded = images.map_batches(
             decode_rows,
             fn_kwargs={"limits": limits},
             batch_size=batch_size,
             batch_format="pyarrow",
-            num_cpus=1,
+            num_cpus=TASK_CPUS,
         )
         done = decoded.map_batches(
             _StageActor,
@@ -166,113 +164,25 @@ def run_pipeline(
             compute=ActorPoolStrategy(size=pool.size),
             batch_size=batch_size,
             batch_format="pyarrow",
-            num_cpus=None if pool.num_gpus else _reserved_cpus(pool, resuming=already > 0),
+            num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus or None,
-            # What an actor with the network in it uses. It also keeps this stage from having the decoding tasks'
-            # resources: equal ones would be fused into one actor, and decoding would wait for the model.
+            # What an actor with the network in it uses.
             memory=_ACTOR_MEMORY,
         )
         try:
-            done.write_parquet(path, filesystem=filesystem)
+            done.write_parquet(path, filesystem=filesystem, ray_remote_args={"num_cpus": TASK_CPUS})
         except OSError as error:
             raise StoreError(f"cannot write {output.uri(directory)}: {_reason(error)}") from error
 
 
-def finish_rows(
-    output: storage.Output, directory: str, total: int, max_reject_fraction: float
-) -> pa.Table:
-    """Check that every image has exactly one row, and that few enough were rejected.
+def rows_per_file(total: int, schema: pa.Schema) -> int:
+    """How many rows share an output file, at least: a thousandth of all, as far as memory allows.
 
-    Returns:
-        image_id, split, uri and error of all rows.
-
-    Raises:
-        StoreError: rows are missing or repeated.
-        SourceError: more than ``max_reject_fraction`` of the images were rejected.
+    So a store of any size has files that can be listed, and what a killed run had not written yet is little of it.
     """
-    filesystem, path = storage.resolve(output.uri(directory))
-    names = [
-        file.path
-        for file in storage.list_files(output.uri(directory))
-        if file.path.endswith(".parquet")
-    ]
-    dataset = pads.dataset(
-        [f"{path}/{name}" for name in names], filesystem=filesystem, format="parquet"
-    )
-    there = [name for name in ("image_id", "split", "uri", "error") if name in dataset.schema.names]
-    rows = dataset.to_table(columns=there)
-    unique = pa.compute.count_distinct(rows["image_id"]).as_py()
-    if not len(rows) == unique == total:
-        raise StoreError(
-            f"{output.root}: {total} images in the source, {len(rows)} rows of {unique} images written; "
-            "did the source change, or another run write here? Extract to a new directory"
-        )
-    rejected = rows.filter(rows["error"].is_valid())
-    if len(rejected) > max_reject_fraction * total:
-        first = rejected.slice(0, 1).to_pylist()[0]
-        raise SourceError(
-            f"{len(rejected)} of {total} images were rejected, more than max-reject-fraction "
-            f"{max_reject_fraction}; the first: {first['image_id']}: {first['error']}"
-        )
-    return rows
-
-
-def list_data_files(output: storage.Output, directory: str) -> list[FileEntry]:
-    """The Parquet files of a subdirectory with their row counts, for the manifest."""
-    entries = []
-    for file in storage.list_files(output.uri(directory)):
-        if file.path.endswith(".parquet"):
-            with storage.open_input(file.uri) as handle:
-                rows = pq.ParquetFile(handle).metadata.num_rows
-            entries.append(FileEntry(path=f"{directory}/{file.path}", rows=rows))
-    return entries
-
-
-def forget_checkpoint(output: storage.Output) -> None:
-    """Delete the bookkeeping of a run. Only after publishing: without it a restart would repeat every row."""
-    filesystem, path = storage.resolve(output.uri(CHECKPOINT))
-    if storage.exists(output.uri(CHECKPOINT)):
-        filesystem.delete_dir(path)
-
-
-def _reserved_cpus(pool: PoolPlan, *, resuming: bool) -> float:
-    """CPUs that one model actor reserves, at most what the rest of the pipeline can spare.
-
-    Reading, decoding and writing need one, and on a resume Ray Data's filter of finished rows, an actor, holds another:
-    if the model actors took it, no task could ever start and the run would wait for ever.
-    """
-    return max(0, min(pool.num_cpus, (num_cpus() - (2 if resuming else 1)) // pool.size))
-
-
-def _distrust_double_marks(output: storage.Output) -> None:
-    """Of files that are marked both pending and complete, keep the pending mark: their rows are then done again.
-
-    A run leaves both when it is killed inside a rename, on S3 a copy and a delete, or while a lost task is repeated.
-    Ray Data would delete such a file and yet believe that its rows are done.
-    """
-    marks = {file.path for file in storage.list_files(output.uri(CHECKPOINT))}
-    filesystem, path = storage.resolve(output.uri(CHECKPOINT))
-    for mark in marks:
-        if mark.endswith(_PENDING) and (final := mark.removesuffix(_PENDING) + ".parquet") in marks:
-            filesystem.delete_file(f"{path}/{final}")
-
-
-def _pending(output: storage.Output) -> bool:
-    """Whether a killed task may have left a file that Ray Data has yet to delete."""
-    return any(file.path.endswith(_PENDING) for file in storage.list_files(output.uri(CHECKPOINT)))
-
-
-def _checkpointed(output: storage.Output) -> int:
-    names = [
-        file
-        for file in storage.list_files(output.uri(CHECKPOINT))
-        if file.path.endswith(".parquet") and not file.path.endswith(_PENDING)
-    ]
-    rows = 0
-    for file in names:
-        with storage.open_input(file.uri) as handle:
-            rows += pq.ParquetFile(handle).metadata.num_rows
-    return rows
+    tensors = [field.type for field in schema if isinstance(field.type, pa.FixedShapeTensorType)]
+    row = sum(math.prod(kind.shape) * kind.value_type.bit_width // 8 for kind in tensors)
+    return max(1, min(total // _FILES, _FILE_BYTES // max(row, 1)))
 
 
 @contextmanager

@@ -4,13 +4,38 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.util import metrics
 
+from captioner.cluster import beside_driver
+
 logger = logging.getLogger(__name__)
+
+
+class Ticker:
+    """Context manager that calls ``tick`` every ``seconds``, on a thread of its own, and once more at the end."""
+
+    def __init__(self, tick: Callable[[], None], seconds: float = 1.0):
+        self._tick, self._seconds = tick, seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "Ticker":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._tick()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._seconds):
+            self._tick()
 
 
 @ray.remote(num_cpus=0)
@@ -40,6 +65,11 @@ class Counter:
         return self.done, self.rejected
 
 
+def start_counter() -> ActorHandle:
+    """A ``Counter`` on the driver's node."""
+    return Counter.options(scheduling_strategy=beside_driver()).remote()
+
+
 class ProgressLine:
     """Context manager that prints the state of a ``Counter`` while a block runs.
 
@@ -55,35 +85,34 @@ class ProgressLine:
         """
         self.total, self.already, self.noun = total, already, noun
         self._own = counter is None
-        self.counter: ActorHandle = Counter.remote() if counter is None else counter
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.counter: ActorHandle = start_counter() if counter is None else counter
+        self._ticker = Ticker(self._show)
         self._terminal = sys.stderr.isatty()
+        self._ticks = 0
         self._first: tuple[float, int] | None = None
 
     def __enter__(self) -> "ProgressLine":
-        self._thread.start()
+        self._ticker.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._ticker.__exit__()
+        if self._terminal:
+            print(file=sys.stderr)
         if self._own:
             ray.kill(self.counter)
 
-    def _watch(self) -> None:
-        while not self._stop.wait(1.0 if self._terminal else 10.0):
-            try:
-                done, rejected = ray.get(self.counter.read.remote(), timeout=10)
-            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-                continue  # the counter's node died or is busy; the job itself is not affected
-            line = self.describe(done, rejected, time.monotonic())
-            if self._terminal:
-                print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-            else:
-                logger.info(line)
+    def _show(self) -> None:
+        try:
+            done, rejected = ray.get(self.counter.read.remote(), timeout=10)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return  # the counter's node died or is busy; the job itself is not affected
+        line = self.describe(done, rejected, time.monotonic())
+        self._ticks += 1
         if self._terminal:
-            print(file=sys.stderr)
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        elif self._ticks % 10 == 0:
+            logger.info(line)
 
     def describe(self, done: int, rejected: int, now: float) -> str:
         """The line for a state; the rate counts from the first finished batch, so start-up does not dilute it."""
@@ -147,24 +176,17 @@ class MessageLog:
     """Context manager that logs, in the driver, the lines that workers put into ``actor``."""
 
     def __init__(self, target: logging.Logger):
-        self.actor: ActorHandle = Mailbox.remote()
+        self.actor: ActorHandle = Mailbox.options(scheduling_strategy=beside_driver()).remote()
         self._target = target
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._ticker = Ticker(self._drain)
 
     def __enter__(self) -> "MessageLog":
-        self._thread.start()
+        self._ticker.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._drain()
+        self._ticker.__exit__()
         ray.kill(self.actor)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(1.0):
-            self._drain()
 
     def _drain(self) -> None:
         try:

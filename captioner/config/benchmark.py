@@ -26,9 +26,9 @@ class BenchmarkExtractConfig(Config):
     encoder: EncoderConfig = EncoderConfig(weights="random")
     grid: bool = False
     """Also compute and store the grid."""
-    images: Annotated[int, Field(ge=100)] = 2000
+    images: Annotated[int, Field(ge=100)] = 1200
     """Images through the pipeline."""
-    seconds: Annotated[float, Field(gt=0.0)] = 10.0
+    seconds: Annotated[float, Field(gt=0.0)] = 5.0
     """How long each stage is measured alone."""
     batch_size: Positive = 32
     """Images per forward pass of one encoder actor."""
@@ -36,6 +36,9 @@ class BenchmarkExtractConfig(Config):
     """Encoder actors; default: as extract_features chooses."""
     cpus_per_encoder: Positive | None = None
     """Threads of one encoder actor on CPU; default: as extract_features chooses."""
+    scratch: str | None = None
+    """Empty directory for the pipeline's output (path or URI); on several machines one that all reach. Default: a
+    temporary one on this machine."""
     json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
     """Also write the result to this file (path or URI)."""
 

@@ -11,7 +11,11 @@ HUB_NAMES = ("flickr8k", "flickr30k")
 
 
 def open_source(
-    spec: str, options: SourceConfig | None = None, *, limits: ImageLimits | None = None
+    spec: str,
+    options: SourceConfig | None = None,
+    *,
+    limits: ImageLimits | None = None,
+    captions: bool = True,
 ) -> Source:
     """The source that ``spec`` names.
 
@@ -22,6 +26,7 @@ def open_source(
         spec: ``shapes``, ``flickr8k``, ``flickr30k``, or a path or URI of a folder of images, a single image, or
             Parquet files.
         limits: files over its byte limit are not read at all.
+        captions: False passes over captions, and splits in files beside the images, whatever is wrong with them.
 
     Raises:
         SourceError: nothing is there, or it holds neither images nor Parquet files, or captions contradict the images.
@@ -44,8 +49,8 @@ def open_source(
     files = _list(spec, uri)
     if files is None:
         if is_parquet(uri):
-            return ParquetSource(uri, None, options)
-        return FolderSource(uri, None, options, limits)
+            return ParquetSource(uri, None, options, captions=captions)
+        return FolderSource(uri, None, options, limits, captions=captions)
     tables = [file for file in files if is_parquet(file.path)]
     images = [file for file in files if is_image(file.path)]
     if tables and images:
@@ -56,8 +61,8 @@ def open_source(
     if not tables and not images:
         raise SourceError(f"{spec}: no images and no Parquet files")
     if tables:
-        return ParquetSource(uri, tables, options)
-    return FolderSource(uri, files, options, limits)
+        return ParquetSource(uri, tables, options, captions=captions)
+    return FolderSource(uri, files, options, limits, captions=captions)
 
 
 def read_image(uri: str) -> bytes:

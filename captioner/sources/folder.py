@@ -50,10 +50,13 @@ class FolderSource:
         files: list[storage.FileInfo] | None,
         options: SourceConfig,
         limits: ImageLimits,
+        *,
+        captions: bool = True,
     ):
         """
         Args:
             files: what is below the folder, captions files included; None when ``uri`` is itself an image file.
+            captions: False takes the images alone.
 
         Raises:
             SourceError: the captions cannot be read, or name an image that is not there.
@@ -62,11 +65,12 @@ class FolderSource:
         self.options = options
         self.limits = limits
         self._single = files is None
-        others = [] if files is None else files
+        others = files if files is not None and captions else []
+        asked = options.captions if captions else None
         images = (
             [_single(uri)] if files is None else [file for file in files if is_image(file.path)]
         )
-        self._captions, splits = _match(_find_captions(uri, others, options.captions), images)
+        self._captions, splits = _match(_find_captions(others, asked), images)
         splits = _listed_splits(others, images) | splits
         self._rows = self._choose(images, splits)
 
@@ -147,7 +151,7 @@ def _single(uri: str) -> storage.FileInfo:
     return storage.FileInfo(uri, posixpath.basename(path), filesystem.get_file_info(path).size)
 
 
-def _find_captions(uri: str, files: list[storage.FileInfo], asked: str | None) -> CaptionFile:
+def _find_captions(files: list[storage.FileInfo], asked: str | None) -> CaptionFile:
     found = [asked] if asked else [file.uri for file in files if looks_like_captions(file.path)]
     parsed = {}
     for name in found:

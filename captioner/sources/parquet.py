@@ -34,12 +34,14 @@ class ParquetSource:
         name: str | None = None,
         *,
         split_column: bool = True,
+        captions: bool = True,
     ):
         """
         Args:
             files: the Parquet files below ``uri``; None when ``uri`` is itself one.
             name: stands for the URI in the identity, where the files' place does not matter.
             split_column: whether a column ``split``, if there is one, decides before the files' names.
+            captions: False takes the images alone.
 
         Raises:
             SourceError: a file is unreadable, has no image column, differs from the others, names an unknown split,
@@ -48,7 +50,7 @@ class ParquetSource:
         self.uri = uri
         self.name = name or uri
         self.options = options
-        self._files = open_files(uri, files)
+        self._files = open_files(uri, files, captions=captions)
         columns = self._files[0].columns
         for file in self._files:
             if file.columns != columns:

@@ -3,6 +3,7 @@
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,7 +48,9 @@ def is_parquet(path: str) -> bool:
     return path.lower().endswith(".parquet")
 
 
-def open_files(uri: str, found: list[storage.FileInfo] | None) -> list[InspectedFile]:
+def open_files(
+    uri: str, found: list[storage.FileInfo] | None, *, captions: bool = True
+) -> list[InspectedFile]:
     """Inspect files, in their order, leaving out empty ones.
 
     Args:
@@ -61,7 +64,8 @@ def open_files(uri: str, found: list[storage.FileInfo] | None) -> list[Inspected
     else:
         _check_shards(uri, [file.path for file in found])
     with ThreadPoolExecutor(16) as pool:
-        files = [file for file in pool.map(open_file, found) if file.rows]
+        opened = pool.map(partial(open_file, captions=captions), found)
+        files = [file for file in opened if file.rows]
     if not files:
         raise SourceError(f"{uri}: the Parquet files hold no rows")
     return files
@@ -88,8 +92,8 @@ def _check_shards(uri: str, paths: list[str]) -> None:
                     )
 
 
-def open_file(info: storage.FileInfo) -> InspectedFile:
-    """Inspect one file.
+def open_file(info: storage.FileInfo, *, captions: bool = True) -> InspectedFile:
+    """Inspect one file, its columns of captions only if asked to.
 
     Raises:
         SourceError: it is unreadable or has no column of images.
@@ -102,7 +106,9 @@ def open_file(info: storage.FileInfo) -> InspectedFile:
     except (pa.ArrowException, StoreError, OSError) as error:
         raise SourceError(f"{info.uri}: not readable as Parquet: {one_line(error)}") from error
     groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-    return InspectedFile(info.uri, info.path, size, groups, _find_columns(info.uri, schema))
+    return InspectedFile(
+        info.uri, info.path, size, groups, _find_columns(info.uri, schema, captions)
+    )
 
 
 def read_splits(file: InspectedFile) -> list[Split | None]:
@@ -127,7 +133,7 @@ def read_splits(file: InspectedFile) -> list[Split | None]:
     return [splits[name] for name in column.to_pylist()]
 
 
-def _find_columns(uri: str, schema: pa.Schema) -> Columns:
+def _find_columns(uri: str, schema: pa.Schema, with_captions: bool) -> Columns:
     images = [field.name for field in schema if _holds_images(field.type)]
     if "image" in images:
         images = ["image"]
@@ -142,6 +148,7 @@ def _find_columns(uri: str, schema: pa.Schema) -> Columns:
         key=lambda name: int(name.rpartition("_")[2]),
     )
     captions = numbered or [name for name in _CAPTION_LISTS if name in schema.names][:1]
+    captions = captions if with_captions else []
     for name in captions:
         kind = schema.field(name).type
         if not _is_text(kind) and not (_is_list(kind) and _is_text(kind.value_type)):

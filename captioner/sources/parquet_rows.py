@@ -166,7 +166,9 @@ def read_cell(uri: str) -> bytes:
     match = _CELL.fullmatch(uri)
     if match is None:
         raise SourceError(f"{uri}: expected file.parquet#row")
-    file = open_file(storage.FileInfo(match["file"], match["file"].rpartition("/")[2], 0))
+    file = open_file(
+        storage.FileInfo(match["file"], match["file"].rpartition("/")[2], 0), captions=False
+    )
     row, begin = int(match["row"]), 0
     for group, rows in enumerate(file.groups):
         if begin <= row < begin + rows:

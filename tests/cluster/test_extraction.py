@@ -18,10 +18,10 @@ import pytest
 import ray
 
 from captioner import features as extraction
+from captioner.checkpoint import CHECKPOINT
 from captioner.config import EncoderConfig, ExtractConfig, ImageLimits
 from captioner.errors import SourceError, StoreError
 from captioner.features import extract
-from captioner.pipeline import CHECKPOINT
 from captioner.schema import StoreManifest
 from captioner.sources.scenes import draw_scene
 from captioner.store import FeatureStore
@@ -332,3 +332,20 @@ def test_manifest_counts_add_up(tmp_path: Path) -> None:
     )
     claim = json.loads((tmp_path / "features" / "_job.json").read_text())
     assert claim["encoder"] == manifest.encoder.model_dump(mode="json")
+    # Once finished, the directory is left alone, and refused to any other settings.
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "features").rglob("*")}
+    assert extract(config) == manifest
+    others = {
+        r"grid: True there, False asked": {"grid": False},
+        r"limits\.max_bytes: \d+ there, 524288 asked": {"limits": LIMITS},
+        r"encoder\.weights: 'random\(seed=0\)' there, 'random\(seed=1\)' asked": {
+            "encoder": config.encoder.model_copy(update={"seed": 1})
+        },
+        r"source\.options\.\w+: .* there, .* asked": {
+            "source_options": SourceConfig(shapes=shapes.model_copy(update={"seed": 1}))
+        },
+    }
+    for message, changes in others.items():
+        with pytest.raises(StoreError, match=message):
+            extract(config.model_copy(update=changes))
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "features").rglob("*")} == before

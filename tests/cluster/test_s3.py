@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from moto.server import ThreadedMotoServer
+from ray.cluster_utils import Cluster
 
 from captioner import storage
-from captioner.cluster import start_local_ray
+from captioner.checkpoint import CHECKPOINT
+from captioner.cluster import start_ray
 from captioner.collection import caption_collection
 from captioner.config import (
     CaptionConfig,
@@ -31,7 +33,6 @@ from captioner.errors import StoreError
 from captioner.evaluation import evaluate
 from captioner.features import extract
 from captioner.model_store import load_model
-from captioner.pipeline import CHECKPOINT
 from captioner.sources.scenes import draw_scene, make_scene
 from captioner.store import FeatureStore
 from captioner.training.run import WORK, run_training
@@ -45,22 +46,48 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """URI of a bucket on a free port; this process and its children find it by the environment, as any S3 client."""
+    """URI of a bucket on a free port; drivers find it by the environment, as any S3 client.
+
+    The cluster is started before: its nodes have credentials, and learn from the drivers alone where the bucket is.
+    """
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in storage.S3_ADDRESS_VARIABLES:
+            patch.delenv(name, raising=False)
         patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        nodes = {"num_cpus": 4, "object_store_memory": 10**9, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=nodes)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         boto3.client("s3").create_bucket(Bucket=BUCKET)
-        start_local_ray(num_cpus=4, include_dashboard=False, log_to_driver=False)
+        patch.setenv("RAY_ADDRESS", cluster.address)
         try:
+            start_ray()
             yield f"s3://{BUCKET}"
         finally:
             ray.shutdown()
+            cluster.shutdown()
     server.stop()
+
+
+@ray.remote
+def environments() -> tuple[set[str], set[str]]:
+    """Names of the variables of the node, by its raylet, and of a worker of this job."""
+    entries = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    return {entry.partition(b"=")[0].decode() for entry in entries}, set(os.environ)
+
+
+def test_workers_learn_the_endpoint_from_the_driver_and_no_secret(bucket: str) -> None:
+    node, worker = ray.get(environments.remote())
+    assert "AWS_SECRET_ACCESS_KEY" in node
+    assert not node & set(storage.S3_ADDRESS_VARIABLES)
+    assert {"AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"} <= worker
+    shown = ray.get_runtime_context().get_runtime_env_string()
+    assert "AWS_ENDPOINT_URL" in shown
+    assert "KEY" not in shown
 
 
 def keys(prefix: str) -> list[str]:

@@ -619,6 +619,22 @@ def test_captions_that_contradict_the_images_are_refused(
     (tmp_path / "captions.csv").write_text(f"image,caption\n{table}\n")
     with pytest.raises(SourceError, match=message):
         open_source(str(tmp_path))
+    # Whoever wants the images alone is not stopped by them.
+    images = open_source(str(tmp_path), captions=False)
+    assert {row["image_id"] for row in read_all(images)} == {"x/a.jpg", "y/a.jpg", "x/b.jpg"}
+    assert {row["split"] for row in read_all(images)} == {"test"}
+    assert captions_of(images) == {}
+
+
+def test_parquet_images_alone_are_read_whatever_the_captions_are(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", 3, captions=None)
+    table = pq.read_table(tmp_path / "a.parquet")
+    pq.write_table(table.append_column("caption", pa.array([1, 2, 3])), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match="column caption is int64"):
+        open_source(str(tmp_path))
+    images = open_source(str(tmp_path), captions=False)
+    assert len(read_all(images)) == 3
+    assert captions_of(images) == {}
 
 
 def test_nothing_to_read_is_one_line(tmp_path: Path) -> None:

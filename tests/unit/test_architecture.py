@@ -17,7 +17,7 @@ LAYERS = (
     ("errors",),
     ("config", "schema"),
     ("storage", "text", "cluster", "cli", "presets", "progress"),
-    ("images", "sources", "models", "store", "model_store"),
+    ("images", "sources", "models", "store", "model_store", "checkpoint"),
     ("encoder", "metrics", "plots", "pipeline", "contact_sheet"),
     ("features", "training", "captioning", "collection"),
     ("report_pictures",),

@@ -1,0 +1,111 @@
+"""Directories that appear all at once, each written by one job.
+
+A published directory is claimed by ``_job.json`` (what is being made), filled, and completed by ``manifest.json``,
+written last. Readers open a directory only through its manifest, so they never see half of one.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+from typing import Any, BinaryIO
+
+from captioner.errors import StoreError
+from captioner.storage.files import (
+    absolute,
+    create_exclusively,
+    exists,
+    is_local,
+    join,
+    list_files,
+    read_json,
+    resolve,
+)
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+CLAIM = "_job.json"
+
+
+def differences(there: Any, asked: Any, name: str = "") -> list[str]:
+    """Where two JSON values differ, as ``field: there != asked``."""
+    if isinstance(there, dict) and isinstance(asked, dict):
+        keys = sorted(there.keys() | asked.keys())
+        inner = (
+            differences(there.get(key), asked.get(key), f"{name}.{key}" if name else key)
+            for key in keys
+        )
+        return [line for lines in inner for line in lines]
+    return [] if there == asked else [f"{name}: {there!r} there, {asked!r} asked"]
+
+
+class Output:
+    """One job's claim on an output directory.
+
+    ``identity`` is a JSON object that says what is being made. A directory that another identity claimed is refused,
+    a complete one of the same identity is reported by ``complete``, an unfinished one is continued (``resumed``).
+
+    Raises:
+        StoreError: the directory belongs to something else, or is being written by a live process of this machine.
+    """
+
+    def __init__(self, uri: str, identity: dict[str, Any]):
+        self.root = absolute(uri)
+        self.complete = exists(self.uri(MANIFEST))
+        self.resumed = False
+        self._lock: BinaryIO | None = None
+        if exists(self.uri(CLAIM)):
+            different = differences(read_json(self.uri(CLAIM)), json.loads(json.dumps(identity)))
+            if different:
+                raise StoreError(f"{self.root} was made by another run: {'; '.join(different)}")
+            self.resumed = not self.complete
+        elif list_files(self.root):
+            raise StoreError(
+                f"{self.root} is not empty and was not made by this job: choose another"
+            )
+        if self.complete:
+            return
+        if not self.resumed:
+            create_exclusively(self.uri(CLAIM), json.dumps(identity, indent=1).encode())
+        self._hold()
+
+    def __enter__(self) -> "Output":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # A failed job must let go of its directory even where its process, a notebook, lives on.
+        self.close()
+
+    def _hold(self) -> None:
+        # flock dies with its process, so a killed run never blocks the one that continues it. Object stores have no
+        # such lock; there the exclusive manifest decides.
+        if is_local(self.root):
+            self._lock = open(resolve(self.uri(CLAIM))[1], "rb")  # noqa: SIM115 held until the process ends
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                # Some network file systems offer no locks; the manifest still decides there.
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise StoreError(f"{self.root} is being written by another process") from None
+                logger.warning("no file lock on %s: %s", self.root, error)
+
+    def uri(self, *parts: str) -> str:
+        """URI of something inside the directory."""
+        return join(self.root, *parts)
+
+    def publish(self, manifest: str) -> None:
+        """Write ``manifest.json`` (a JSON text): from here on the directory is complete.
+
+        Raises:
+            StoreError: another run published first.
+        """
+        create_exclusively(self.uri(MANIFEST), manifest.encode())
+        self.complete = True
+        self.close()
+
+    def close(self) -> None:
+        """Let another process of this machine have the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

@@ -1,0 +1,73 @@
+"""How small a cluster may be, and what its workers are told."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+from captioner import cluster
+from captioner.config import EncoderConfig, ExtractConfig, ShapesConfig, SourceConfig
+from captioner.errors import ConfigError
+from captioner.features import extract
+from captioner.pipeline import rows_per_file
+from captioner.schema import feature_rows
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(autouse=True)
+def no_ray_left() -> Iterator[None]:
+    yield
+    ray.shutdown()
+
+
+def test_a_machine_of_one_core_gets_two_logical_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "get_num_cpus", lambda: 1)
+    cluster.start_ray()
+    assert cluster.num_cpus() == 2
+    # One actor for one core, and both CPUs left to tasks and to Ray Data's filter.
+    pool = cluster.plan_pool()
+    assert (pool.size, pool.num_gpus) == (1, 0)
+    assert pool.num_cpus + cluster.TASK_CPUS + 1 <= 2
+
+
+def test_a_cluster_of_one_cpu_is_refused_in_one_line(tmp_path: Path) -> None:
+    cluster.start_local_ray(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    config = ExtractConfig(
+        source="shapes",
+        source_options=SourceConfig(shapes=ShapesConfig(train=1, validation=1, test=1)),
+        output=str(tmp_path / "features"),
+        encoder=EncoderConfig(weights="random"),
+    )
+    with pytest.raises(ConfigError, match=r"has 1 CPU, and a pipeline needs 2 ") as one:
+        extract(config)
+    assert "\n" not in str(one.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_get_the_address_of_s3_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in cluster.S3_ADDRESS_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert cluster._s3_address() is None
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
+    monkeypatch.setenv("AWS_REGION", "eu-north-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something")
+    address = {"AWS_ENDPOINT_URL": "http://store:9000", "AWS_REGION": "eu-north-1"}
+    assert cluster._s3_address() == {"env_vars": address}
+    # What the submitted job's runtime environment says already, Ray would refuse to hear again.
+    submitted = {"runtime_env": {"env_vars": {"AWS_REGION": "eu-north-1", "OTHER": "x"}}}
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps(submitted))
+    assert cluster._s3_address() == {"env_vars": {"AWS_ENDPOINT_URL": "http://store:9000"}}
+
+
+def test_large_stores_have_about_a_thousand_files_that_fit_in_memory() -> None:
+    vectors, grids = (feature_rows(2048, grid=grid) for grid in (False, True))
+    assert rows_per_file(7_000, vectors) == 7
+    assert rows_per_file(10, vectors) == 1
+    assert rows_per_file(10_000_000, vectors) == 10_000
+    assert rows_per_file(10_000_000, grids) * (4 * 2048 + 2 * 49 * 2048) <= 128 * 2**20

@@ -1,0 +1,221 @@
+"""Every job on three nodes that share only a bucket: a node dies in its middle, and nothing is lost or repeated."""
+
+import io
+import json
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+
+from captioner import storage
+from captioner.checkpoint import CHECKPOINT
+from captioner.collection import caption_collection
+from captioner.config import (
+    CaptionConfig,
+    DecodeConfig,
+    DecoderConfig,
+    EncoderConfig,
+    ExtractConfig,
+    TrainConfig,
+)
+from captioner.features import extract
+from captioner.sources.scenes import draw_scene, make_scene
+from captioner.training.run import WORK, run_training
+from tests.nodes.conftest import ROWS, Nodes
+
+SIZES = {"train": 80, "validation": 16}
+BAD = ("cut.png", "empty.jpg", "text.jpg")
+IMAGES = sum(SIZES.values()) + len(BAD)
+
+pytestmark = pytest.mark.timeout(1800)
+
+
+@pytest.fixture(scope="module")
+def photos(nodes: Nodes) -> str:
+    """Pictures with captions, and three that are none."""
+    folder, listed = f"{nodes.uri}/photos", []
+    for split, size in SIZES.items():
+        for index in range(size):
+            name = f"{split}-{index:03d}.png"
+            storage.write_bytes(f"{folder}/{name}", draw_scene(0, split, index))
+            sentences = [{"raw": text} for text in make_scene(0, split, index).captions()]
+            listed.append({"filename": name, "split": split, "sentences": sentences})
+    whole = draw_scene(0, "train", 0)
+    for name, data in zip(BAD, (whole[: len(whole) // 2], b"", b"not a picture"), strict=True):
+        storage.write_bytes(f"{folder}/{name}", data)
+    dataset = json.dumps({"images": listed, "dataset": "scenes"}).encode()
+    storage.write_bytes(f"{folder}/dataset_scenes.json", dataset)
+    return folder
+
+
+def timed(job: Callable[[], object]) -> float:
+    started = time.monotonic()
+    job()
+    return time.monotonic() - started
+
+
+def read_rows(uri: str) -> pa.Table:
+    filesystem, path = storage.resolve(uri)
+    return pq.read_table(path, filesystem=filesystem).sort_by("image_id")
+
+
+def compare(
+    job: str, fault: str, uris: tuple[str, str], seconds: tuple[float, float]
+) -> tuple[pa.Table, pa.Table]:
+    """Rows of the undisturbed run and of the disturbed one, which must be of the same images, each once."""
+    expected, found = (read_rows(uri) for uri in uris)
+    names, there = expected["image_id"].to_pylist(), found["image_id"].to_pylist()
+    lost, repeated = len(set(names) - set(there)), len(there) - len(set(there))
+    report(job, fault, str(lost), str(repeated), seconds)
+    assert there == names
+    assert len(set(names)) == len(names) == IMAGES
+    assert found["error"].to_pylist() == expected["error"].to_pylist()
+    assert {
+        name for name, error in zip(there, found["error"].to_pylist(), strict=True) if error
+    } == set(BAD)
+    return expected, found
+
+
+def report(job: str, fault: str, lost: str, repeated: str, seconds: tuple[float, float]) -> None:
+    ROWS.append((job, fault, lost, repeated, f"{seconds[0]:.0f} s", f"{seconds[1]:.0f} s"))
+
+
+def finished_files(nodes: Nodes, output: str) -> int:
+    marks = nodes.keys(f"{output}/{CHECKPOINT}/")
+    return len([key for key in marks if key and ".pending" not in key])
+
+
+@pytest.fixture(scope="module")
+def features(nodes: Nodes, photos: str) -> str:
+    """A feature store, made twice: undisturbed, and while a node died. Checked here, as the other jobs read it."""
+
+    def config(output: str) -> ExtractConfig:
+        return ExtractConfig(
+            source=photos,
+            output=f"{nodes.uri}/{output}",
+            encoder=EncoderConfig(weights="random", layer="layer3", compute="float32"),
+            max_reject_fraction=0.05,
+            batch_size=8,
+        )
+
+    undisturbed = timed(lambda: extract(config("features")))
+    disturbed = nodes.run_and_kill(
+        lambda: extract(config("features-killed")),
+        lambda: finished_files(nodes, "features-killed") > 0,
+        "MapWorker",
+        random.Random(1).uniform(0, 0.5),
+    )
+    uris = tuple(f"{config(name).output}/features" for name in ("features", "features-killed"))
+    expected, found = compare(
+        "extraction", "node with an encoder killed", uris, (undisturbed, disturbed)
+    )
+    good = expected["error"].is_null()
+    one, two = (
+        table.filter(good)["pooled"].combine_chunks().to_numpy_ndarray()
+        for table in (expected, found)
+    )
+    np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-4)
+    assert len(np.unique(one, axis=0)) > 0.9 * len(one)
+    return config("features-killed").output
+
+
+def test_extraction_survives_the_loss_of_a_node(nodes: Nodes, features: str) -> None:
+    manifest = storage.read_json(f"{features}/manifest.json")
+    assert manifest["total"] == {
+        "images": IMAGES,
+        "ok": sum(SIZES.values()),
+        "rejected": len(BAD),
+        "captions": 5 * sum(SIZES.values()),
+    }
+    listed = {file["path"] for file in manifest["files"]}
+    there = {f"features/{key}" for key in nodes.keys("features-killed/features/") if key}
+    assert there == {path for path in listed if path.startswith("features/")}
+
+
+@pytest.fixture(scope="module")
+def model(nodes: Nodes, features: str) -> str:
+    """A model, trained twice by two workers: undisturbed, and while the node of one died."""
+
+    def config(output: str) -> TrainConfig:
+        return TrainConfig(
+            features=features,
+            output=f"{nodes.uri}/{output}",
+            decoder=DecoderConfig(width=16, output_width=16, dropout=0.3),
+            epochs=6,
+            patience=None,
+            num_workers=2,
+            compute="float32",
+        )
+
+    undisturbed = timed(lambda: run_training(config("model")))
+    disturbed = nodes.run_and_kill(
+        lambda: run_training(config("model-killed")),
+        lambda: any("checkpoint" in key for key in nodes.keys(f"model-killed/{WORK}/")),
+        "RayTrainWorker",
+        random.Random(2).uniform(0, 0.2),
+    )
+    report(
+        "training, 2 workers",
+        "node with a worker killed",
+        "-",
+        "-",
+        (undisturbed, disturbed),
+    )
+    return config("model-killed").output
+
+
+def test_training_survives_the_loss_of_a_node(nodes: Nodes, model: str) -> None:
+    one, two = (
+        safetensors.torch.load(storage.read_bytes(f"{uri}/weights.safetensors"))
+        for uri in (f"{nodes.uri}/model", model)
+    )
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+    histories = [history(f"{nodes.uri}/model"), history(model)]
+    assert [epoch["epoch"] for epoch in histories[1]] == [1, 2, 3, 4, 5, 6]
+    for expected, found in zip(*histories, strict=True):
+        assert found["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-5)
+        assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
+
+
+def history(model: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(
+        io.BytesIO(storage.read_bytes(f"{model}/history.parquet"))
+    ).to_pylist()
+    return rows
+
+
+def test_captioning_survives_the_loss_of_a_node(nodes: Nodes, photos: str, model: str) -> None:
+    def config(output: str) -> CaptionConfig:
+        return CaptionConfig(
+            images=photos,
+            model=model,
+            output=f"{nodes.uri}/{output}",
+            decode=DecodeConfig(beam_size=2, max_length=10),
+            batch_size=8,
+        )
+
+    undisturbed = timed(lambda: caption_collection(config("captions")))
+    disturbed = nodes.run_and_kill(
+        lambda: caption_collection(config("captions-killed")),
+        lambda: finished_files(nodes, "captions-killed") > 0,
+        "MapWorker",
+        random.Random(3).uniform(0, 0.5),
+    )
+    uris = tuple(f"{config(name).output}/captions" for name in ("captions", "captions-killed"))
+    expected, found = compare(
+        "captioning", "node with a captioner killed", uris, (undisturbed, disturbed)
+    )
+    assert found["caption"].to_pylist() == expected["caption"].to_pylist()
+    np.testing.assert_allclose(
+        found["log_prob"].drop_null().to_numpy(),
+        expected["log_prob"].drop_null().to_numpy(),
+        rtol=1e-3,
+        atol=1e-3,
+    )
