@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +135,8 @@ def run_search(config: TuneConfig) -> SearchResult:
     if output.complete:
         logger.info("%s is complete: nothing to do", output.root)
         return _published(output)
+    # Tune's newer output has its own columns and ignores the reporter that names ours.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     with output:
         start_ray()
         found = _run_trials(config, trials, output)
