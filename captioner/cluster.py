@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import secrets
+import socket
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,9 @@ def start_ray() -> None:
     """
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING, runtime_env=_s3_address())
+    if address := os.environ.get("RAY_ADDRESS"):
+        with _alone() if _on_loopback_alone(address) else contextlib.nullcontext():
+            ray.init(logging_level=logging.WARNING, runtime_env=_s3_address())
     else:
         start_local_ray(logging_level=logging.WARNING)
     resources = ray.cluster_resources()
@@ -57,20 +60,40 @@ def start_local_ray(**options: Any) -> None:
     options.setdefault("num_cpus", max(LEAST_CPUS, int(get_num_cpus())))
     if os.environ.get("RAY_AUTH_MODE", "token") == "token":
         _create_token()
-    # On Linux Ray replaces 127.0.0.1 by the machine's own address, on which everybody can call it, unless it is told,
-    # as on macOS, that this node will never be one of several. Its processes inherit the variable; children of ours
-    # that start later must not.
+    with _alone():
+        ray.init(address="local", dashboard_host="127.0.0.1", **options)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Tell Ray, while it starts or is joined, that this machine is its only node.
+
+    On Linux it would otherwise replace 127.0.0.1 by the machine's own address, on which everybody can call it. Ray's
+    processes inherit the variable; children of ours that start later must not.
+    """
     variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
     before = os.environ.get(variable), ray_constants.ENABLE_RAY_CLUSTER
     os.environ[variable], ray_constants.ENABLE_RAY_CLUSTER = "0", False
     try:
-        ray.init(address="local", dashboard_host="127.0.0.1", **options)
+        yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before[1]
         if before[0] is None:
             del os.environ[variable]
         else:
             os.environ[variable] = before[0]
+
+
+def _on_loopback_alone(address: str) -> bool:
+    """Whether an address is of a Ray that ``start_local_ray`` started: it answers on loopback, and nowhere else."""
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost") or not port.isdigit():
+        return False
+    try:
+        with socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=2):
+            return False
+    except OSError:
+        return True
 
 
 def _create_token() -> None:

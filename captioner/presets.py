@@ -61,7 +61,7 @@ def flickr8k_merge() -> TrainConfig:
 
 
 def flickr8k_best() -> TrainConfig:
-    """The best captions on Flickr8k: a transformer over the grid, then its own captions rewarded by CIDEr-D.
+    """Made for the best captions on Flickr8k: a transformer over the grid, then its own captions rewarded by CIDEr-D.
 
     Wants features with --grid and --mirrored.
     """
