@@ -47,22 +47,23 @@ def ray_node(head: Head, log: Path) -> Iterator[None]:
 def cluster(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """The head and two more nodes."""
     folder = tmp_path_factory.mktemp("nodes")
+    wait = (
+        "import ray, sys, time\n"
+        "ray.init(logging_level='ERROR')\n"
+        "deadline = time.monotonic() + 120\n"
+        "while sum(node['Alive'] for node in ray.nodes()) < int(sys.argv[1]):\n"
+        "    assert time.monotonic() < deadline, ray.nodes()\n"
+        "    time.sleep(1)\n"
+    )
     with ExitStack() as nodes:
-        for name in ("a", "b"):
+        # One after the other: two raylets of one machine that start at once choose the same socket's name.
+        for name, count in (("a", "2"), ("b", "3")):
             nodes.enter_context(ray_node(head, folder / f"{name}.log"))
-        wait = (
-            "import ray, time\n"
-            "ray.init(logging_level='ERROR')\n"
-            "deadline = time.monotonic() + 120\n"
-            "while sum(node['Alive'] for node in ray.nodes()) < 3:\n"
-            "    assert time.monotonic() < deadline, ray.nodes()\n"
-            "    time.sleep(1)\n"
-        )
-        subprocess.run(
-            [str(RAY.with_name("python")), "-c", wait],
-            env=head.environment | {"RAY_ADDRESS": head.address},
-            check=True,
-        )
+            subprocess.run(
+                [str(RAY.with_name("python")), "-c", wait, count],
+                env=head.environment | {"RAY_ADDRESS": head.address},
+                check=True,
+            )
         yield head
 
 
