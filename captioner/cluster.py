@@ -149,10 +149,12 @@ class PoolPlan:
 
 
 def plan_pool(size: int | None = None, cpus_per_actor: int | None = None) -> PoolPlan:
-    """Model actors for the cluster as it stands: one per GPU, else CPU actors of about four cores each.
+    """Model actors for the cluster as it stands: one per GPU, else CPU actors that cover each node's cores.
 
-    On CPU the actors' threads cover all cores and share them with decoding, which needs few: the system does that
-    better than a reservation, and Ray Data starts no more decoding than the model keeps up with.
+    On CPU they share the cores with decoding, which needs few: the system does that better than a reservation, and Ray
+    Data starts no more decoding than the model keeps up with. An actor of several threads waits at the end of every
+    operation for the one that decoding has delayed (2 threads on 2 cores: a fifth slower than 2 actors of one), but
+    each actor holds the network once more; so four actors a node, and more only where they have four cores each.
 
     Args:
         size: number of actors, to override the plan.
@@ -169,10 +171,16 @@ def plan_pool(size: int | None = None, cpus_per_actor: int | None = None) -> Poo
     if gpus := num_gpus():
         return PoolPlan(size or gpus, num_gpus=1, threads=1)
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    actors = {cpus: max(1, round(cpus / (cpus_per_actor or 4))) for cpus in nodes if cpus}
+    actors = {cpus: _actors_per_node(cpus, cpus_per_actor) for cpus in nodes if cpus}
     largest = max(actors)
     return PoolPlan(
         size or sum(actors[cpus] for cpus in nodes if cpus),
         num_gpus=0,
         threads=cpus_per_actor or -(-largest // actors[largest]),
     )
+
+
+def _actors_per_node(cpus: int, cpus_per_actor: int | None) -> int:
+    if cpus_per_actor is not None:
+        return max(1, round(cpus / cpus_per_actor))
+    return max(min(cpus, 4), cpus // 4)

@@ -163,6 +163,11 @@ def choose_compute(requested: str, device: str) -> str:
     return "bfloat16" if fast_bfloat16(device) else "float32"
 
 
+# Images per forward pass on a CPU: 45 images/s and core against 31 for 32 of them. The largest activation is then below
+# 32 MiB, above which glibc fetches memory from the system, page by page, for every operation, and more stays in cache.
+_CPU_IMAGES = 8
+
+
 class Encoder:
     """The network on a device, ready to encode.
 
@@ -203,11 +208,24 @@ class Encoder:
         """Encode a batch.
 
         Args:
-            images: uint8 RGB [B, 224, 224, 3].
+            images: uint8 RGB [B, 224, 224, 3], B at least 1.
 
         Returns:
             pooled float32 [B, C] and, with ``grid``, float16 [B, P, C], on the encoder's device.
         """
+        size = _CPU_IMAGES if self.device.type == "cpu" else max(1, len(images))
+        parts = [
+            self._encode(images[start : start + size], grid)
+            for start in range(0, len(images), size)
+        ]
+        pooled = torch.cat([part for part, _ in parts])
+        return pooled, torch.cat(
+            [cells for _, cells in parts if cells is not None]
+        ) if grid else None
+
+    def _encode(
+        self, images: np.ndarray[Any, np.dtype[np.uint8]], grid: bool
+    ) -> tuple[Tensor, Tensor | None]:
         # NHWC seen as NCHW is exactly the channels-last layout: no copy.
         if not images.flags.writeable:
             images = (

@@ -1,6 +1,7 @@
 """Measure a stage on this machine or cluster.
 
 python -m ray_jobs.benchmark extract --source my_photos/ --images 2000 --json extract.json
+python -m ray_jobs.benchmark resume --rows 10000000
 python -m ray_jobs.benchmark train --features runs/flickr8k/features --json train.json
 python -m ray_jobs.benchmark serve --model runs/flickr8k/model --images my_photos/ --json serve.json
 python -m ray_jobs.benchmark scale --features runs/flickr8k/features --images-per-second 51 \\
@@ -12,11 +13,13 @@ from typing import Any
 
 from captioner import cli, storage
 from captioner.benchmark.extract import benchmark_extract
+from captioner.benchmark.resume import benchmark_resume
 from captioner.benchmark.scale import benchmark_scale
 from captioner.benchmark.serve import benchmark_serve
 from captioner.benchmark.train import benchmark_train
 from captioner.config import (
     BenchmarkExtractConfig,
+    BenchmarkResumeConfig,
     BenchmarkScaleConfig,
     BenchmarkServeConfig,
     BenchmarkTrainConfig,
@@ -25,6 +28,7 @@ from captioner.errors import ConfigError
 
 STAGES = {
     "extract": (benchmark_extract, BenchmarkExtractConfig),
+    "resume": (benchmark_resume, BenchmarkResumeConfig),
     "train": (benchmark_train, BenchmarkTrainConfig),
     "scale": (benchmark_scale, BenchmarkScaleConfig),
     "serve": (benchmark_serve, BenchmarkServeConfig),

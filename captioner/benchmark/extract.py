@@ -13,7 +13,7 @@ import safetensors.torch
 
 from captioner import storage
 from captioner.benchmark.stages import decode_rate, model_rate, take_sample
-from captioner.benchmark.watch import Watch, others
+from captioner.benchmark.watch import Watch
 from captioner.cluster import num_cpus, num_gpus, plan_pool, start_ray
 from captioner.config import BenchmarkExtractConfig, ImageLimits
 from captioner.encoder import identify, load_weights
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExtractBenchmark(Record):
-    """Rates are images per second over the whole cluster; memory and other processes are those of the driver's node."""
+    """Rates are images per second over the whole cluster; memory is that of the driver's node."""
 
     machine: str
     encoder: str
@@ -45,10 +45,6 @@ class ExtractBenchmark(Record):
     """Steady rate: between a fifth and nine tenths of the images."""
     ratio: float
     """pipeline / limit."""
-    ratio_per_free_cpu: float | None
-    """The same of rates per CPU that other processes left; None where a GPU runs the model."""
-    other_cpus: dict[str, float]
-    """CPUs that other processes took during each measurement."""
     bottleneck: str
     startup_seconds: float
     """Wall time of the pipeline beyond images / steady rate."""
@@ -65,24 +61,15 @@ class ExtractBenchmark(Record):
     def table(self) -> str:
         """For a terminal."""
 
-        def rate(value: float, stage: str | None = None) -> str:
-            taken = self.other_cpus.get(stage or "", 0.0)
-            busy = f"  (other processes took {taken:.1f} CPUs)" if taken >= 0.1 else ""
-            return f"{value:,.1f} images/s{busy}"
-
         def mebibytes(value: int) -> str:
             return f"{value / 2**20:,.0f} MiB"
 
         rows = [
-            ("decode only", rate(self.decode_only, "decode")),
-            ("model only", rate(self.model_only, "model")),
-            ("limit of both", rate(self.limit)),
-            ("pipeline, steady", rate(self.pipeline, "pipeline")),
+            ("decode only", f"{self.decode_only:,.1f} images/s"),
+            ("model only", f"{self.model_only:,.1f} images/s"),
+            ("limit of both", f"{self.limit:,.1f} images/s"),
+            ("pipeline, steady", f"{self.pipeline:,.1f} images/s"),
             ("pipeline / limit", f"{self.ratio:.2f}"),
-        ]
-        if self.ratio_per_free_cpu is not None:
-            rows.append(("the same, per free CPU", f"{self.ratio_per_free_cpu:.2f}"))
-        rows += [
             ("bottleneck", self.bottleneck),
             ("start-up", f"{self.startup_seconds:.1f} s"),
             ("decoding CPUs per encoder", f"{self.decoders_per_encoder:.2f}"),
@@ -150,16 +137,12 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
             "mirrored": False,
             "threads": pool.threads,
         }
-        watch, taken = Watch(), {}
+        watch = Watch()
         sample = take_sample(source)
         logger.info("decoding alone, %.0f s", config.seconds)
-        before = watch.now()
         decode = decode_rate(sample, config.seconds)
-        taken["decode"] = others(before, watch.now())
         logger.info("the model alone, %.0f s", config.seconds)
-        before = watch.now()
         model = model_rate(sample, config.batch_size, config.seconds, options, pool)
-        taken["model"] = others(before, watch.now())
         logger.info("the pipeline")
         repeated = RepeatedSource(source, config.images)
         images = repeated.num_images()
@@ -179,13 +162,11 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
             )
         wall = time.perf_counter() - started
         output.close()
-    steady, taken["pipeline"] = watch.steady(images)
+    steady = watch.steady(images)
     # On GPUs the stages run side by side; on CPUs alone they take turns on the same cores.
     gpus, cpus = num_gpus(), num_cpus()
     limit = min(decode, model) if gpus else 1 / (1 / decode + 1 / model)
-    free = {stage: max(0.1, cpus - used) for stage, used in taken.items()}
-    work = {stage: free[stage] / rate for stage, rate in (("decode", decode), ("model", model))}
-    share = work["model"] / sum(work.values())
+    share = (1 / model) / (1 / decode + 1 / model)
     return ExtractBenchmark(
         machine=f"{cpus} CPUs, {gpus} GPUs, {platform.machine()}",
         encoder=f"{config.encoder.name} {config.encoder.layer} {identity.compute}",
@@ -196,8 +177,6 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
         limit=limit,
         pipeline=steady,
         ratio=steady / limit,
-        ratio_per_free_cpu=None if gpus else steady / free["pipeline"] * sum(work.values()),
-        other_cpus=taken,
         bottleneck=_bottleneck(decode, model, share, gpus > 0),
         startup_seconds=max(0.0, wall - images / steady),
         decoders_per_encoder=(model / pool.size) / (decode / cpus),

@@ -1,4 +1,4 @@
-"""What a running pipeline takes: images done, processor time, memory, object store; sampled twice a second."""
+"""What a running pipeline takes: images done, memory, object store; sampled twice a second."""
 
 import os
 import time
@@ -20,10 +20,6 @@ class Sample:
     """Seconds."""
     done: int
     """Images."""
-    own: float
-    """CPU seconds that this job's processes on the driver's node have used."""
-    busy: float
-    """CPU seconds that all processes of the node have used."""
 
 
 @dataclass
@@ -65,21 +61,18 @@ class Watch:
         self._ticker.__exit__()
         ray.kill(self.counter)
 
-    def steady(self, images: int) -> tuple[float, float]:
-        """The middle of a run of ``images``, between a fifth and nine tenths of them.
-
-        Returns:
-            images per second, and how many CPUs other processes took meanwhile.
-        """
+    def steady(self, images: int) -> float:
+        """Images per second in the middle of a run of ``images``, between a fifth and nine tenths of them."""
         inside = [one for one in self.samples if 0.2 * images <= one.done <= 0.9 * images]
         if len(inside) < 2 or inside[-1].done == inside[0].done:
             # Too few images for a middle: the whole, from the first finished batch on.
             inside = [one for one in self.samples if one.done]
-        return _rate(inside[0], inside[-1]), others(inside[0], inside[-1])
+        first, last = inside[0], inside[-1]
+        return (last.done - first.done) / max(1e-9, last.when - first.when)
 
     def _sample(self) -> None:
         done, _ = ray.get(self.counter.read.remote())
-        self.samples.append(self.now(done))
+        self.samples.append(Sample(time.perf_counter(), done))
         stats = get_memory_info_reply(self._state).store_stats
         self.object_store = max(self.object_store, stats.object_store_bytes_used)
         self.spilled = stats.spilled_bytes_total - self._before
@@ -96,33 +89,10 @@ class Watch:
             except (psutil.Error, IndexError):
                 continue  # it ended meanwhile
 
-    def now(self, done: int = 0) -> Sample:
-        """A sample at this moment."""
-        own = 0.0
-        for process in [psutil.Process(), self._raylet, *self._raylet.children(recursive=True)]:
-            try:
-                times = process.cpu_times()
-                own += times.user + times.system
-            except psutil.Error:
-                continue  # it ended meanwhile
-        whole = psutil.cpu_times()
-        busy = sum(whole) - whole.idle - whole.iowait - whole.guest - whole.guest_nice
-        return Sample(time.perf_counter(), done, own, busy)
-
 
 @ray.remote(num_cpus=0)
 def _raylet_pid() -> int:
     return os.getppid()
-
-
-def others(first: Sample, last: Sample) -> float:
-    """CPUs that processes of others took between two samples."""
-    seconds = max(1e-9, last.when - first.when)
-    return max(0.0, (last.busy - first.busy) - (last.own - first.own)) / seconds
-
-
-def _rate(first: Sample, last: Sample) -> float:
-    return (last.done - first.done) / max(1e-9, last.when - first.when)
 
 
 def _resident(process: psutil.Process) -> int:

@@ -5,6 +5,7 @@ A docstring under a field is its ``--help`` text. "Per worker" and "global" are 
 
 from captioner.config.benchmark import (
     BenchmarkExtractConfig,
+    BenchmarkResumeConfig,
     BenchmarkScaleConfig,
     BenchmarkServeConfig,
     BenchmarkTrainConfig,
@@ -37,6 +38,7 @@ from captioner.config.tuning import TuneConfig
 
 __all__ = [
     "BenchmarkExtractConfig",
+    "BenchmarkResumeConfig",
     "BenchmarkScaleConfig",
     "BenchmarkServeConfig",
     "BenchmarkTrainConfig",

@@ -118,3 +118,18 @@ class BenchmarkScaleConfig(Config):
     """ASSUMED: price of a GB in object storage per month, in dollars."""
     json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
     """Also write the result to this file (path or URI)."""
+
+
+class BenchmarkResumeConfig(Config):
+    """Continue and publish a made-up killed extraction of many rows, with nothing decoded or encoded."""
+
+    rows: Positive = 10_000_000
+    """Rows of the store."""
+    left: Positive = 20_000
+    """Rows that the killed run had not done."""
+    rows_per_file: Positive | None = None
+    """Rows in each file of the killed run; default: as extraction chooses for so many."""
+    scratch: str | None = None
+    """Local directory for the made-up store; default: the system's for temporary files."""
+    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
+    """Also write the result to this file (path or URI)."""

@@ -29,10 +29,10 @@ def test_a_machine_of_one_core_gets_two_logical_cpus(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cluster, "get_num_cpus", lambda: 1)
     cluster.start_ray()
     assert cluster.num_cpus() == 2
-    # One actor for one core, and both CPUs left to tasks and to Ray Data's filter.
+    # Actors for both, and yet room for a task and for Ray Data's filter.
     pool = cluster.plan_pool()
-    assert (pool.size, pool.num_gpus) == (1, 0)
-    assert pool.num_cpus + cluster.TASK_CPUS + 1 <= 2
+    assert (pool.size, pool.num_gpus, pool.threads) == (2, 0, 1)
+    assert pool.size * pool.num_cpus + cluster.TASK_CPUS + 1 <= 2.001
 
 
 def test_a_cluster_of_one_cpu_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ CONFIGS = {
     "caption": settings.CaptionConfig,
     "serve": settings.ServeConfig,
     "benchmark extract": settings.BenchmarkExtractConfig,
+    "benchmark resume": settings.BenchmarkResumeConfig,
     "benchmark scale": settings.BenchmarkScaleConfig,
     "benchmark serve": settings.BenchmarkServeConfig,
     "benchmark train": settings.BenchmarkTrainConfig,

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from ray import serve
 
 from captioner import storage
 from captioner.checkpoint import CHECKPOINT
@@ -23,11 +25,14 @@ from captioner.config import (
     DecoderConfig,
     EncoderConfig,
     ExtractConfig,
+    ServeConfig,
     TrainConfig,
 )
 from captioner.features import extract
+from captioner.serving.run import deploy, url
 from captioner.sources.scenes import draw_scene, make_scene
 from captioner.training.run import WORK, run_training
+from tests.head import free_port
 from tests.nodes.conftest import ROWS, Nodes
 
 SIZES = {"train": 80, "validation": 16}
@@ -219,3 +224,60 @@ def test_captioning_survives_the_loss_of_a_node(nodes: Nodes, photos: str, model
         rtol=1e-3,
         atol=1e-3,
     )
+
+
+REQUESTS = 60
+
+
+def test_service_survives_the_loss_of_a_node(nodes: Nodes, model: str) -> None:
+    """Two replicas on two nodes; a client that asks again when it is told to, or cut off, gets every answer."""
+    config = ServeConfig(
+        model=(f"scenes={model}",),
+        port=free_port(),
+        decode=DecodeConfig(beam_size=2, max_length=10),
+        min_replicas=2,
+        max_replicas=2,
+        cpus_per_replica=1.0,
+        http_replicas=2,
+        threads=1,
+    )
+    pictures = [draw_scene(0, "validation", index) for index in range(SIZES["validation"])]
+    answers: list[list[str]] = []
+    repeated = 0
+
+    def ask(number: int) -> str:
+        nonlocal repeated
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                picture = pictures[number % len(pictures)]
+                found = httpx.post(f"{url(config)}/v1/captions", content=picture, timeout=20)
+                if found.status_code == 200:
+                    return str(found.json()["captions"][0]["caption"])
+            except httpx.TransportError:
+                pass
+            assert time.monotonic() < deadline, "no answer for five minutes"
+            repeated += 1
+            time.sleep(0.2)
+
+    def ask_all() -> None:
+        answers.append([])
+        for number in range(REQUESTS):
+            answers[-1].append(ask(number))
+
+    deploy(config)
+    try:
+        undisturbed = timed(ask_all)
+        assert repeated == 0
+        disturbed = nodes.run_and_kill(
+            ask_all,
+            lambda: len(answers) == 2 and len(answers[1]) >= 10,
+            "ServeReplica:captioner:model",
+            0,
+        )
+    finally:
+        serve.shutdown()
+    lost = REQUESTS - len(answers[1])
+    fault = f"node with a replica killed; {repeated} of {REQUESTS} requests asked again"
+    report("serving, 2 replicas", fault, str(lost), "0", (undisturbed, disturbed))
+    assert answers[1] == answers[0]
