@@ -15,6 +15,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.train.v2._internal.execution import context as train_context
 from torch import Tensor, nn
 
 from captioner.config import TrainConfig
@@ -96,7 +97,11 @@ class Worker:
 
     def __init__(self, config: TrainConfig, vocabulary: Vocabulary, messages: Any):
         # Ray Train's own account of every report and checkpoint; ours is one line per epoch.
-        logging.getLogger("ray.train").setLevel(logging.WARNING)
+        for name in (
+            "ray.train",
+            train_context.__file__,
+        ):  # one of its modules logs under its file's name
+            logging.getLogger(name).setLevel(logging.WARNING)
         context = ray.train.get_context()
         self.config, self.messages = config, messages
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
