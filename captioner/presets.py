@@ -92,7 +92,7 @@ def flickr8k_best() -> TrainConfig:
         label_smoothing=0.1,
         group_captions=True,
         mirrored=True,
-        self_critical=SelfCriticalConfig(epochs=6, learning_rate=5e-5),
+        self_critical=SelfCriticalConfig(epochs=6, learning_rate=2e-5, global_batch=125),
     )
 
 
@@ -105,7 +105,7 @@ def flickr30k_best() -> TrainConfig:
             "output": "runs/flickr30k/best",
             "decoder": base.decoder.model_copy(update={"layers": 3, "dropout": 0.2}),
             "optimizer": base.optimizer.model_copy(update={"warmup_steps": 900}),
-            "self_critical": SelfCriticalConfig(epochs=3, learning_rate=5e-5),
+            "self_critical": SelfCriticalConfig(epochs=3, learning_rate=1e-5),
         }
     )
 
