@@ -14,7 +14,7 @@ SUBMIT = RAY_AUTH_MODE=token $(VENV)/bin/ray job submit --address $(ADDRESS) --w
 
 MODEL := runs/demo/model
 
-.PHONY: help install demo serve dashboard test test-all test-unit test-ray test-jobs test-cluster test-serve test-nodes test-chaos chromium lint type requirements clean \
+.PHONY: help install demo serve dashboard test test-all test-unit test-cluster test-serve test-nodes test-chaos chromium lint type requirements clean \
 	submit-extract submit-train submit-tune submit-evaluate submit-caption submit-serve
 
 help: ## List the targets
@@ -73,22 +73,15 @@ dashboard: $(INSTALLED) ## TensorBoard on this machine: make dashboard RUN=runs/
 
 test: lint ## Run ruff and the tests: without Ray, on a local Ray, and of every job
 	$(PYTEST) --durations=5 tests/unit
-	@# Half of their time is spent waiting for processes to start: two at once.
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-ray test-jobs
+	$(PYTEST) --durations=10 -m "not chaos and not long" tests/cluster tests/jobs tests/deploy
 
 test-all: test test-serve test-chaos ## Run every test, as the continuous integration does
 
-test-chaos: $(INSTALLED) ## Run the tests that kill drivers, workers and nodes
-	$(PYTEST) --durations=10 -m chaos tests
+test-chaos: $(INSTALLED) ## Run the tests that kill drivers, workers and nodes, and others that take minutes
+	$(PYTEST) --durations=10 -m "chaos or long" tests
 
 test-unit: $(INSTALLED) ## Run the tests that need no Ray
 	$(PYTEST) --durations=5 tests/unit
-
-test-ray: $(INSTALLED) ## The half of make test that starts a local Ray
-	$(PYTEST) --durations=10 -m "not chaos" tests/cluster
-
-test-jobs: $(INSTALLED) ## The half of make test that runs the jobs, on Rays of their own
-	$(PYTEST) --durations=10 -m "not chaos" tests/jobs tests/deploy
 
 test-cluster: $(INSTALLED) ## Run the tests that start a local Ray, those that kill its processes too
 	$(PYTEST) --durations=10 tests/cluster

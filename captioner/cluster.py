@@ -30,6 +30,8 @@ TASK_CPUS = 0.99
 ACTOR_CPUS = 0.001
 # One for tasks, one that Ray Data's filter of finished rows holds in a continued run.
 LEAST_CPUS = 2
+# Below that, another model actor costs more in starting than it gives.
+_LEAST_IMAGES = 256
 
 
 def start_ray() -> None:
@@ -148,7 +150,9 @@ class PoolPlan:
     num_cpus: float = ACTOR_CPUS
 
 
-def plan_pool(size: int | None = None, cpus_per_actor: int | None = None) -> PoolPlan:
+def plan_pool(
+    images: int, *, size: int | None = None, cpus_per_actor: int | None = None
+) -> PoolPlan:
     """Model actors for the cluster as it stands: one per GPU, else CPU actors that cover each node's cores.
 
     On CPU they share the cores with decoding, which needs few: the system does that better than a reservation, and Ray
@@ -157,6 +161,7 @@ def plan_pool(size: int | None = None, cpus_per_actor: int | None = None) -> Poo
     each actor holds the network once more; so four actors a node, and more only where they have four cores each.
 
     Args:
+        images: how many there are to do; few get few actors.
         size: number of actors, to override the plan.
         cpus_per_actor: threads of one actor on CPU, to override the plan.
 
@@ -168,16 +173,15 @@ def plan_pool(size: int | None = None, cpus_per_actor: int | None = None) -> Poo
             f"the Ray cluster has {num_cpus()} CPU, and a pipeline needs {LEAST_CPUS} logical CPUs at least "
             f"(ray start --num-cpus={LEAST_CPUS}; an autoscaling cluster must keep a worker up)"
         )
+    most = max(1, -(-images // _LEAST_IMAGES))
     if gpus := num_gpus():
-        return PoolPlan(size or gpus, num_gpus=1, threads=1)
+        return PoolPlan(size or min(gpus, most), num_gpus=1, threads=1)
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     actors = {cpus: _actors_per_node(cpus, cpus_per_actor) for cpus in nodes if cpus}
     largest = max(actors)
-    return PoolPlan(
-        size or sum(actors[cpus] for cpus in nodes if cpus),
-        num_gpus=0,
-        threads=cpus_per_actor or -(-largest // actors[largest]),
-    )
+    planned = size or min(sum(actors[cpus] for cpus in nodes if cpus), most)
+    threads = cpus_per_actor or -(-largest // min(actors[largest], planned))
+    return PoolPlan(planned, num_gpus=0, threads=threads)
 
 
 def _actors_per_node(cpus: int, cpus_per_actor: int | None) -> int:

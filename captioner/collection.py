@@ -69,7 +69,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
     model = storage.absolute(config.model)
     record = load_record(model)
     start_ray()
-    pool = plan_pool(config.num_captioners, config.cpus_per_captioner)
+    pool = plan_pool(total, size=config.num_captioners, cpus_per_actor=config.cpus_per_captioner)
     output = storage.Output(
         config.output,
         {

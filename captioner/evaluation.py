@@ -182,7 +182,7 @@ def _score(
     files = [
         f"{path}/{file.path}" for file in store.manifest.files if file.path.startswith("features/")
     ]
-    pool: PoolPlan = plan_pool()
+    pool: PoolPlan = plan_pool(len(captions))
     logger.info("captioning %s images of split %s", f"{len(captions):,}", config.split)
     good = (col("split") == config.split) & col("error").is_null()
     dataset = (

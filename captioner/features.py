@@ -80,7 +80,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
     total = source.num_images()
     tensors = load_weights(config.encoder)
     start_ray()
-    pool = plan_pool(config.num_encoders, config.cpus_per_encoder)
+    pool = plan_pool(total, size=config.num_encoders, cpus_per_actor=config.cpus_per_encoder)
     identity = identify(config.encoder, tensors, compute_on_cluster(config.encoder.compute))
     output = storage.Output(
         config.output,

@@ -1,6 +1,8 @@
 """Fixtures and markers shared by all tests."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,16 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+# Ray notes the last cluster of a machine in its temporary folder, and a submitted job goes by that note: a folder of
+# our own keeps the tests and a Ray that someone uses here apart.
+RAY_FOLDER = tempfile.mkdtemp(prefix="ray-")
+os.environ["RAY_TMPDIR"] = RAY_FOLDER
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """Ray's logs are kept where a test failed."""
+    if exitstatus == 0:
+        shutil.rmtree(RAY_FOLDER, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

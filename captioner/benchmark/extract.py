@@ -125,7 +125,9 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
     source = open_source(config.source, config.source_options)
     tensors = load_weights(config.encoder)
     start_ray()
-    pool = plan_pool(config.num_encoders, config.cpus_per_encoder)
+    pool = plan_pool(
+        config.images, size=config.num_encoders, cpus_per_actor=config.cpus_per_encoder
+    )
     identity = identify(config.encoder, tensors, compute_on_cluster(config.encoder.compute))
     with tempfile.TemporaryDirectory() as folder:
         output = storage.Output(config.scratch or f"{folder}/out", {"job": "benchmark"})

@@ -100,7 +100,7 @@ def benchmark_resume(config: BenchmarkResumeConfig) -> ResumeBenchmark:
         StoreError: the rows do not add up, which would be a defect.
     """
     start_ray()
-    pool = plan_pool(1)
+    pool = plan_pool(config.left, size=1)
     seconds: dict[str, float] = {}
 
     def phase(name: str, work: Callable[[], _Result]) -> _Result:

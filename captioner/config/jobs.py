@@ -40,7 +40,7 @@ class ExtractConfig(Config):
     batch_size: Positive = 32
     """Images per forward pass of one encoder actor."""
     num_encoders: Positive | None = None
-    """Encoder actors; default: one per GPU, or as many as the CPUs feed best."""
+    """Encoder actors; default: one per GPU or, without, what suits the CPUs; fewer for a few hundred images."""
     cpus_per_encoder: Positive | None = None
     """Threads of one encoder actor on CPU; default: chosen from the cluster."""
 
@@ -146,7 +146,7 @@ class CaptionConfig(Config):
     batch_size: Positive = 32
     """Images per batch of one captioning actor."""
     num_captioners: Positive | None = None
-    """Captioning actors; default: one per GPU, or as many as the CPUs feed best."""
+    """Captioning actors; default: one per GPU or, without, what suits the CPUs; fewer for a few hundred images."""
     cpus_per_captioner: Positive | None = None
     """Threads of one captioning actor on CPU; default: chosen from the cluster."""
 

@@ -89,7 +89,12 @@ def self_critical_step(
         rewards.view(-1)[place] = critic.reward(images[place // samples], words)
     # Each caption against the mean of the image's others.
     advantage = (rewards - rewards.mean(dim=1, keepdim=True)) * (samples / (samples - 1))
+    # A policy gradient is that of the distribution the captions were drawn from: dropout would give it another, and its
+    # error grows with every step. In training mode all the same, as cuDNN's LSTM has no backward pass in the other.
     model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
     with autocast(device, compute):
         loss, _ = model(features, tokens, advantage.flatten().to(device))
     optimizer.zero_grad(set_to_none=True)

@@ -30,8 +30,12 @@ def test_a_machine_of_one_core_gets_two_logical_cpus(monkeypatch: pytest.MonkeyP
     cluster.start_ray()
     assert cluster.num_cpus() == 2
     # Actors for both, and yet room for a task and for Ray Data's filter.
-    pool = cluster.plan_pool()
+    pool = cluster.plan_pool(7_000)
     assert (pool.size, pool.num_gpus, pool.threads) == (2, 0, 1)
+    few = cluster.plan_pool(200)
+    assert (few.size, few.threads) == (1, 2)
+    asked = cluster.plan_pool(200, size=3, cpus_per_actor=2)
+    assert (asked.size, asked.threads) == (3, 2)
     assert pool.size * pool.num_cpus + cluster.TASK_CPUS + 1 <= 2.001
 
 

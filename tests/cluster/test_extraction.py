@@ -255,6 +255,7 @@ def test_finished_rows_are_published_without_encoding_again(
     assert len(vectors(output)) == 12
 
 
+@pytest.mark.long
 def test_a_mark_left_twice_costs_no_rows(damaged: Path, tmp_path: Path) -> None:
     """On S3 a rename is a copy and a delete: killed between them, both the pending mark and the final one are there."""
     output = tmp_path / "features"

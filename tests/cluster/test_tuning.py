@@ -51,13 +51,17 @@ def found(features: str, tmp_path_factory: pytest.TempPathFactory) -> SearchResu
 
     def with_a_bad_one(config: TuneConfig, *, grid: bool) -> list[dict[str, Any]]:
         trials = drawn(config, grid=grid)
-        # Adam at this rate leaves float32 within an epoch.
+        # Adam at this rate leaves float32 within an epoch, and at that one learns nothing.
         trials[1] |= {"learning_rate": 1e30, "decoder": "merge", "optimizer": "adam"}
+        trials[3] |= {"learning_rate": 1e-7, "optimizer": "adam"}
         return trials
 
     patch.setattr(search, "draw_trials", with_a_bad_one)
     try:
-        return run_search(settings(features, tmp_path_factory.mktemp("search") / "out"))
+        # The first trial is over when the last starts: of those that run at once, chance decides which come to a rung
+        # first and so are kept.
+        output = tmp_path_factory.mktemp("search") / "out"
+        return run_search(settings(features, output, max_concurrent=2))
     finally:
         patch.undo()
 

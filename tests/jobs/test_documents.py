@@ -220,6 +220,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.long
 def test_jobs_of_the_documents_run_as_written_one_after_the_other(
     head: Head, sandbox: Path
 ) -> None:

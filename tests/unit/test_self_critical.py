@@ -39,10 +39,10 @@ def test_reward_is_pycocoevalcaps_cider() -> None:
     assert cider.score(3, []) == 0.0
 
 
-def decoder(kind: str) -> torch.nn.Module:
+def decoder(kind: str, dropout: float = 0.0) -> torch.nn.Module:
     torch.manual_seed(0)
     config = DecoderConfig(
-        kind=kind, width=16, output_width=16, attention_width=8, heads=4, layers=1, dropout=0.0
+        kind=kind, width=16, output_width=16, attention_width=8, heads=4, layers=1, dropout=dropout
     )
     return build_decoder(config, WORDS, CHANNELS).eval()
 
@@ -73,6 +73,35 @@ def test_samples_follow_the_decoders_own_distribution(kind: str) -> None:
         first = drawn[image * 4000 : (image + 1) * 4000, 1]
         shares = torch.bincount(first, minlength=WORDS) / 4000
         torch.testing.assert_close(shares, expected[image], atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("kind", sorted(DECODERS))
+def test_gradient_is_of_the_distribution_that_captions_were_drawn_from(kind: str) -> None:
+    tokens = [[START, 4 + image, 6, END] for image in range(3)]
+    data = CaptionData(tokens, np.arange(3))
+    columns = {name: column.numpy() for name, column in features(3).items()}
+    way = Resident(data, columns, TrainConfig(features="unused", output="unused"), 0, 1)
+    critic = Critic(data, SelfCriticalConfig(samples=16, max_length=6))
+    moved = []
+    for dropout in (0.0, 0.5):
+        model = TeacherForcing(decoder(kind, dropout))
+        torch.manual_seed(1)
+        (batch,) = way.batches(way.plan(0, images=3), 0)
+        self_critical_step(
+            model,
+            torch.optim.SGD(model.parameters(), 0.1),
+            batch.features,
+            batch,
+            critic,
+            workers=1,
+            clip_norm=None,
+            compute="float32",
+        )
+        moved.append(torch.cat([weight.flatten() for weight in model.parameters()]))
+    torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=0)
+    assert not torch.equal(
+        moved[0], torch.cat([weight.flatten() for weight in decoder(kind).parameters()])
+    )
 
 
 @pytest.mark.parametrize("kind", ["merge", "transformer"])
