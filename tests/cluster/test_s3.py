@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "pictures"
 SIZES = {"train": 32, "validation": 8}
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

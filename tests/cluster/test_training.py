@@ -124,6 +124,7 @@ def weights(result: TrainResult) -> bytes:
     return (Path(result.uri) / "weights.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_same_seed_gives_the_same_history_and_weights_even_when_a_worker_is_killed(
     unbroken: TrainResult, features: str, tmp_path: Path
 ) -> None:
@@ -167,6 +168,7 @@ def test_a_killed_driver_changes_nothing(
     assert not (tmp_path / "model" / run.WORK).exists()
 
 
+@pytest.mark.long
 def test_a_run_killed_before_publishing_publishes_without_training_again(
     features: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

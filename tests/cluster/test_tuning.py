@@ -21,7 +21,11 @@ from tests.stores import write_store
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS = 3
 
-pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.usefixtures("local_ray"),
+    pytest.mark.timeout(900),
+]
 
 
 @pytest.fixture(scope="module")
