@@ -95,7 +95,13 @@ class Vocabulary:
         return {word: position for position, word in enumerate(self.words)}
 
     def encode(self, words: Sequence[str], max_length: int | None = None) -> list[int]:
-        """``<start> words <end>`` as ids; words past ``max_length`` tokens in all are cut, ``<end>`` stays."""
+        """``<start> words <end>`` as ids; words past ``max_length`` tokens in all are cut, ``<end>`` stays.
+
+        Unknown words are ``<unk>``. Under the seed's rules they vanish, as in Keras' Tokenizer: with every train word
+        in the vocabulary nothing would ever teach ``<unk>``, and a few of them would rule the validation loss.
+        """
+        if self.rules == "seed":
+            words = [word for word in words if word in self._ids]
         if max_length is not None:
             words = words[: max(max_length - 2, 0)]
         return [START, *(self._ids.get(word, UNK) for word in words), END]

@@ -3,6 +3,7 @@
 from torch import nn
 
 from captioner.config import DecoderConfig
+from captioner.models.ensemble import Ensemble
 from captioner.models.merge import MergeDecoder
 from captioner.models.sequence_attention import SequenceAttentionDecoder
 from captioner.models.spatial_attention import SpatialAttentionDecoder
@@ -18,4 +19,7 @@ DECODERS = {
 
 def build_decoder(config: DecoderConfig, vocabulary_size: int, channels: int) -> nn.Module:
     """A decoder with fresh weights; it fulfils ``models.base.Decoder``."""
-    return DECODERS[config.kind](config, vocabulary_size, channels)
+    members = [
+        DECODERS[config.kind](config, vocabulary_size, channels) for _ in range(config.members)
+    ]
+    return members[0] if len(members) == 1 else Ensemble(members)

@@ -75,9 +75,10 @@ def for_captions(values: Tensor, captions: int) -> Tensor:
 
 
 class Standardize(nn.Module):
-    """Features to zero mean and unit variance per channel; the statistics are those of the train split.
+    """Features to a common scale; the statistics are those of the train split.
 
-    A frozen network's channels differ in scale by orders of magnitude, those of random weights most of all.
+    A frozen network's channels differ in scale by orders of magnitude. Those of random weights all carry as much, so
+    each has its own mean and deviation. In a trained network the large ones matter, so all have one factor.
     """
 
     def __init__(self, channels: int):
@@ -87,8 +88,16 @@ class Standardize(nn.Module):
         self.mean: Tensor
         self.scale: Tensor
 
-    def fit(self, mean: Tensor, deviation: Tensor) -> None:
-        """Set the statistics, both float32 [C]. A channel that never varies is left at zero, not blown up."""
+    def fit(self, mean: Tensor, deviation: Tensor, *, whole: bool = False) -> None:
+        """Set the statistics of the channels, both float32 [C].
+
+        Args:
+            whole: divide all channels by the deviation of all values together, and move none. Otherwise a channel that
+                never varies is left at zero, not blown up.
+        """
+        if whole:
+            spread = (deviation**2 + (mean - mean.mean()) ** 2).mean().sqrt()
+            mean, deviation = torch.zeros_like(mean), spread.expand_as(deviation)
         self.mean.copy_(mean)
         self.scale.copy_(torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf))
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from captioner.config import OptimizerConfig, TrainConfig
 from captioner.errors import TrainingError
 from captioner.models.base import Decoder, Features
+from captioner.models.ensemble import Ensemble
 from captioner.text import PAD
 from captioner.training.loss import IGNORED, linear_cross_entropy
 
@@ -38,8 +39,19 @@ class TeacherForcing(nn.Module):
             weights: float [B], a factor of each caption's loss; None is 1.
 
         Returns:
-            summed cross-entropy (smoothed while training), and the number of words that were the most probable.
+            summed cross-entropy (smoothed while training), and the number of words that were the most probable. Of an
+            ensemble in training both are means over its members, otherwise those of its mean probabilities.
         """
+        if self.training and weights is None and isinstance(self.decoder, Ensemble):
+            # Each member by its own loss: a common one would let them lean on each other.
+            found = [self._sums(member, features, tokens, None) for member in self.decoder.members]
+            losses, correct = zip(*found, strict=True)
+            return torch.stack(losses).mean(), torch.stack(correct).float().mean()
+        return self._sums(self.decoder, features, tokens, weights)
+
+    def _sums(
+        self, decoder: nn.Module, features: Features, tokens: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         # Only real words meet the vocabulary: that projection is most of the work.
         places = (targets != PAD).flatten().nonzero().squeeze(1)  # (W,)
@@ -48,10 +60,11 @@ class TeacherForcing(nn.Module):
         excess = -len(places) % _ROUND
         places = functional.pad(places, (0, excess))
         wanted = functional.pad(wanted, (0, excess), value=IGNORED)
-        hidden = self.decoder.hidden(features, inputs).flatten(0, 1).index_select(0, places)
-        output = self.decoder.output
+        hidden = decoder.hidden(features, inputs).flatten(0, 1).index_select(0, places)
+        output = decoder.output
         # A reward is for the caption as it was drawn.
         smoothing = self.label_smoothing if self.training and weights is None else 0.0
+        scale = None if weights is None else weights[places // targets.shape[1]]  # (W,)
         if isinstance(output, nn.Linear):
             return linear_cross_entropy(
                 hidden,
@@ -59,12 +72,11 @@ class TeacherForcing(nn.Module):
                 output.bias,
                 wanted,
                 label_smoothing=smoothing,
-                scale=None if weights is None else weights[places // targets.shape[1]],
+                scale=scale,
             )
         log_probs = output(hidden).float()  # an ensemble's, (W, V)
-        loss = functional.cross_entropy(
-            log_probs, wanted, reduction="sum", label_smoothing=smoothing, ignore_index=IGNORED
-        )
+        losses = functional.nll_loss(log_probs, wanted, reduction="none", ignore_index=IGNORED)
+        loss = losses.sum() if scale is None else (losses * scale).sum()
         correct = (log_probs.argmax(dim=-1) == wanted).sum()
         return loss, correct
 

@@ -23,7 +23,7 @@ from captioner.encoder import fast_bfloat16
 from captioner.errors import TrainingError
 from captioner.model_store import pack_weights, unpack_weights
 from captioner.models import build_decoder
-from captioner.models.base import Features
+from captioner.models.base import Features, Standardize
 from captioner.progress import TrainingGauges
 from captioner.schema import Record
 from captioner.store import FeatureStore
@@ -110,9 +110,8 @@ class Worker:
             # Ray leaves one thread per worker; share out the node's cores.
             share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
             torch.set_num_threads(config.threads_per_worker or share)
-        wanted = config.compute
         auto = "bfloat16" if fast_bfloat16(self.device.type) else "float32"
-        self.compute = auto if wanted == "auto" else wanted
+        self.compute = auto if config.compute == "auto" else config.compute
         store = FeatureStore.open(config.features)
         torch.manual_seed(config.seed)
         self.decoder = build_decoder(
@@ -132,7 +131,13 @@ class Worker:
             )
             for split in ("train", "validation")
         )
-        self.decoder.standardize.fit(*self.train.statistics(columns[0]))
+        random_encoder = store.manifest.encoder.weights.startswith("random")
+        wanted = config.decoder.standardize
+        whole = not random_encoder if wanted == "auto" else wanted == "whole"
+        statistics = self.train.statistics(columns[0])
+        for part in self.decoder.modules():
+            if isinstance(part, Standardize):
+                part.fit(*statistics, whole=whole)
         self.model = ray.train.torch.prepare_model(
             TeacherForcing(self.decoder, config.label_smoothing)
         )

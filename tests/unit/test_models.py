@@ -10,7 +10,7 @@ from captioner.config import DecoderConfig
 from captioner.errors import ModelError
 from captioner.model_store import pack_weights, unpack_weights
 from captioner.models import DECODERS, build_decoder
-from captioner.models.base import Features
+from captioner.models.base import Features, Standardize
 from captioner.text import END, PAD, START
 from captioner.training.steps import OptimizerConfig, TeacherForcing, build_optimizer
 
@@ -202,3 +202,10 @@ def test_merge_has_the_seeds_layers() -> None:
     image, words = 2048 * 256 + 256, 7368 * 256
     lstm = 4 * (256 * 256 + 256 * 256 + 2 * 256)  # torch keeps two biases where Keras has one
     assert counted == image + words + lstm + (256 * 128 + 128) + (128 * 7368 + 7368)
+
+
+def test_one_factor_for_all_channels_keeps_their_proportions() -> None:
+    seen = features(64)["pooled"] * torch.logspace(-2, 2, CHANNELS) + 1
+    standardize = Standardize(CHANNELS)
+    standardize.fit(seen.mean(dim=0), seen.std(dim=0, correction=0), whole=True)
+    torch.testing.assert_close(standardize(seen), seen / seen.std(correction=0))

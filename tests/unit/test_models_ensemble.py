@@ -6,6 +6,7 @@ from torch import nn
 
 from captioner.config import DecodeConfig, DecoderConfig
 from captioner.errors import ModelError
+from captioner.model_store import pack_weights, unpack_weights
 from captioner.models import DECODERS, build_decoder
 from captioner.models.ensemble import Ensemble
 from captioner.models.search import search
@@ -17,7 +18,14 @@ from .test_models import CELLS, CHANNELS, VOCABULARY, captions, features
 def member(kind: str, seed: int = 0, vocabulary: int = VOCABULARY) -> nn.Module:
     torch.manual_seed(seed)
     config = DecoderConfig(
-        kind=kind, width=16, output_width=12, attention_width=8, heads=4, layers=2
+        kind=kind,
+        width=16,
+        output_width=12,
+        attention_width=8,
+        heads=4,
+        layers=2,
+        dropout=0.0,
+        feature_dropout=0.0,
     )
     decoder = build_decoder(config, vocabulary, CHANNELS).eval()
     with torch.no_grad():
@@ -70,6 +78,44 @@ def test_its_teacher_forced_loss_is_that_of_its_probabilities(ensemble: Ensemble
         reduction="sum",
     )
     torch.testing.assert_close(loss, expected)
+
+
+def test_in_training_each_member_has_its_own_loss() -> None:
+    members = [member("merge", seed=seed) for seed in range(3)]
+    image, tokens = {"pooled": features(2)["pooled"]}, captions(3, 8)
+    alone, gradients = [], []
+    for one in members:
+        loss, _ = TeacherForcing(one, label_smoothing=0.1).train()(image, tokens)
+        gradients.append(torch.autograd.grad(loss, one.output.weight)[0])
+        alone.append(loss.detach())
+    loss, correct = TeacherForcing(Ensemble(members), label_smoothing=0.1).train()(image, tokens)
+    torch.testing.assert_close(loss.detach(), torch.stack(alone).mean())
+    assert 0 <= correct <= 9
+    loss.backward()
+    for one, expected in zip(members, gradients, strict=True):
+        torch.testing.assert_close(one.output.weight.grad, expected / 3)
+
+
+def test_a_reward_is_for_the_caption_of_the_whole_ensemble(ensemble: Ensemble) -> None:
+    image, tokens, rewards = features(2), captions(3, 8), torch.tensor([0.5, -2.0])
+    log_probs = ensemble(image, tokens[:, :-1]).gather(2, tokens[:, 1:, None]).squeeze(2)
+    expected = -((log_probs * (tokens[:, 1:] != 0)).sum(dim=1) * rewards).sum()
+    for training in (False, True):
+        loss, _ = TeacherForcing(ensemble).train(training)(image, tokens, rewards)
+        torch.testing.assert_close(loss, expected)
+
+
+def test_members_are_built_with_weights_of_their_own() -> None:
+    config = DecoderConfig(kind="merge", width=16, output_width=12, members=3)
+    built = build_decoder(config, VOCABULARY, CHANNELS)
+    assert isinstance(built, Ensemble)
+    weights = [one.output.weight for one in built.members]
+    assert len(weights) == 3
+    assert not torch.equal(weights[0], weights[1])
+    again = build_decoder(config, VOCABULARY, CHANNELS)
+    unpack_weights(again, pack_weights(built))
+    image, tokens = {"pooled": features(2)["pooled"]}, captions(3, 8)
+    torch.testing.assert_close(again.eval()(image, tokens), built.eval()(image, tokens))
 
 
 def test_members_of_different_vocabularies_are_refused() -> None:

@@ -109,6 +109,11 @@ def test_rare_words_become_unknown() -> None:
     assert vocabulary.encode(["dog", "runs"]) == [START, 4, UNK, END]
 
 
+def test_unknown_words_vanish_under_the_seed_rules() -> None:
+    vocabulary = Vocabulary.build([["dog", "runs"]], rules="seed")
+    assert vocabulary.encode(["big", "dog", "slowly", "runs"], max_length=4) == [START, 4, 5, END]
+
+
 @pytest.mark.parametrize(
     ("max_length", "ids"), [(5, [4, 5, 6]), (4, [4, 5]), (3, [4]), (None, [4, 5, 6])]
 )
