@@ -87,7 +87,7 @@ class DecoderConfig(Config):
     """Networks of the kind that are trained side by side and whose word probabilities are averaged: an ensemble."""
     standardize: Literal["auto", "channels", "whole"] = "auto"
     """channels: each channel of the features to mean 0, variance 1. whole: one factor for all of them, which keeps what
-    a trained network makes large. auto: channels for random weights, else whole."""
+    a trained network makes large. auto: whole for the pooled vector of trained weights, else channels."""
     width: Positive = 256
     """Width D of embeddings and hidden states."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, P grid cells, C channels, D width, A attention width,
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from captioner.config import DecoderConfig
 from captioner.models.base import Features, Standardize, State, for_captions
@@ -43,9 +44,10 @@ class SpatialAttentionDecoder(nn.Module):
         for name in ("hidden", "cell"):
             state[name] = for_captions(state[name], len(tokens))
         words = self.dropout(self.embedding(tokens))  # (B, T, D)
+        weights = self.weights()
         outputs, contexts = [], []
-        for position in range(tokens.shape[1]):
-            state, context, _ = self.look(words[:, position], state)
+        for gates in self.read(words, weights).unbind(dim=1):  # of all words at once
+            state, context, _ = self.look(gates, state, weights)
             outputs.append(state["hidden"])
             contexts.append(context)
         return self.deepen(words, torch.stack(outputs, dim=1), torch.stack(contexts, dim=1))
@@ -61,21 +63,52 @@ class SpatialAttentionDecoder(nn.Module):
         hidden, cell = torch.tanh(self.initial(cells.mean(dim=1))).chunk(2, dim=1)
         return {"cells": cells, "keys": self.key(cells), "hidden": hidden, "cell": cell}
 
-    def look(self, word: Tensor, state: State) -> tuple[State, Tensor, Tensor]:
-        """Attend, then read one word: word [B, D] -> new state, context [B, D], attention [B, P].
+    def weights(self) -> dict[str, Tensor]:
+        """What every word is multiplied by. Cast here, once: autocasting would cast a slice at every word."""
+        width = self.embedding.embedding_dim
+        found = {
+            "word": self.lstm.weight_ih[:, :width],
+            "word bias": self.lstm.bias_ih + self.lstm.bias_hh,
+            "context": self.lstm.weight_ih[:, width:],
+            "hidden": self.lstm.weight_hh,
+            "query and gate": torch.cat([self.query.weight, self.gate.weight]),
+            "query and gate bias": torch.cat([self.query.bias, self.gate.bias]),
+        }
+        device = self.output.weight.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            found = {name: tensor.to(dtype) for name, tensor in found.items()}
+        return found
+
+    def read(self, words: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """The words' share of the LSTM's gates: [..., D] -> [..., 4 D]."""
+        return functional.linear(words, weights["word"], weights["word bias"])
+
+    def look(
+        self, gates: Tensor, state: State, weights: dict[str, Tensor]
+    ) -> tuple[State, Tensor, Tensor]:
+        """Attend, then read one word: gates [B, 4 D] -> new state, context [B, D], attention [B, P].
 
         ``cells`` and ``keys`` may be those of fewer images, each looked at by equally many of the B captions.
         """
         hidden, cells = state["hidden"], state["cells"]
         images = len(cells)
-        queries = self.query(hidden).unflatten(0, (images, len(hidden) // max(1, images)))
+        asked = functional.linear(hidden, weights["query and gate"], weights["query and gate bias"])
+        query, gate = asked.split([self.query.out_features, self.gate.out_features], dim=1)
+        queries = query.unflatten(0, (images, len(hidden) // max(1, images)))
         pairs = torch.tanh(state["keys"].unsqueeze(1) + queries.unsqueeze(2))
         attention = torch.softmax(self.score(pairs).squeeze(-1).float(), dim=-1)
         context = (attention.to(cells.dtype) @ cells).flatten(0, 1)
-        context = torch.sigmoid(self.gate(hidden)) * context
-        hidden, cell = self.lstm(
-            torch.cat([word, context.to(word.dtype)], dim=1), (hidden, state["cell"])
+        context = torch.sigmoid(gate) * context
+        gates = (
+            gates
+            + functional.linear(context, weights["context"])
+            + functional.linear(hidden, weights["hidden"])
         )
+        # torch's order, and its cell: nn.LSTMCell would multiply by the word's weights at every word.
+        inputs, forget, update, output = gates.float().chunk(4, dim=1)
+        cell = torch.sigmoid(forget) * state["cell"] + torch.sigmoid(inputs) * torch.tanh(update)
+        hidden = torch.sigmoid(output) * torch.tanh(cell)
         return state | {"hidden": hidden, "cell": cell}, context, attention.flatten(0, 1)
 
     def deepen(self, word: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
@@ -85,6 +118,6 @@ class SpatialAttentionDecoder(nn.Module):
         return deepened
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
-        word = self.embedding(tokens)
-        new, context, attention = self.look(word, state)
+        word, weights = self.embedding(tokens), self.weights()
+        new, context, attention = self.look(self.read(word, weights), state, weights)
         return self.output(self.deepen(word, new["hidden"], context)), new, attention

@@ -39,6 +39,9 @@ from captioner.training.steps import (
     train_step,
 )
 
+# Between two lines about the same epoch.
+_TELL_SECONDS = 20.0
+
 LAST, BEST, STATE, HISTORY = "last.safetensors", "best.safetensors", "state.pt", "history.json"
 
 
@@ -131,9 +134,9 @@ class Worker:
             )
             for split in ("train", "validation")
         )
-        random_encoder = store.manifest.encoder.weights.startswith("random")
+        trained = not store.manifest.encoder.weights.startswith("random")
         wanted = config.decoder.standardize
-        whole = not random_encoder if wanted == "auto" else wanted == "whole"
+        whole = trained and columns[0] == "pooled" if wanted == "auto" else wanted == "whole"
         statistics = self.train.statistics(columns[0])
         for part in self.decoder.modules():
             if isinstance(part, Standardize):
@@ -206,6 +209,7 @@ class Worker:
                 compute=self.compute,
             )
             sums += torch.stack([loss.double(), correct.double()]).cpu()
+            self.tell(epoch, number + 1, len(plan), timer)
         train_loss, train_accuracy = (self.reduce(sums) / self.train.data.words).tolist()
         require_finite(train_loss, epoch, "training")
         return EpochRecord(
@@ -254,6 +258,7 @@ class Worker:
                 clip_norm=self.config.optimizer.clip_norm,
                 compute=self.compute,
             )
+            self.tell(epoch, number + 1, len(plan), timer)
         reward, captions = self.reduce(rewards).tolist()
         require_finite(reward, epoch, "self-critical")
         return EpochRecord(
@@ -279,6 +284,15 @@ class Worker:
             sums += self.judge.greedy(self.decoder, features, self.judge.images(batch))
         total, images = self.reduce(sums).tolist()
         return total / images
+
+    def tell(self, epoch: int, done: int, steps: int, timer: "Stopwatch") -> None:
+        """Where a long epoch stands, now and then."""
+        if self.rank != 0 or self.messages is None or not timer.tick(_TELL_SECONDS):
+            return
+        left = timer.elapsed / done * (steps - done)
+        self.messages.put.remote(
+            f"epoch {epoch + 1} | {done} of {steps} steps | {int(left // 60)}:{int(left % 60):02d} left"
+        )
 
     def reseed(self, epoch: int) -> None:
         torch.manual_seed(hash((self.config.seed, epoch, self.rank)) % 2**63)
@@ -359,9 +373,23 @@ class Stopwatch:
     def __init__(self, batches: Iterator[Batch]):
         self.batches = batches
         self.seconds = self.waited = 0.0
+        self._started = self._ticked = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since iteration began."""
+        return time.perf_counter() - self._started
+
+    def tick(self, seconds: float) -> bool:
+        """Whether so many seconds have gone by since this last was true, or since iteration began."""
+        now = time.perf_counter()
+        due = now - self._ticked >= seconds
+        if due:
+            self._ticked = now
+        return due
 
     def __iter__(self) -> Iterator[Batch]:
-        started = time.perf_counter()
+        started = self._started = self._ticked = time.perf_counter()
         while True:
             before = time.perf_counter()
             batch = next(self.batches, None)

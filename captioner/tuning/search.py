@@ -30,8 +30,9 @@ logger = logging.getLogger(__name__)
 WORK, SEARCH = "_tuning", "search"
 MODEL, TRIALS, PICTURE = "model", "trials.parquet", "trials.png"
 
-# What the driver of a trial takes while its training worker does the work: next to nothing, but Tune wants a number.
-_DRIVER = {"memory": 256 * 2**20}
+# What the driver of a trial takes while its training worker does the work: next to nothing, but Tune wants a number. It
+# lives on the head, without which the search is lost anyhow: a lost node then takes workers, which Ray Train replaces.
+_DRIVER = {"memory": 256 * 2**20, "node:__internal_head__": 0.001}
 
 
 class SearchManifest(Record):

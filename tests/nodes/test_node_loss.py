@@ -27,11 +27,13 @@ from captioner.config import (
     ExtractConfig,
     ServeConfig,
     TrainConfig,
+    TuneConfig,
 )
 from captioner.features import extract
 from captioner.serving.run import deploy, url
 from captioner.sources.scenes import draw_scene, make_scene
 from captioner.training.run import WORK, run_training
+from captioner.tuning.search import SearchResult, run_search
 from tests.head import free_port
 from tests.nodes.conftest import ROWS, Nodes
 
@@ -187,6 +189,49 @@ def test_training_survives_the_loss_of_a_node(nodes: Nodes, model: str) -> None:
     for expected, found in zip(*histories, strict=True):
         assert found["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-5)
         assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
+
+
+def test_search_survives_the_loss_of_a_node(nodes: Nodes, features: str) -> None:
+    """No trial is stopped early, so that which come first to a rung decides nothing."""
+
+    def config(output: str) -> TuneConfig:
+        return TuneConfig(
+            features=features,
+            output=f"{nodes.uri}/{output}",
+            space="wide",
+            num_samples=4,
+            max_epochs=3,
+            max_concurrent=2,
+            scheduler="none",
+        )
+
+    found: list[SearchResult] = []
+    undisturbed = timed(lambda: found.append(run_search(config("search"))))
+    disturbed = nodes.run_and_kill(
+        lambda: found.append(run_search(config("search-killed"))),
+        lambda: any("checkpoint" in key for key in nodes.keys("search-killed/_tuning/trials/")),
+        "RayTrainWorker",
+        random.Random(4).uniform(0, 0.2),
+    )
+    one, two = found
+    numbers = [trial.number for trial in two.trials]
+    lost = len(set(range(4)) - set(numbers))
+    report(
+        "tuning, 4 trials",
+        "node with a trial's worker killed",
+        str(lost),
+        str(len(numbers) - len(set(numbers))),
+        (undisturbed, disturbed),
+    )
+    assert numbers == [0, 1, 2, 3]
+    assert two.best == one.best
+    for expected, there in zip(one.trials, two.trials, strict=True):
+        assert there.hyperparameters == expected.hyperparameters
+        assert there.status == expected.status == "finished"
+        assert [epoch for epoch, _ in there.curve] == [1, 2, 3]
+        assert [value for _, value in there.curve] == pytest.approx(
+            [value for _, value in expected.curve], rel=1e-4
+        )
 
 
 def history(model: str) -> list[dict[str, Any]]:
