@@ -71,7 +71,7 @@ submit-serve: $(INSTALLED) ## The same for the service, which stays when its job
 dashboard: $(INSTALLED) ## TensorBoard on this machine: make dashboard RUN=runs/flickr8k/search
 	$(PYTHON) -m tensorboard.main --logdir $(or $(RUN),runs) --host 127.0.0.1
 
-test: lint ## Run ruff and the tests: without Ray, on a local Ray, and of every job
+test: lint type ## Check style and types, then run the tests: without Ray, on a local Ray, and of every job
 	$(PYTEST) --durations=5 tests/unit
 	$(PYTEST) --durations=10 -m "not chaos and not long" tests/cluster tests/jobs tests/deploy
 

@@ -80,7 +80,8 @@ def parse(
     try:
         # A wide terminal keeps tyro's message on one line, to be taken out of its box below.
         with contextlib.redirect_stderr(captured), _columns(4000, unless="--help" in remaining):
-            return tyro.cli(config_type, args=remaining, **options)
+            parsed: AnyConfig = tyro.cli(config_type, args=remaining, **options)
+            return parsed
     except ValidationError as error:
         raise ConfigError(describe(error)) from error
     except SystemExit as stop:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from pickle import (
     UnpicklingError,  # what torch.load(weights_only=True) raises on anything but tensors
 )
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.error import URLError
 
 import numpy as np
@@ -41,6 +41,7 @@ PREPROCESSING = {
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 Tensors = dict[str, Tensor]
+Compute = Literal["float32", "bfloat16"]
 
 
 def build_network(name: str, layer: str) -> nn.Sequential:
@@ -131,7 +132,7 @@ def _read(uri: str) -> Tensors:
     raise ModelError(f"encoder.weights: {uri} must end in .safetensors, .pth or .pt")
 
 
-def identify(config: EncoderConfig, tensors: Tensors, compute: str) -> EncoderIdentity:
+def identify(config: EncoderConfig, tensors: Tensors, compute: Compute) -> EncoderIdentity:
     """What decides the value of an embedding made with these settings and tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -152,12 +153,12 @@ def identify(config: EncoderConfig, tensors: Tensors, compute: str) -> EncoderId
 def fast_bfloat16(device: str) -> bool:
     """Whether the device multiplies bfloat16 in hardware (AMX or AVX512-BF16; compute capability 8 on)."""
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def choose_compute(requested: str, device: str) -> str:
-    """``float32`` or ``bfloat16``: the requested arithmetic, or for ``auto`` the fast one of the device."""
+def choose_compute(requested: Literal["auto"] | Compute, device: str) -> Compute:
+    """The requested arithmetic, or for ``auto`` the fast one of the device."""
     if requested != "auto":
         return requested
     return "bfloat16" if fast_bfloat16(device) else "float32"
@@ -187,7 +188,8 @@ class Encoder:
                 f"encoder weights do not fit {identity.name}: {left or missing.unexpected_keys}"
             )
         _fold_batch_norms(network)
-        self.network = network.to(self.device, self.dtype, memory_format=torch.channels_last)
+        network = network.to(self.device, self.dtype)
+        self.network = network.to(memory_format=torch.channels_last)
         _, mean, scale = PREPROCESSING[identity.name]
         self.mean = torch.tensor(mean, device=self.device)
         self.scale = torch.tensor(scale, device=self.device)

@@ -47,7 +47,13 @@ class Report:
 class ScoreImages:
     """Ray Data actor: features of a batch of images -> captions and teacher-forced sums."""
 
-    def __init__(self, model_uri: str, decode: DecodeConfig, captions: ray.ObjectRef, threads: int):
+    def __init__(
+        self,
+        model_uri: str,
+        decode: DecodeConfig,
+        captions: "ray.ObjectRef[dict[str, list[str]]]",
+        threads: int,
+    ):
         if not torch.cuda.is_available():
             torch.set_num_threads(threads)
         self.captioner = Captioner.load(model_uri)

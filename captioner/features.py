@@ -2,7 +2,7 @@
 
 import logging
 import time
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from captioner import storage
 from captioner.checkpoint import finish_rows, forget_checkpoint, list_data_files
 from captioner.cluster import PoolPlan, num_gpus, plan_pool, start_ray
 from captioner.config import ExtractConfig
-from captioner.encoder import Encoder, choose_compute, identify, load_weights
+from captioner.encoder import Compute, Encoder, choose_compute, identify, load_weights
 from captioner.pipeline import run_pipeline
 from captioner.schema import (
     CAPTION_ROWS,
@@ -161,12 +161,12 @@ def _reasons(rows: pa.Table) -> list[str]:
     ]
 
 
-def compute_on_cluster(requested: str) -> str:
+def compute_on_cluster(requested: Literal["auto"] | Compute) -> Compute:
     """The arithmetic that suits the machines the encoders will run on, which need not be the driver's."""
     if not num_gpus():
         return choose_compute(requested, "cpu")
     probe = ray.remote(num_gpus=1)(choose_compute)
-    compute: str = ray.get(probe.remote(requested, "cuda"))
+    compute: Compute = ray.get(probe.remote(requested, "cuda"))
     return compute
 
 
@@ -178,7 +178,8 @@ def _describe(pool: PoolPlan) -> str:
 
 def _write_captions(source: Source, output: storage.Output) -> None:
     """Write the captions table: names and contents are the same in every run, so a restart rewrites it safely."""
-    batches, rows, part = [], 0, 0
+    batches: list[pa.RecordBatch] = []
+    rows = part = 0
 
     def flush() -> None:
         with storage.atomic_writer(output.uri("captions", f"part-{part:05d}.parquet")) as file:

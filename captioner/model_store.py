@@ -13,6 +13,7 @@ from captioner import storage
 from captioner.config import DecoderConfig, TextConfig
 from captioner.errors import ModelError
 from captioner.models import build_decoder
+from captioner.models.base import Decoder
 from captioner.schema import SCHEMA_VERSION, EncoderIdentity, Record, StoreManifest
 from captioner.store import ENCODER_WEIGHTS, FeatureStore
 from captioner.text import Vocabulary
@@ -54,7 +55,7 @@ class LoadedModel:
     uri: str
     record: ModelRecord
     vocabulary: Vocabulary
-    decoder: nn.Module
+    decoder: Decoder
 
     @property
     def encoder_weights_uri(self) -> str:

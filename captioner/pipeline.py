@@ -181,7 +181,7 @@ def rows_per_file(total: int, schema: pa.Schema) -> int:
     So a store of any size has files that can be listed, and what a killed run had not written yet is little of it.
     """
     tensors = [field.type for field in schema if isinstance(field.type, pa.FixedShapeTensorType)]
-    row = sum(math.prod(kind.shape) * kind.value_type.bit_width // 8 for kind in tensors)
+    row = sum(int(math.prod(kind.shape) * kind.value_type.bit_width // 8) for kind in tensors)
     return max(1, min(total // _FILES, _FILE_BYTES // max(row, 1)))
 
 

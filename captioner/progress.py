@@ -67,7 +67,7 @@ class Counter:
 
 def start_counter() -> ActorHandle:
     """A ``Counter`` on the driver's node."""
-    return Counter.options(scheduling_strategy=beside_driver()).remote()
+    return Counter.options(scheduling_strategy=beside_driver()).remote()  # type: ignore[attr-defined]
 
 
 class ProgressLine:
@@ -176,7 +176,8 @@ class MessageLog:
     """Context manager that logs, in the driver, the lines that workers put into ``actor``."""
 
     def __init__(self, target: logging.Logger):
-        self.actor: ActorHandle = Mailbox.options(scheduling_strategy=beside_driver()).remote()
+        mailbox = Mailbox.options(scheduling_strategy=beside_driver())  # type: ignore[attr-defined]
+        self.actor: ActorHandle = mailbox.remote()
         self._target = target
         self._ticker = Ticker(self._drain)
 

@@ -139,7 +139,8 @@ class FeatureStore:
         rows = np.empty(len(ids), np.int64)
         rows[np.argsort(ids, kind="stable")] = np.arange(len(ids))
         names = found["__filename"].to_numpy()
-        starts = np.flatnonzero(np.r_[True, names[1:] != names[:-1]]) if len(names) else []
+        first = np.r_[True, names[1:] != names[:-1]] if len(names) else np.zeros(0, bool)
+        starts = np.flatnonzero(first)
         chunks: list[Chunk] = []
         for start, end in zip(starts, [*starts[1:], len(names)], strict=True):
             if chunks and len(chunks[-1].rows) + end - start <= images:

@@ -5,7 +5,7 @@ import resource
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray.train
 import torch
@@ -14,7 +14,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from captioner.cluster import num_cpus, num_gpus, start_ray
-from captioner.config import BenchmarkTrainConfig, TrainConfig
+from captioner.config import BenchmarkTrainConfig, DecoderKind, TrainConfig
 from captioner.errors import ConfigError
 from captioner.models import build_decoder
 from captioner.store import FeatureStore
@@ -115,7 +115,11 @@ def benchmark_train(config: BenchmarkTrainConfig) -> TrainBenchmark:
 
 
 def _measure(
-    config: BenchmarkTrainConfig, kind: str, ingest: str, workers: int, vocabulary: Vocabulary
+    config: BenchmarkTrainConfig,
+    kind: DecoderKind,
+    ingest: Literal["resident", "streaming"],
+    workers: int,
+    vocabulary: Vocabulary,
 ) -> TrainRate:
     logger.info("measuring %s, %s, %d worker(s)", kind, ingest, workers)
     settings = TrainConfig(

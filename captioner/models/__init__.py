@@ -1,15 +1,14 @@
 """Decoders behind one protocol, and the search that turns their logits into captions."""
 
-from torch import nn
-
 from captioner.config import DecoderConfig
+from captioner.models.base import Decoder
 from captioner.models.ensemble import Ensemble
 from captioner.models.merge import MergeDecoder
 from captioner.models.sequence_attention import SequenceAttentionDecoder
 from captioner.models.spatial_attention import SpatialAttentionDecoder
 from captioner.models.transformer import TransformerDecoder
 
-DECODERS = {
+DECODERS: dict[str, type[MergeDecoder | SpatialAttentionDecoder | TransformerDecoder]] = {
     "merge": MergeDecoder,
     "sequence_attention": SequenceAttentionDecoder,
     "spatial_attention": SpatialAttentionDecoder,
@@ -17,8 +16,8 @@ DECODERS = {
 }
 
 
-def build_decoder(config: DecoderConfig, vocabulary_size: int, channels: int) -> nn.Module:
-    """A decoder with fresh weights; it fulfils ``models.base.Decoder``."""
+def build_decoder(config: DecoderConfig, vocabulary_size: int, channels: int) -> Decoder:
+    """A decoder with fresh weights."""
     members = [
         DECODERS[config.kind](config, vocabulary_size, channels) for _ in range(config.members)
     ]

@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, P grid cells, C channels, D width, O output width, V vocabulary.
 """
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ Features = dict[str, Tensor]
 """Columns of the feature store for a batch of images, float32: ``pooled`` [B, C], ``grid`` [B, P, C]."""
 
 
-class Decoder(Protocol):
+class Decoder(nn.Module):
     """A decoder over whole captions (``forward``, teacher forcing) and one word at a time (``start`` and ``step``)."""
 
     columns: tuple[str, ...]
@@ -26,12 +26,9 @@ class Decoder(Protocol):
     """Names of the state tensors that describe the image alone and that ``step`` hands on unchanged. They keep one row
     per image however many captions of it are being written, so that search never copies them for its beams."""
 
-    def output(self, hidden: Tensor) -> Tensor:
-        """Logits float [..., V] of what ``hidden`` gave [..., O]; apart, so that a loss can project real words only.
-
-        An ``nn.Linear`` in the decoders themselves.
-        """
-        ...
+    output: Callable[[Tensor], Tensor]
+    """Logits float [..., V] of what ``hidden`` gave [..., O]; apart, so that a loss can project real words only. An
+    ``nn.Linear`` in the decoders themselves."""
 
     def hidden(self, features: Features, tokens: Tensor) -> Tensor:
         """What the logits of every next word are projected from.
@@ -44,15 +41,15 @@ class Decoder(Protocol):
         Returns:
             float [B, T, O]; position t sees tokens 0..t alone.
         """
-        ...
+        raise NotImplementedError
 
     def forward(self, features: Features, tokens: Tensor) -> Tensor:
         """Logits of every next word: ``output(hidden(features, tokens))``, float [B, T, V]."""
-        ...
+        return self.output(self.hidden(features, tokens))
 
     def start(self, features: Features) -> State:
         """State before the first word, for B images and one caption each."""
-        ...
+        raise NotImplementedError
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
         """One word further.
@@ -65,7 +62,7 @@ class Decoder(Protocol):
             logits float [B, V], the new state, and attention over the grid float [B, P], None where the decoder has
             none.
         """
-        ...
+        raise NotImplementedError
 
 
 def for_captions(values: Tensor, captions: int) -> Tensor:

@@ -17,10 +17,10 @@ from captioner.errors import ModelError
 from captioner.models.base import Decoder, Features, State
 
 
-class Ensemble(nn.Module):
+class Ensemble(Decoder):
     """Decoders of one vocabulary and one encoder, of any kinds; its logits are log-probabilities."""
 
-    def __init__(self, decoders: Sequence[nn.Module]):
+    def __init__(self, decoders: Sequence[Decoder]):
         """
         Raises:
             ModelError: there are no members, or their vocabularies differ in size.
@@ -54,9 +54,6 @@ class Ensemble(nn.Module):
         """Log-probabilities float [..., V] from ``hidden`` [..., M]."""
         parts = torch.split(hidden, self.sizes, dim=-1)
         return _mean([one.output(part) for one, part in zip(self.decoders, parts, strict=True)])
-
-    def forward(self, features: Features, tokens: Tensor) -> Tensor:
-        return self.output(self.hidden(features, tokens))
 
     def start(self, features: Features) -> State:
         return {

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from captioner.config import DecoderConfig
-from captioner.models.base import Features, Standardize, State, for_captions
+from captioner.models.base import Decoder, Features, Standardize, State, for_captions
 from captioner.models.dropout import Dropout
 
 
-class MergeDecoder(nn.Module):
+class MergeDecoder(Decoder):
     """``relu(image)`` and the words through one LSTM; each output plus the image through a dense layer to the words."""
 
-    columns: tuple[str, ...] = ("pooled",)
-    image_state: frozenset[str] = frozenset()
+    columns = ("pooled",)
+    image_state = frozenset()
 
     def __init__(self, config: DecoderConfig, vocabulary_size: int, channels: int):
         super().__init__()
@@ -49,10 +49,6 @@ class MergeDecoder(nn.Module):
     def hidden(self, features: Features, tokens: Tensor) -> Tensor:
         image = for_captions(self.project(features), len(tokens))
         return self.merge(image.unsqueeze(1), self.read(image, tokens)[:, 1:])
-
-    def forward(self, features: Features, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.output(self.hidden(features, tokens))
-        return logits
 
     def start(self, features: Features) -> State:
         image = self.project(features)

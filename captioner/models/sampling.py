@@ -1,14 +1,14 @@
 """Captions drawn at random from a decoder's own distribution."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from captioner.models.base import Decoder, Features
 from captioner.text import END, PAD, START, UNK
 
 
 @torch.inference_mode()
-def sample(decoder: nn.Module | Decoder, features: Features, count: int, max_length: int) -> Tensor:
+def sample(decoder: Decoder, features: Features, count: int, max_length: int) -> Tensor:
     """Draw ``count`` captions for each image, from torch's default generator.
 
     Args:
@@ -19,7 +19,7 @@ def sample(decoder: nn.Module | Decoder, features: Features, count: int, max_len
         int64 [N * count, T], ``<start>`` first, ``<end>`` last where the caption came to its end, ``<pad>`` after it;
         the captions of an image follow each other.
     """
-    state = decoder.start(features)  # type: ignore[operator]
+    state = decoder.start(features)
     kept = decoder.image_state
     state = {
         name: tensor if name in kept else tensor.repeat_interleave(count, dim=0)
@@ -30,7 +30,7 @@ def sample(decoder: nn.Module | Decoder, features: Features, count: int, max_len
     open_ended = torch.ones_like(last, dtype=torch.bool)
     words = [last]
     for _ in range(max_length + 1):
-        logits, state, _ = decoder.step(last, state)  # type: ignore[operator]
+        logits, state, _ = decoder.step(last, state)
         logits = logits.float()
         logits[:, [PAD, START, UNK]] = -torch.inf
         # The largest of logits plus Gumbel noise is a draw from their softmax.

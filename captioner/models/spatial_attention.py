@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from captioner.config import DecoderConfig
-from captioner.models.base import Features, Standardize, State, for_captions
+from captioner.models.base import Decoder, Features, Standardize, State, for_captions
 from captioner.models.dropout import Dropout
 
 
-class SpatialAttentionDecoder(nn.Module):
+class SpatialAttentionDecoder(Decoder):
     """An LSTM that looks at a weighted mean of the grid's cells before every word."""
 
-    columns: tuple[str, ...] = ("grid",)
+    columns = ("grid",)
     image_state = frozenset({"cells", "keys"})
 
     def __init__(self, config: DecoderConfig, vocabulary_size: int, channels: int):
@@ -52,10 +52,6 @@ class SpatialAttentionDecoder(nn.Module):
             contexts.append(context)
         return self.deepen(words, torch.stack(outputs, dim=1), torch.stack(contexts, dim=1))
 
-    def forward(self, features: Features, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.output(self.hidden(features, tokens))
-        return logits
-
     def start(self, features: Features) -> State:
         cells = self.dropout(
             torch.relu(self.cells(self.feature_dropout(self.standardize(features["grid"]))))
@@ -74,7 +70,7 @@ class SpatialAttentionDecoder(nn.Module):
             "query and gate": torch.cat([self.query.weight, self.gate.weight]),
             "query and gate bias": torch.cat([self.query.bias, self.gate.bias]),
         }
-        device = self.output.weight.device.type
+        device = self.embedding.weight.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             found = {name: tensor.to(dtype) for name, tensor in found.items()}
@@ -94,8 +90,9 @@ class SpatialAttentionDecoder(nn.Module):
         hidden, cells = state["hidden"], state["cells"]
         images = len(cells)
         asked = functional.linear(hidden, weights["query and gate"], weights["query and gate bias"])
-        query, gate = asked.split([self.query.out_features, self.gate.out_features], dim=1)
-        queries = query.unflatten(0, (images, len(hidden) // max(1, images)))
+        query, gate = torch.split(asked, [self.query.out_features, self.gate.out_features], dim=1)
+        captions = len(hidden) // max(1, images)
+        queries = query.reshape(images, captions, self.query.out_features)
         pairs = torch.tanh(state["keys"].unsqueeze(1) + queries.unsqueeze(2))
         attention = torch.softmax(self.score(pairs).squeeze(-1).float(), dim=-1)
         context = (attention.to(cells.dtype) @ cells).flatten(0, 1)

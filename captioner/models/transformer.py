@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captioner.config import DecoderConfig
-from captioner.models.base import Features, Standardize, State
+from captioner.models.base import Decoder, Features, Standardize, State
 from captioner.models.dropout import Dropout
 from captioner.schema import GRID_SIDE
 from captioner.text import PAD
@@ -37,7 +37,7 @@ class Packing:
     def unpack(self, values: Tensor) -> Tensor:
         """[W, D] -> [B, T, D], zero at the padding."""
         padded = values.new_zeros(self.shape.numel(), values.shape[-1])
-        return padded.index_copy(0, self.places, values).unflatten(0, self.shape)
+        return padded.index_copy(0, self.places, values).view(*self.shape, values.shape[-1])
 
 
 class Attention(nn.Module):
@@ -52,7 +52,9 @@ class Attention(nn.Module):
 
     def split(self, memory: Tensor) -> Tensor:
         """Projected keys and values of a sequence [B, S, 2 * D] by head: [B, 2, H, S, E]."""
-        return memory.unflatten(2, (2, self.heads, -1)).permute(0, 2, 3, 1, 4)
+        batch, length, width = memory.shape
+        by_head = memory.view(batch, length, 2, self.heads, width // (2 * self.heads))
+        return by_head.permute(0, 2, 3, 1, 4)
 
     def look(self, query: Tensor, memory: Tensor, *, causal: bool = False) -> tuple[Tensor, Tensor]:
         """Attend from projected queries [B, T, D] to memory [B, 2, H, S, E].
@@ -61,7 +63,8 @@ class Attention(nn.Module):
             what was found, before ``out`` [B, T, D], and the weights float32 [B, H, T, S].
         """
         # By hand: torch's scaled_dot_product_attention takes four to seven times as long in bfloat16 on a CPU.
-        heads = query.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        batch, length, width = query.shape
+        heads = query.view(batch, length, self.heads, width // self.heads).transpose(1, 2)
         scores = heads @ memory[:, 0].mT * heads.shape[-1] ** -0.5
         if causal:
             ahead = torch.full(scores.shape[-2:], -torch.inf, device=scores.device).triu(1)
@@ -155,10 +158,10 @@ def by_image(query: Tensor, images: int) -> Tensor:
     return query.reshape(images, captions // max(1, images) * words, width)
 
 
-class TransformerDecoder(nn.Module):
+class TransformerDecoder(Decoder):
     """Words attend to the words before them and to the cells of the picture."""
 
-    columns: tuple[str, ...] = ("grid",)
+    columns = ("grid",)
 
     def __init__(self, config: DecoderConfig, vocabulary_size: int, channels: int):
         super().__init__()
@@ -207,10 +210,6 @@ class TransformerDecoder(nn.Module):
         for block, picture in zip(self.blocks, self.picture(features), strict=True):
             values = block(values, picture, packing)
         return packing.unpack(self.dropout(self.norm(values)))
-
-    def forward(self, features: Features, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.output(self.hidden(features, tokens))
-        return logits
 
     def start(self, features: Features) -> State:
         state = {}

@@ -179,9 +179,9 @@ def create_app(
         return PlainTextResponse(await service.metrics(), media_type="text/plain; version=0.0.4")
 
     files = resources.files("captioner.serving") / "page"
-    for path, (name, kind) in PAGE.items():
+    for path, (name, media_type) in PAGE.items():
         content = (files / name).read_bytes()
-        app.get(path, include_in_schema=False)(_static(content, kind))
+        app.get(path, include_in_schema=False)(_static(content, media_type))
     return app
 
 

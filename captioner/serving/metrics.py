@@ -9,7 +9,7 @@ from ray.util.metrics import Counter, Histogram
 PREFIX = "captioner_"
 _PATHS = ("/", "/v1/captions", "/v1/models", "/healthz", "/metrics", "/openapi.json")
 _SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
-_IMAGES = [1, 2, 4, 8, 16, 32, 64]
+_IMAGES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
 
 
 # Made on first use: a metric belongs to the process that makes it.

@@ -127,9 +127,10 @@ class CaptionModel:
         for position, found in enumerate(decoded):
             if isinstance(found, ImageError):
                 return _refusal(position, found)
+        good = [found for found in decoded if not isinstance(found, ImageError)]
         ready = time.perf_counter()
         answers = await asyncio.gather(
-            *(self._batcher.submit(_Item(pixels, decode)) for pixels in decoded)
+            *(self._batcher.submit(_Item(pixels, decode)) for pixels in good)
         )
         began = [when for _, when, _ in answers]
         return Captioned(

@@ -1,6 +1,8 @@
 """The images and parameters of a request, checked as far as that goes without decoding."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
@@ -102,10 +104,10 @@ def _merge(parameters: CaptionParameters, fields: dict[str, str]) -> CaptionPara
         raise bad_parameter(error.errors()) from None
 
 
-def bad_parameter(errors: list[dict[str, object]] | object) -> RequestError:
+def bad_parameter(errors: Sequence[Any]) -> RequestError:
     """422 that names each field, its value and what is allowed, from pydantic's errors."""
     lines = []
-    for item in errors:  # type: ignore[attr-defined]
+    for item in errors:
         place = [str(part) for part in item["loc"] if part not in ("query", "body")]
         text = str(item["msg"]).removeprefix("Value error, ")
         value = "" if isinstance(item.get("input"), dict) else f" (got {item.get('input')!r:.60})"

@@ -31,7 +31,7 @@ class PieceSource(Datasource):
     """
 
     def __init__(self, name: str, pieces: Sequence[Piece]):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._name = name
         self._pieces = pieces
 

@@ -89,12 +89,12 @@ def is_local(uri: str) -> bool:
 def exists(uri: str) -> bool:
     """Whether a file or directory is there."""
     filesystem, path = resolve(uri)
-    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+    return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
 def is_directory(uri: str) -> bool:
     filesystem, path = resolve(uri)
-    return filesystem.get_file_info(path).type == pafs.FileType.Directory
+    return bool(filesystem.get_file_info(path).type == pafs.FileType.Directory)
 
 
 def list_files(uri: str) -> list[FileInfo]:

@@ -76,7 +76,7 @@ class Resident:
 
     def statistics(self, column: str) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per channel over all images (and cells), float32 [C] each."""
-        return moments(iter(self.columns[column].split(512)))
+        return moments(iter(torch.split(self.columns[column], 512)))
 
     def _read(self, images: list[Indices], mirror: Mask | None) -> Iterator[Features]:
         for rows in images:

@@ -190,11 +190,11 @@ def _fit(
         return (root / BEST).read_bytes(), read_history((root / HISTORY).read_text())
 
 
-def _user_error(failure: TrainingFailedError) -> Exception:
+def _user_error(failure: Exception) -> Exception:
     """The error of ours behind a failed run, if there is one."""
     # Only failures of workers carry them; a failed controller or a preempted node has none.
     for failed in getattr(failure, "worker_failures", {}).values():
-        error = failed
+        error: BaseException | None = failed
         while error is not None:
             if isinstance(error, CaptionerError):
                 return error

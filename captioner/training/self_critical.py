@@ -7,12 +7,13 @@ Shapes: I images, S captions drawn for each, T tokens.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from captioner.config import DecodeConfig, SelfCriticalConfig
-from captioner.models.base import Features
+from captioner.models.base import Decoder, Features
 from captioner.models.sampling import sample
 from captioner.models.search import search
 from captioner.text import END, PAD
@@ -41,7 +42,7 @@ class Critic:
         """CIDEr-D of a caption without ``<start>``; an ``<end>`` counts as a word."""
         return self.cider.score(self.place[image], words)
 
-    def greedy(self, decoder: nn.Module, features: Features, images: Sequence[int]) -> Tensor:
+    def greedy(self, decoder: Decoder, features: Features, images: Sequence[int]) -> Tensor:
         """Summed reward of the images' most probable captions, and their number: float64 [2]."""
         if not images:
             return torch.zeros(2, dtype=torch.float64)
@@ -79,7 +80,8 @@ def self_critical_step(
     device = next(iter(features.values())).device
     images = critic.images(batch)
     model.eval()
-    decoder = getattr(model, "module", model).decoder
+    wrapped: Any = getattr(model, "module", model)
+    decoder: Decoder = wrapped.decoder
     with autocast(device, compute):
         # Outside of inference mode, whose tensors no gradient may pass.
         tokens = sample(decoder, features, samples, critic.settings.max_length).clone()

@@ -24,7 +24,7 @@ _ROUND = 64
 class TeacherForcing(nn.Module):
     """A decoder with its loss: what DDP wraps, so that a pass over whole captions is one ``forward``."""
 
-    def __init__(self, decoder: nn.Module, label_smoothing: float = 0.0):
+    def __init__(self, decoder: Decoder, label_smoothing: float = 0.0):
         super().__init__()
         self.decoder = decoder
         self.label_smoothing = label_smoothing
@@ -44,13 +44,13 @@ class TeacherForcing(nn.Module):
         """
         if self.training and weights is None and isinstance(self.decoder, Ensemble):
             # Each member by its own loss: a common one would let them lean on each other.
-            found = [self._sums(member, features, tokens, None) for member in self.decoder.members]
+            found = [self._sums(member, features, tokens, None) for member in self.decoder.decoders]
             losses, correct = zip(*found, strict=True)
             return torch.stack(losses).mean(), torch.stack(correct).float().mean()
         return self._sums(self.decoder, features, tokens, weights)
 
     def _sums(
-        self, decoder: nn.Module, features: Features, tokens: Tensor, weights: Tensor | None
+        self, decoder: Decoder, features: Features, tokens: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         # Only real words meet the vocabulary: that projection is most of the work.
@@ -83,7 +83,7 @@ class TeacherForcing(nn.Module):
 
 @torch.inference_mode()
 def teacher_forcing(
-    decoder: nn.Module | Decoder,
+    decoder: Decoder,
     features: Features,
     rows: Tensor,
     captions: Sequence[Sequence[int]],
@@ -128,8 +128,8 @@ class Schedule:
         self.factor = 1.0
         self.waited = 0
 
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
+    def rate(self, step: float) -> float:
+        """Learning rate of a step, counted from 0; between two where workers' steps are not those of one."""
         config = self.config
         if step < config.warmup_steps:
             return config.learning_rate * (step + 1) / config.warmup_steps

@@ -212,14 +212,17 @@ class Worker:
             self.tell(epoch, number + 1, len(plan), timer)
         train_loss, train_accuracy = (self.reduce(sums) / self.train.data.words).tolist()
         require_finite(train_loss, epoch, "training")
+        validation_loss, validation_accuracy = self.validate(epoch)
         return EpochRecord(
             epoch=epoch + 1,
             train_loss=train_loss,
             train_accuracy=train_accuracy,
             learning_rate=rate,
             captions_per_second=len(self.train.data) / timer.seconds,
-            **timer.record(),
-            **self.validate(epoch),
+            seconds=timer.seconds,
+            data_wait_fraction=timer.waited / timer.seconds,
+            validation_loss=validation_loss,
+            validation_accuracy=validation_accuracy,
             validation_cider=self.validation_cider() if self.config.validation_cider else None,
         )
 
@@ -261,6 +264,7 @@ class Worker:
             self.tell(epoch, number + 1, len(plan), timer)
         reward, captions = self.reduce(rewards).tolist()
         require_finite(reward, epoch, "self-critical")
+        validation_loss, validation_accuracy = self.validate(epoch)
         return EpochRecord(
             epoch=epoch + 1,
             phase="self_critical",
@@ -269,8 +273,10 @@ class Worker:
             train_reward=reward / captions,
             learning_rate=rate,
             captions_per_second=captions / timer.seconds,
-            **timer.record(),
-            **self.validate(epoch),
+            seconds=timer.seconds,
+            data_wait_fraction=timer.waited / timer.seconds,
+            validation_loss=validation_loss,
+            validation_accuracy=validation_accuracy,
             validation_cider=self.validation_cider(),
         )
 
@@ -283,7 +289,7 @@ class Worker:
             features = self.to_device(batch.features)
             sums += self.judge.greedy(self.decoder, features, self.judge.images(batch))
         total, images = self.reduce(sums).tolist()
-        return total / images
+        return float(total / images)
 
     def tell(self, epoch: int, done: int, steps: int, timer: "Stopwatch") -> None:
         """Where a long epoch stands, now and then."""
@@ -305,7 +311,7 @@ class Worker:
         return {name: tensor.to(self.device) for name, tensor in features.items()}
 
     @torch.inference_mode()
-    def validate(self, epoch: int) -> dict[str, float]:
+    def validate(self, epoch: int) -> tuple[float, float]:
         """Loss and accuracy over the whole validation split: every caption once, over all workers."""
         self.model.eval()
         unwrapped: nn.Module = getattr(self.model, "module", self.model)
@@ -317,7 +323,7 @@ class Worker:
             sums += torch.stack([loss.double(), correct.double()]).cpu()
         loss, accuracy = (self.reduce(sums) / self.validation.data.words).tolist()
         require_finite(loss, epoch, "validation")
-        return {"validation_loss": loss, "validation_accuracy": accuracy}
+        return loss, accuracy
 
     def reduce(self, sums: Tensor) -> Tensor:
         """Sum over the workers."""
@@ -398,9 +404,6 @@ class Stopwatch:
                 break
             yield batch
         self.seconds = time.perf_counter() - started
-
-    def record(self) -> dict[str, float]:
-        return {"seconds": self.seconds, "data_wait_fraction": self.waited / self.seconds}
 
 
 def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord:
