@@ -80,7 +80,7 @@ class Vocabulary:
 
         Args:
             captions: words of each caption.
-            min_count: words seen fewer times become ``<unk>``.
+            min_count: words seen fewer times are left out.
         """
         counts = Counter(word for words in captions for word in words)
         kept = [word for word, count in counts.items() if count >= min_count]
@@ -97,8 +97,8 @@ class Vocabulary:
     def encode(self, words: Sequence[str], max_length: int | None = None) -> list[int]:
         """``<start> words <end>`` as ids; words past ``max_length`` tokens in all are cut, ``<end>`` stays.
 
-        Unknown words are ``<unk>``. Under the seed's rules they vanish, as in Keras' Tokenizer: with every train word
-        in the vocabulary nothing would ever teach ``<unk>``, and a few of them would rule the validation loss.
+        Unknown words are ``<unk>``. Under the seed's rules they vanish, as in Keras' Tokenizer: the notebook kept every
+        train word, so nothing would ever teach ``<unk>``, and a few of them would rule the validation loss.
         """
         if self.rules == "seed":
             words = [word for word in words if word in self._ids]

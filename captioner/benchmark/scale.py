@@ -35,7 +35,7 @@ class DataSetScale(BaseModel):
     files: float
     manifest_bytes: float
     driver_bytes: float
-    """Ids, URIs and splits that the driver reads before it publishes."""
+    """Peak, while the driver checks ids, URIs and splits before it publishes."""
     bends: str
     """The first part of the design that no longer fits."""
 

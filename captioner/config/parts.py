@@ -73,7 +73,7 @@ class TextConfig(Config):
     rules: Literal["standard", "seed"] = "standard"
     """standard: lower-case letters and digits. seed: the notebook's own cleaning and tokenizer, for comparison."""
     min_count: Positive = 1
-    """Words seen fewer times than this in the train split become <unk>."""
+    """Words seen fewer times than this in the train split become <unk>; under the seed's rules they vanish."""
     max_length: Annotated[int, Field(ge=3, le=202)] = 40
     """Longest caption in tokens, <start> and <end> included; longer ones are cut when training."""
 
@@ -84,7 +84,8 @@ class DecoderConfig(Config):
     kind: DecoderKind = "merge"
     """merge and sequence_attention read the pooled vector, spatial_attention and transformer the grid."""
     members: Annotated[int, Field(ge=1, le=16)] = 1
-    """Networks of the kind that are trained side by side and whose word probabilities are averaged: an ensemble."""
+    """Networks of the kind that are trained side by side and whose word probabilities are averaged: an ensemble. The
+    training loss is the mean of theirs, so clip_norm bounds their gradients together."""
     standardize: Literal["auto", "channels", "whole"] = "auto"
     """channels: each channel of the features to mean 0, variance 1. whole: one factor for all of them, which keeps what
     a trained network makes large. auto: whole for the pooled vector of trained weights, else channels."""

@@ -1,4 +1,4 @@
-"""Decoders behind one protocol, and the search that turns their logits into captions."""
+"""Decoders behind one base class, and the search that turns their logits into captions."""
 
 from captioner.config import DecoderConfig
 from captioner.models.base import Decoder

@@ -1,4 +1,4 @@
-"""The protocol between decoders, training and search.
+"""What training and search know of a decoder.
 
 Shapes: B batch, T tokens, P grid cells, C channels, D width, O output width, V vocabulary.
 """

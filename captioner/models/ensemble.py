@@ -22,6 +22,9 @@ class Ensemble(Decoder):
 
     def __init__(self, decoders: Sequence[Decoder]):
         """
+        Args:
+            decoders: none of them an ensemble itself.
+
         Raises:
             ModelError: there are no members, or their vocabularies differ in size.
         """

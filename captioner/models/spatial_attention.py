@@ -60,7 +60,8 @@ class SpatialAttentionDecoder(Decoder):
         return {"cells": cells, "keys": self.key(cells), "hidden": hidden, "cell": cell}
 
     def weights(self) -> dict[str, Tensor]:
-        """What every word is multiplied by. Cast here, once: autocasting would cast a slice at every word."""
+        """What words are multiplied by. Cast here, in training once for a caption: autocasting would cast a slice at
+        every word."""
         width = self.embedding.embedding_dim
         found = {
             "word": self.lstm.weight_ih[:, :width],

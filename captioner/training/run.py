@@ -109,9 +109,10 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
         )
         vocabulary = Vocabulary.build(words, config.text.min_count, config.text.rules)
         start_ray()
+        name = config.decoder.kind
         logger.info(
             "training %s on %s captions, %s words, %s worker%s",
-            config.decoder.kind,
+            name if config.decoder.members == 1 else f"{config.decoder.members} x {name}",
             f"{store.manifest.splits['train'].captions:,}",
             f"{len(vocabulary):,}",
             "-".join(str(number) for number in sorted(set(config.worker_range))),

@@ -52,7 +52,8 @@ class EpochRecord(Record):
     """Counted from 1."""
     phase: Literal["cross_entropy", "self_critical"] = "cross_entropy"
     train_loss: float | None
-    """None, like the accuracy, in the self-critical phase, which has no references to predict."""
+    """None, like the accuracy, in the self-critical phase, which has no references to predict. Of an ensemble both are
+    means over its members, while validation is of their mean probabilities."""
     train_accuracy: float | None
     train_reward: float | None = None
     """Mean CIDEr-D of the captions drawn, in the self-critical phase."""

@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 WORK, SEARCH = "_tuning", "search"
 MODEL, TRIALS, PICTURE = "model", "trials.parquet", "trials.png"
 
-# What the driver of a trial takes while its training worker does the work: next to nothing, but Tune wants a number. It
-# lives on the head, without which the search is lost anyhow: a lost node then takes workers, which Ray Train replaces.
-_DRIVER = {"memory": 256 * 2**20, "node:__internal_head__": 0.001}
+# A trial's driver, its Train controller and its progress lines live on the head, without which the search is lost
+# anyhow: another node's loss takes workers, which Ray Train replaces. Memory bounds the trials that a small head begins.
+_DRIVER = {"memory": 768 * 2**20, "node:__internal_head__": 0.001}
 
 
 class SearchManifest(Record):

@@ -47,7 +47,7 @@ def settings(features: str, output: Path, **changes: Any) -> TrainConfig:
     base = TrainConfig(
         features=features,
         output=str(output),
-        decoder=DecoderConfig(width=16, output_width=16, dropout=0.3),
+        decoder=DecoderConfig(width=16, output_width=16, dropout=0.3, members=2),
         optimizer=OptimizerConfig(
             learning_rate=0.02, schedule="plateau", plateau_patience=1, warmup_steps=3
         ),

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from captioner.config import DecoderConfig
+from captioner.config import DecoderConfig, DecoderKind
 from captioner.errors import ModelError
 from captioner.model_store import pack_weights, unpack_weights
 from captioner.models import DECODERS, build_decoder
 from captioner.models.base import Features, Standardize
+from captioner.models.spatial_attention import SpatialAttentionDecoder
 from captioner.text import END, PAD, START
-from captioner.training.steps import OptimizerConfig, TeacherForcing, build_optimizer
+from captioner.training.steps import OptimizerConfig, TeacherForcing, autocast, build_optimizer
 
 VOCABULARY, CHANNELS, CELLS = 23, 12, 49
 
@@ -209,3 +210,33 @@ def test_one_factor_for_all_channels_keeps_their_proportions() -> None:
     standardize = Standardize(CHANNELS)
     standardize.fit(seen.mean(dim=0), seen.std(dim=0, correction=0), whole=True)
     torch.testing.assert_close(standardize(seen), seen / seen.std(correction=0))
+
+
+def test_the_rewritten_cell_is_torchs() -> None:
+    torch.manual_seed(0)
+    config = DecoderConfig(kind="spatial_attention", width=16, attention_width=8)
+    decoder = SpatialAttentionDecoder(config, VOCABULARY, CHANNELS).eval()
+    image, word = {"grid": features(3)["grid"]}, torch.randn(3, 16)
+    state = decoder.start(image)
+    weights = decoder.weights()
+    new, context, _ = decoder.look(decoder.read(word, weights), state, weights)
+    hidden, cell = decoder.lstm(torch.cat([word, context], dim=1), (state["hidden"], state["cell"]))
+    torch.testing.assert_close(new["hidden"], hidden)
+    torch.testing.assert_close(new["cell"], cell)
+
+
+@pytest.mark.parametrize("kind", sorted(DECODERS))
+def test_bfloat16_gives_nearly_the_gradients_of_float32(kind: DecoderKind) -> None:
+    torch.manual_seed(0)
+    config = DecoderConfig(kind=kind, width=32, heads=4, dropout=0.0, feature_dropout=0.0)
+    decoder = build_decoder(config, VOCABULARY, CHANNELS)
+    image, tokens = features(4), captions(5, 8, 6, 7)
+    gradients = []
+    for compute in ("float32", "bfloat16"):
+        decoder.zero_grad()
+        with autocast(torch.device("cpu"), compute):
+            loss, _ = TeacherForcing(decoder).train()(image, tokens)
+        loss.backward()
+        gradients.append(torch.cat([one.grad.flatten() for one in decoder.parameters()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+    assert float(gradients[1].norm() / gradients[0].norm()) == pytest.approx(1, abs=0.02)

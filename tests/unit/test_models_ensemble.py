@@ -83,17 +83,26 @@ def test_its_teacher_forced_loss_is_that_of_its_probabilities(ensemble: Ensemble
 def test_in_training_each_member_has_its_own_loss() -> None:
     members = [member("merge", seed=seed) for seed in range(3)]
     image, tokens = {"pooled": features(2)["pooled"]}, captions(3, 8)
-    alone, gradients = [], []
+    alone, right, gradients = [], [], []
     for one in members:
-        loss, _ = TeacherForcing(one, label_smoothing=0.1).train()(image, tokens)
+        loss, correct = TeacherForcing(one, label_smoothing=0.1).train()(image, tokens)
+        right.append(float(correct))
         gradients.append(torch.autograd.grad(loss, one.output.weight)[0])
         alone.append(loss.detach())
     loss, correct = TeacherForcing(Ensemble(members), label_smoothing=0.1).train()(image, tokens)
     torch.testing.assert_close(loss.detach(), torch.stack(alone).mean())
-    assert 0 <= correct <= 9
+    assert float(correct) == pytest.approx(sum(right) / 3)
     loss.backward()
     for one, expected in zip(members, gradients, strict=True):
         torch.testing.assert_close(one.output.weight.grad, expected / 3)
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_every_member_gets_gradients(ensemble: Ensemble, images: int) -> None:
+    # DDP waits for all of them, also on a worker that has no caption of the last batch.
+    loss, _ = TeacherForcing(ensemble).train()(features(images), captions(3, 8)[:images])
+    loss.backward()
+    assert [name for name, one in ensemble.named_parameters() if one.grad is None] == []
 
 
 def test_a_reward_is_for_the_caption_of_the_whole_ensemble(ensemble: Ensemble) -> None:
