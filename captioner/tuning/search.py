@@ -31,7 +31,7 @@ WORK, SEARCH = "_tuning", "search"
 MODEL, TRIALS, PICTURE = "model", "trials.parquet", "trials.png"
 
 # A trial's driver, its Train controller and its progress lines live on the head, without which the search is lost
-# anyhow: another node's loss takes workers, which Ray Train replaces. Memory bounds the trials that a small head begins.
+# anyhow: another node's loss takes workers, which Ray Train replaces. Memory bounds the trials a small head begins.
 _DRIVER = {"memory": 768 * 2**20, "node:__internal_head__": 0.001}
 
 
