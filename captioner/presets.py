@@ -25,7 +25,10 @@ def seed_merge() -> TrainConfig:
     return TrainConfig(
         features="runs/flickr8k/features",
         output="runs/flickr8k/seed_merge",
-        decoder=DecoderConfig(kind="merge", width=256, output_width=128, dropout=0.5),
+        # The notebook fed the features as they came.
+        decoder=DecoderConfig(
+            kind="merge", width=256, output_width=128, dropout=0.5, standardize="whole"
+        ),
         text=TextConfig(rules="seed", min_count=1),
         optimizer=OptimizerConfig(name="adam", learning_rate=1e-3, clip_norm=None),
         epochs=50,
@@ -60,7 +63,7 @@ def flickr8k_merge() -> TrainConfig:
 
 
 def flickr8k_best() -> TrainConfig:
-    """Made for the best captions on Flickr8k: three decoders that attend to the grid, as one ensemble.
+    """Made for the best captions on Flickr8k: attention over the grid, strongly regularised, in small batches.
 
     Wants features with --grid and --mirrored.
     """
@@ -69,7 +72,6 @@ def flickr8k_best() -> TrainConfig:
         output="runs/flickr8k/best",
         decoder=DecoderConfig(
             kind="spatial_attention",
-            members=3,
             width=512,
             attention_width=128,
             dropout=0.5,
@@ -82,11 +84,11 @@ def flickr8k_best() -> TrainConfig:
             learning_rate=1e-3,
             weight_decay=1e-4,
             clip_norm=1.0,
-            warmup_steps=190,
+            warmup_steps=375,
             schedule="cosine",
         ),
-        epochs=10,
-        global_batch=160,
+        epochs=12,
+        global_batch=80,
         patience=None,
         label_smoothing=0.1,
         group_captions=True,
@@ -102,7 +104,7 @@ def flickr30k_best() -> TrainConfig:
             "features": "runs/flickr30k/features",
             "output": "runs/flickr30k/best",
             "decoder": base.decoder.model_copy(update={"dropout": 0.4}),
-            "optimizer": base.optimizer.model_copy(update={"warmup_steps": 900}),
+            "optimizer": base.optimizer.model_copy(update={"warmup_steps": 1800}),
             "epochs": 8,
         }
     )

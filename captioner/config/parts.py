@@ -86,9 +86,9 @@ class DecoderConfig(Config):
     members: Annotated[int, Field(ge=1, le=16)] = 1
     """Networks of the kind that are trained side by side and whose word probabilities are averaged: an ensemble. The
     training loss is the mean of theirs, so clip_norm bounds their gradients together."""
-    standardize: Literal["auto", "channels", "whole"] = "auto"
+    standardize: Literal["channels", "whole"] = "channels"
     """channels: each channel of the features to mean 0, variance 1. whole: one factor for all of them, which keeps what
-    a trained network makes large. auto: whole for the pooled vector of trained weights, else channels."""
+    a trained network makes large."""
     width: Positive = 256
     """Width D of embeddings and hidden states."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5

@@ -74,8 +74,8 @@ def for_captions(values: Tensor, captions: int) -> Tensor:
 class Standardize(nn.Module):
     """Features to a common scale; the statistics are those of the train split.
 
-    A frozen network's channels differ in scale by orders of magnitude. Those of random weights all carry as much, so
-    each has its own mean and deviation. In a trained network the large ones matter, so all have one factor.
+    A frozen network's channels differ in scale by orders of magnitude, those of random weights most of all, so each has
+    its own mean and deviation; or all have one factor, which leaves the large ones large.
     """
 
     def __init__(self, channels: int):

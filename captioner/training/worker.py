@@ -135,13 +135,10 @@ class Worker:
             )
             for split in ("train", "validation")
         )
-        trained = not store.manifest.encoder.weights.startswith("random")
-        wanted = config.decoder.standardize
-        whole = trained and columns[0] == "pooled" if wanted == "auto" else wanted == "whole"
         statistics = self.train.statistics(columns[0])
         for part in self.decoder.modules():
             if isinstance(part, Standardize):
-                part.fit(*statistics, whole=whole)
+                part.fit(*statistics, whole=config.decoder.standardize == "whole")
         self.model = ray.train.torch.prepare_model(
             TeacherForcing(self.decoder, config.label_smoothing)
         )

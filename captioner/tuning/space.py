@@ -58,6 +58,8 @@ def training_of(
                 "kind": trial["decoder"],
                 "width": trial["width"],
                 "dropout": trial["dropout"],
+                # As in the preset seed_merge.
+                "standardize": "whole" if config.space == "seed" else "channels",
             }
         ),
         text=config.text,
