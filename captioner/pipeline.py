@@ -170,7 +170,12 @@ def run_pipeline(
             memory=_ACTOR_MEMORY,
         )
         try:
-            done.write_parquet(path, filesystem=filesystem, ray_remote_args={"num_cpus": TASK_CPUS})
+            done.write_parquet(
+                path,
+                filesystem=filesystem,
+                min_rows_per_file=rows_per_file(total, schema),
+                ray_remote_args={"num_cpus": TASK_CPUS},
+            )
         except OSError as error:
             raise StoreError(f"cannot write {output.uri(directory)}: {_reason(error)}") from error
 

@@ -4,6 +4,8 @@ from pydantic import BaseModel
 
 from captioner import storage
 from captioner.config import BenchmarkScaleConfig
+from captioner.pipeline import rows_per_file
+from captioner.schema import feature_rows
 from captioner.store import FeatureStore
 
 DATA_SETS = {
@@ -78,7 +80,10 @@ def benchmark_scale(config: BenchmarkScaleConfig) -> ScaleBenchmark:
     images = store.manifest.total.images
     listed = storage.list_files(storage.join(config.features, "features"))
     bytes_per_image = sum(info.size for info in listed) / images
-    files_per_image = len(files) / images
+    # Blocks of the pipeline make the files of a small store, ``rows_per_file`` those of a large one.
+    manifest = store.manifest
+    schema = feature_rows(manifest.encoder.channels, manifest.grid, manifest.mirrored)
+    rows_now = images / len(files)
     entry = sum(len(file.model_dump_json(indent=1)) for file in files) / len(files)
     uris = [uri for split in store.manifest.splits for uri in store.image_uris(split).items()]
     row = ROW_OVERHEAD + sum(len(name) + len(uri) for name, uri in uris) / max(1, len(uris))
@@ -88,7 +93,8 @@ def benchmark_scale(config: BenchmarkScaleConfig) -> ScaleBenchmark:
 
     def scale(name: str, total: int) -> DataSetScale:
         cpu_hours, gpu_hours = (total / rate / 3600 for rate in (cpu_rate, gpu_rate))
-        manifest, driver = total * files_per_image * entry, total * row * PEAK_COPIES
+        number = total / max(rows_now, rows_per_file(total, schema))
+        listed_bytes, driver = number * entry, total * row * PEAK_COPIES
         return DataSetScale(
             name=name,
             images=total,
@@ -98,10 +104,10 @@ def benchmark_scale(config: BenchmarkScaleConfig) -> ScaleBenchmark:
             gpu_cost=gpu_hours * config.assumed_gpu_node_price,
             store_bytes=total * bytes_per_image,
             store_cost=total * bytes_per_image / 1e9 * config.assumed_storage_price,
-            files=total * files_per_image,
-            manifest_bytes=manifest,
+            files=number,
+            manifest_bytes=listed_bytes,
             driver_bytes=driver,
-            bends=_bends(manifest, driver, total * files_per_image, config),
+            bends=_bends(listed_bytes, driver, number, config),
         )
 
     return ScaleBenchmark(
