@@ -43,6 +43,7 @@ def config(photos: Path, model: str, output: Path, **changes: object) -> Caption
     return base.model_copy(update=changes)
 
 
+@pytest.mark.long
 def test_json_lines_hold_what_parquet_holds(
     photos: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

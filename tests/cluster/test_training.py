@@ -246,6 +246,7 @@ def test_model_directory_holds_history_curves_and_events(unbroken: TrainResult) 
     }  # fmt: skip
 
 
+@pytest.mark.long
 def test_training_stops_early_when_validation_gets_worse(features: str, tmp_path: Path) -> None:
     # A rate far too high makes the validation loss rise at once.
     wild = OptimizerConfig(learning_rate=0.5, schedule="constant")

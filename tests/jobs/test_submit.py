@@ -94,6 +94,7 @@ def test_every_target_shows_the_plain_command(target: str, module: str) -> None:
     assert (ROOT / "ray_jobs" / f"{module}.py").is_file()
 
 
+@pytest.mark.long
 def test_submitted_extraction_uses_every_node_and_is_followed(
     cluster: Head, tmp_path: Path
 ) -> None:
