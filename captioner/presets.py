@@ -63,7 +63,7 @@ def flickr8k_merge() -> TrainConfig:
 
 
 def flickr8k_best() -> TrainConfig:
-    """Made for the best captions on Flickr8k: attention over the grid, strongly regularised, in small batches.
+    """Made for the best captions on Flickr8k: attention over the grid, strongly regularised.
 
     Wants features with --grid and --mirrored.
     """
@@ -84,11 +84,11 @@ def flickr8k_best() -> TrainConfig:
             learning_rate=1e-3,
             weight_decay=1e-4,
             clip_norm=1.0,
-            warmup_steps=375,
+            warmup_steps=190,
             schedule="cosine",
         ),
         epochs=12,
-        global_batch=80,
+        global_batch=160,
         patience=None,
         label_smoothing=0.1,
         group_captions=True,
@@ -104,7 +104,7 @@ def flickr30k_best() -> TrainConfig:
             "features": "runs/flickr30k/features",
             "output": "runs/flickr30k/best",
             "decoder": base.decoder.model_copy(update={"dropout": 0.4}),
-            "optimizer": base.optimizer.model_copy(update={"warmup_steps": 1800}),
+            "optimizer": base.optimizer.model_copy(update={"warmup_steps": 900}),
             "epochs": 8,
         }
     )
