@@ -1,6 +1,7 @@
 """Command lines: a configuration from the arguments, one library call, and exit statuses people can script with.
 
 Status 0: published. 2: the input was wrong, and one line on stderr says which field, which value, what is allowed.
+130: interrupted; nothing is published, and the same command goes on.
 """
 
 import contextlib
@@ -38,6 +39,9 @@ def run(
         job(parse(config_type, sys.argv[1:], **parse_options))
     except CaptionerError as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
     except OSError as error:
         # A full disk or a missing permission is the user's to mend; anything else is our defect and keeps its trace.
         if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):

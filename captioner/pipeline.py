@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.extensions import FixedShapeTensorFormat
 
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 PIXELS = "pixels"
 _IMAGE_SHAPE = (224, 224, 3)
 _ACTOR_MEMORY = 3 * 2**29
+# What a run may keep in the object store, mostly decoded images that wait. Ray Data's own bound, half of the store,
+# lets decoding run thousands of images ahead of the model, which makes nothing faster.
+_STORE_BYTES, _STORE_BYTES_PER_GPU, _STORE_BYTES_PER_ACTOR = 2**29, 2**32, 2**27
 _FILES = 1000
 _FILE_BYTES = 128 * 2**20
 
@@ -142,7 +145,7 @@ def run_pipeline(
     if already == total and not has_pending(output):
         return
     with (
-        _data_context(checkpoint, filesystem),
+        _data_context(checkpoint, filesystem, store_bytes(pool)),
         ProgressLine(total, already, counter=counter) as progress,
     ):
         images = ray.data.read_datasource(source.images(), num_cpus=TASK_CPUS)
@@ -190,14 +193,23 @@ def rows_per_file(total: int, schema: pa.Schema) -> int:
     return max(1, min(total // _FILES, _FILE_BYTES // max(row, 1)))
 
 
+def store_bytes(pool: PoolPlan) -> int:
+    """Bytes of the object store that a pipeline with these actors may use, over all nodes."""
+    each = max(_STORE_BYTES_PER_ACTOR, int(_STORE_BYTES_PER_GPU * pool.num_gpus))
+    return _STORE_BYTES + pool.size * each
+
+
 @contextmanager
-def _data_context(checkpoint: str, filesystem: pa.fs.FileSystem) -> Iterator[None]:
+def _data_context(
+    checkpoint: str, filesystem: pa.fs.FileSystem, object_store: int
+) -> Iterator[None]:
     """Ray Data's settings for one job; they are read when a Dataset is made, and belong to this one alone."""
     context = DataContext.get_current()
     saved = (
         context.checkpoint_config,
         context.arrow_fixed_shape_tensor_format,
         context.enable_progress_bars,
+        context.execution_options.resource_limits,
     )
     filesystem.create_dir(checkpoint, recursive=True)
     context.checkpoint_config = CheckpointConfig(
@@ -211,6 +223,9 @@ def _data_context(checkpoint: str, filesystem: pa.fs.FileSystem) -> Iterator[Non
     context.checkpoint_config.checkpoint_actor_pool_max_size = max(1, min(10, num_cpus() // 8))
     context.arrow_fixed_shape_tensor_format = FixedShapeTensorFormat.ARROW_NATIVE
     context.enable_progress_bars = False
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=object_store
+    )
     try:
         yield
     finally:
@@ -218,6 +233,7 @@ def _data_context(checkpoint: str, filesystem: pa.fs.FileSystem) -> Iterator[Non
             context.checkpoint_config,
             context.arrow_fixed_shape_tensor_format,
             context.enable_progress_bars,
+            context.execution_options.resource_limits,
         ) = saved
 
 

@@ -2,8 +2,11 @@
 
 import json
 import logging
+import signal
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,7 +184,8 @@ def _fit(
             ),
         )
         try:
-            result = trainer.fit()
+            with _plain_interrupts():
+                result = trainer.fit()
         except TrainingFailedError as failure:
             raise _user_error(failure) from failure
     if result.return_value is not None:
@@ -189,6 +193,23 @@ def _fit(
     with result.checkpoint.as_directory() as folder:
         root = Path(folder)
         return (root / BEST).read_bytes(), read_history((root / HISTORY).read_text())
+
+
+@contextmanager
+def _plain_interrupts() -> Iterator[None]:
+    """Ctrl-C ends a training as a ``KeyboardInterrupt``.
+
+    Ray Train's handler stops the workers and then exits with status 0, as if all were done; and it stays in place when
+    the training is over.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        raise KeyboardInterrupt from stop
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def _user_error(failure: Exception) -> Exception:

@@ -138,6 +138,8 @@ def run_search(config: TuneConfig) -> SearchResult:
         return _published(output)
     # Tune's newer output has its own columns and ignores the reporter that names ours.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # Tune's own handler of Ctrl-C returns the trials as they stand, and a half search would be published.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     with output:
         start_ray()
         found = _run_trials(config, trials, output)

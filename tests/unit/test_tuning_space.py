@@ -16,7 +16,7 @@ BASE = TuneConfig(features="f", output="o")
 def test_seed_space_is_the_notebooks_grid() -> None:
     trials = draw_trials(BASE, grid=True)
     assert [(trial["width"], trial["optimizer"]) for trial in trials] == [
-        (128, "adam"), (128, "rmsprop"), (256, "adam"), (256, "rmsprop"), (512, "adam"), (512, "rmsprop"),
+        (512, "adam"), (512, "rmsprop"), (256, "adam"), (256, "rmsprop"), (128, "adam"), (128, "rmsprop"),
     ]  # fmt: skip
     assert {trial["dropout"] for trial in trials} == {0.5}
 

@@ -1,0 +1,51 @@
+"""Ctrl-C while Ray Train or Ray Tune, which have handlers of their own, are at work."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.head import ROOT
+from tests.stores import write_store
+
+JOBS = {
+    "train": ["--epochs", "400", "--patience", "None"],
+    "tune": ["--max-epochs", "400", "--scheduler", "none"],
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("job", list(JOBS))
+def test_interrupted_job_publishes_nothing_and_says_so(job: str, tmp_path: Path) -> None:
+    features = write_store(tmp_path / "features", {"train": 40, "validation": 5})
+    output, log = tmp_path / "out", tmp_path / "log"
+    with log.open("w") as file:
+        running = subprocess.Popen(
+            [sys.executable, "-m", f"ray_jobs.{job}", "--features", features, "--output", str(output), *JOBS[job]],
+            cwd=ROOT,
+            env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 180
+            # An epoch is over: Ray Train's and Ray Tune's handlers are in place.
+            while not list(output.rglob("checkpoint_*")):
+                assert running.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+            running.send_signal(signal.SIGINT)
+            status = running.wait(timeout=90)
+        finally:
+            running.kill()
+            running.wait()
+    said = log.read_text()
+    assert status == 130, said
+    assert "interrupted; the same command goes on from here" in said
+    assert "Traceback" not in said
+    assert not (output / "manifest.json").exists()
+    assert not (output / "model").exists()
