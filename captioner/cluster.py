@@ -54,7 +54,9 @@ def start_ray() -> None:
 def start_local_ray(**options: Any) -> None:
     """Start Ray on this machine, listening on 127.0.0.1 alone, behind Ray's token.
 
-    It never attaches to an unrelated cluster that happens to run here.
+    It never attaches to an unrelated cluster that happens to run here, and its processes are told which Ray is theirs:
+    the one of Ray Train's that releases the workers of a dead training looks for a Ray on this machine otherwise,
+    finds the wrong one or two, and takes a running training for dead.
 
     Args:
         options: passed on to ``ray.init``; by default a logical CPU for each core, but two at least.
@@ -62,28 +64,49 @@ def start_local_ray(**options: Any) -> None:
     options.setdefault("num_cpus", max(LEAST_CPUS, int(get_num_cpus())))
     if os.environ.get("RAY_AUTH_MODE", "token") == "token":
         _create_token()
-    with _alone():
+    port = os.environ.get(ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE) or _free_port()
+    address = {
+        ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE: port,
+        ray_constants.RAY_ADDRESS_ENVIRONMENT_VARIABLE: f"127.0.0.1:{port}",
+    }
+    with _alone(), _environment(address):
         ray.init(address="local", dashboard_host="127.0.0.1", **options)
+
+
+def _free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
 
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """Tell Ray, while it starts or is joined, that this machine is its only node.
 
-    On Linux it would otherwise replace 127.0.0.1 by the machine's own address, on which everybody can call it. Ray's
-    processes inherit the variable; children of ours that start later must not.
+    On Linux it would otherwise replace 127.0.0.1 by the machine's own address, on which everybody can call it.
     """
-    variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    before = os.environ.get(variable), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[variable], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables that Ray's processes inherit, and that children of ours which start later must not."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before[1]
-        if before[0] is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before[0]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _on_loopback_alone(address: str) -> bool:

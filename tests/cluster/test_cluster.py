@@ -1,12 +1,15 @@
 """How small a cluster may be, and what its workers are told."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray.util.state import get_actor
 
 from captioner import cluster
 from captioner.config import EncoderConfig, ExtractConfig, ShapesConfig, SourceConfig
@@ -14,6 +17,7 @@ from captioner.errors import ConfigError
 from captioner.features import extract
 from captioner.pipeline import rows_per_file
 from captioner.schema import feature_rows
+from tests.head import ROOT
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -51,6 +55,31 @@ def test_a_cluster_of_one_cpu_is_refused_in_one_line(tmp_path: Path) -> None:
         extract(config)
     assert "\n" not in str(one.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_of_a_local_ray_know_which_ray_is_theirs() -> None:
+    """Ray Train's cleaner asks for the state of an actor; beside another Ray it must not ask that one, nor give up."""
+    other = subprocess.Popen(
+        [sys.executable, "-c", "from captioner import cluster; cluster.start_local_ray(); print('up'); input()"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "up\n"
+        cluster.start_local_ray(num_cpus=2, include_dashboard=True, log_to_driver=False)
+
+        @ray.remote
+        class Asker:
+            def state_of_itself(self) -> str:
+                found = get_actor(ray.get_runtime_context().get_actor_id(), timeout=30)
+                return "unknown" if found is None else found.state
+
+        assert ray.get(Asker.remote().state_of_itself.remote()) == "ALIVE"
+    finally:
+        other.communicate("\n", timeout=60)
 
 
 def test_workers_get_the_address_of_s3_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
