@@ -30,6 +30,8 @@ TASK_CPUS = 0.99
 ACTOR_CPUS = 0.001
 # One for tasks, one that Ray Data's filter of finished rows holds in a continued run.
 LEAST_CPUS = 2
+# A node may start in so many seconds; where other work holds a laptop's cores, it takes more than Ray's own thirty.
+_START_SECONDS = "RAY_raylet_start_wait_time_s", "180"
 # Below that, another model actor costs more in starting than it gives.
 _LEAST_IMAGES = 256
 
@@ -65,11 +67,13 @@ def start_local_ray(**options: Any) -> None:
     if os.environ.get("RAY_AUTH_MODE", "token") == "token":
         _create_token()
     port = os.environ.get(ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE) or _free_port()
-    address = {
+    wait, seconds = _START_SECONDS
+    variables = {
         ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE: port,
         ray_constants.RAY_ADDRESS_ENVIRONMENT_VARIABLE: f"127.0.0.1:{port}",
+        wait: os.environ.get(wait, seconds),
     }
-    with _alone(), _environment(address):
+    with _alone(), _environment(variables):
         ray.init(address="local", dashboard_host="127.0.0.1", **options)
 
 

@@ -14,6 +14,8 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+# Nodes of `ray start` may take their time on a busy machine, as those of a local Ray may.
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
 # Ray notes the last cluster of a machine in its temporary folder, and a submitted job goes by that note: a folder of
 # our own keeps the tests and a Ray that someone uses here apart.
 RAY_FOLDER = tempfile.mkdtemp(prefix="ray-")
