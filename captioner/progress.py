@@ -131,7 +131,11 @@ class ProgressLine:
 
 
 class TrainingGauges:
-    """A training run's last epoch, for whatever scrapes the cluster's metrics; made in the worker that sets them."""
+    """Context manager that exports a training run's last epoch to whatever scrapes the cluster's metrics, from the
+    worker that knows it.
+
+    Values are set again and again: Ray forgets a gauge twenty seconds after it was last set, and an epoch takes longer.
+    """
 
     NAMES = {
         "epoch": "Epochs done",
@@ -150,11 +154,24 @@ class TrainingGauges:
             name: metrics.Gauge(f"captioner_training_{name}", text, tag_keys=("run",))
             for name, text in self.NAMES.items()
         }
+        self._values: dict[str, float] = {}
+        self._ticker = Ticker(self._refresh, seconds=5.0)
+
+    def __enter__(self) -> "TrainingGauges":
+        self._ticker.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ticker.__exit__()
 
     def set(self, epoch: dict[str, Any]) -> None:
         """Values of one epoch, by field."""
-        for name, gauge in self._gauges.items():
-            gauge.set(float(epoch[name]), {"run": self._run})
+        self._values = {name: float(epoch[name]) for name in self._gauges}
+        self._refresh()
+
+    def _refresh(self) -> None:
+        for name, value in self._values.items():
+            self._gauges[name].set(value, {"run": self._run})
 
 
 @ray.remote(num_cpus=0)

@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,12 +157,13 @@ class Worker:
 
     def run(self) -> None:
         """Both phases, each until its epochs are over; the first also ends ``patience`` epochs after its best."""
-        while not self.finished("cross_entropy"):
-            self.keep(self.epoch(len(self.history)))
-        if self.config.self_critical.epochs:
-            self.start_self_critical()
-        while not self.finished("self_critical"):
-            self.keep(self.self_critical_epoch(len(self.history)))
+        with self.gauges or nullcontext():
+            while not self.finished("cross_entropy"):
+                self.keep(self.epoch(len(self.history)))
+            if self.config.self_critical.epochs:
+                self.start_self_critical()
+            while not self.finished("self_critical"):
+                self.keep(self.self_critical_epoch(len(self.history)))
 
     def keep(self, record: EpochRecord) -> None:
         """Add an epoch to the history, and its weights to the checkpoint if they are the best of their phase."""

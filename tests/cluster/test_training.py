@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import ray
 import safetensors.torch
 import torch
 from ray.train import UserCallback
@@ -20,6 +22,8 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from captioner.config import DecoderConfig, OptimizerConfig, SelfCriticalConfig, TrainConfig
 from captioner.errors import ConfigError, StoreError, TrainingError
 from captioner.model_store import load_model
+from captioner.progress import TrainingGauges
+from captioner.serving.metrics import exposition
 from captioner.store import FeatureStore
 from captioner.training import run
 from captioner.training.ingest import open_split
@@ -244,6 +248,37 @@ def test_model_directory_holds_history_curves_and_events(unbroken: TrainResult) 
         "_job.json", "config.json", "curves.png", "encoder.safetensors", "history.parquet",
         "manifest.json", "metrics.json", "summary.txt", "tensorboard", "vocab.json", "weights.safetensors",
     }  # fmt: skip
+
+
+@pytest.mark.long
+def test_figures_of_an_epoch_are_there_to_scrape_until_the_next_one() -> None:
+    @ray.remote(num_cpus=0)
+    def train(seconds: float) -> None:
+        with TrainingGauges("runs/some") as gauges:
+            gauges.set(
+                {"epoch": 3, "captions_per_second": 90.0, "validation_loss": 2.5, "data_wait_fraction": 0.25}
+            )  # fmt: skip
+            time.sleep(seconds)
+
+    expected = {
+        "captions_per_second": 90.0, "data_wait_fraction": 0.25, "epoch": 3.0, "validation_loss": 2.5
+    }  # fmt: skip
+    working = train.remote(90)
+    deadline = time.monotonic() + 60
+    while scraped() != expected:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    # Longer than Ray keeps what is set once.
+    for _ in range(8):
+        time.sleep(5)
+        assert scraped() == expected
+    ray.cancel(working)
+
+
+def scraped() -> dict[str, float]:
+    """What Prometheus would read of the run ``runs/some``."""
+    form = r'ray_captioner_training_(\w+){.*run="runs/some".*} (\S+)'
+    return {name: float(value) for name, value in re.findall(form, exposition())}
 
 
 @pytest.mark.long
