@@ -24,6 +24,7 @@ from captioner.captioning import Captioner
 from captioner.cluster import PoolPlan, plan_pool, start_ray
 from captioner.config import DecodeConfig, EvaluateConfig
 from captioner.errors import ModelError
+from captioner.events import add_picture, event_file
 from captioner.metrics import StandardScores, has_java, score_seed, score_standard
 from captioner.model_store import check_features_fit, load_record
 from captioner.report_pictures import draw_report
@@ -247,9 +248,14 @@ def _publish(
         attention_images=config.attention_images,
         seed=config.seed,
     )
-    for name, picture in drawn:
-        storage.write_bytes(output.uri(name), picture)
-        files.append(name)
+    with event_file(output, "report") as writer:
+        for name, value in scores["standard"].items():
+            if isinstance(value, float):
+                writer.add_scalar(f"standard/{name}", value)
+        for name, picture in drawn:
+            storage.write_bytes(output.uri(name), picture)
+            files.append(name)
+            add_picture(writer, name.removesuffix(".png"), picture)
     storage.write_bytes(output.uri("scores.json"), json.dumps(scores, indent=1).encode())
     manifest = ReportManifest(
         model=storage.absolute(config.model),

@@ -3,7 +3,6 @@
 import json
 import logging
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 from ray.train import (
     CheckpointConfig,
     FailureConfig,
@@ -27,6 +30,7 @@ from captioner import storage
 from captioner.cluster import num_cpus, num_gpus, start_ray
 from captioner.config import TrainConfig
 from captioner.errors import CaptionerError, ConfigError, StoreError, TrainingError
+from captioner.events import event_file
 from captioner.model_store import (
     CONFIG,
     VOCABULARY,
@@ -112,6 +116,7 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
         )
         vocabulary = Vocabulary.build(words, config.text.min_count, config.text.rules)
         start_ray()
+        _start_coordinator()
         name = config.decoder.kind
         logger.info(
             "training %s on %s captions, %s words, %s worker%s",
@@ -139,6 +144,15 @@ def _identity(config: TrainConfig, store: FeatureStore) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude=_NO_MATTER)
     features = store.manifest.model_dump(mode="json", include={"encoder", "source"})
     return {"job": "train", "features": features, "training": settings}
+
+
+def _start_coordinator() -> None:
+    """Start the actor that Ray Train asks for its resources, and wait until it answers.
+
+    Train starts it too, but waits five seconds for its first answer and then warns with a traceback, over and over; on
+    a busy machine its start alone takes longer.
+    """
+    ray.get(get_or_create_autoscaling_coordinator().__ray_ready__.remote())
 
 
 def _fit(
@@ -273,25 +287,17 @@ def _publish(
 
 
 def _write_tensorboard(output: storage.Output, history: list[EpochRecord], summary: str) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    with tempfile.TemporaryDirectory() as folder:
-        with SummaryWriter(folder) as writer:
-            # Markdown shows indented text as it is.
-            writer.add_text("model", summary.replace("\n", "\n    ").join(["    ", ""]))
-            for record in history:
-                figures = record.model_dump(exclude={"epoch", "phase"}, exclude_none=True)
-                for name, value in figures.items():
-                    head, _, tail = name.partition("_")
-                    tag = f"{tail}/{head}" if head in ("train", "validation") else f"speed/{name}"
-                    writer.add_scalar(
-                        tag.replace("speed/learning_rate", "learning_rate"), value, record.epoch
-                    )
-        (file,) = Path(folder).iterdir()
-        # torch names it by clock and host, so publishing after a kill would add a second file with the same points.
-        storage.write_bytes(
-            output.uri("tensorboard", "events.out.tfevents.training"), file.read_bytes()
-        )
+    with event_file(output, "training") as writer:
+        # Markdown shows indented text as it is.
+        writer.add_text("model", summary.replace("\n", "\n    ").join(["    ", ""]))
+        for record in history:
+            figures = record.model_dump(exclude={"epoch", "phase"}, exclude_none=True)
+            for name, value in figures.items():
+                head, _, tail = name.partition("_")
+                tag = f"{tail}/{head}" if head in ("train", "validation") else f"speed/{name}"
+                writer.add_scalar(
+                    tag.replace("speed/learning_rate", "learning_rate"), value, record.epoch
+                )
 
 
 def _published_history(output: storage.Output) -> list[EpochRecord]:

@@ -11,6 +11,8 @@ from pathlib import Path
 import botocore.session
 import click
 import pytest
+from ray.dashboard.modules.metrics import metrics_head
+from ray.dashboard.modules.metrics import templates as metrics_templates
 from ray.scripts.scripts import cli as ray_cli
 from ray.serve.scripts import cli as serve_cli
 
@@ -153,6 +155,13 @@ def check_curl(words: list[str]) -> None:
     assert f'"{path}"' in source
 
 
+def check_metrics(words: list[str]) -> None:
+    """The file is one that Ray itself writes."""
+    (path,) = re.findall(r"/tmp/ray/session_latest/(metrics/\S+)", " ".join(words))
+    source = Path(metrics_head.__file__).read_text() + Path(metrics_templates.__file__).read_text()
+    assert all(f'"{part}"' in source for part in Path(path).parts[1:])
+
+
 def assert_files(words: list[str]) -> None:
     for name in FILES.findall(" ".join(words)):
         assert (ROOT / name).is_file(), name
@@ -167,6 +176,8 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "kubectl": check_kubectl,
     "docker": check_docker,
     "curl": check_curl,
+    "prometheus": check_metrics,
+    "grafana-server": check_metrics,
 }
 
 
@@ -193,6 +204,7 @@ def test_command_of_a_document_is_a_valid_one(document: str, command: str) -> No
         "aws cloudformation describe-stacks --no-such-flag x",
         "kubectl apply --filename deploy/absent.yaml",
         "curl http://127.0.0.1:8000/v9/captions",
+        "prometheus --config.file=/tmp/ray/session_latest/metrics/prometheus/absent.yml",
         "some-other-program --flag",
     ],
 )

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from captioner.captioning import Captioner
 from captioner.config import DecodeConfig
@@ -89,6 +90,18 @@ def test_predictions_carry_captions_probabilities_and_references(road: Path) -> 
 def test_report_picture_is_a_picture(road: Path) -> None:
     with Image.open(road / "report/grid.png") as picture:
         assert min(picture.size) > 300
+
+
+def test_report_is_in_tensorboard_with_its_pictures(road: Path) -> None:
+    events = EventAccumulator(str(road / "report/tensorboard"))
+    events.Reload()
+    assert {"grid", "best_and_worst"} <= set(events.Tags()["images"])
+    (picture,) = events.Images("grid")
+    with Image.open(road / "report/grid.png") as drawn:
+        assert (picture.width, picture.height) == drawn.size
+    scores = json.loads((road / "report/scores.json").read_text())
+    (cider,) = events.Scalars("standard/cider")
+    assert cider.value == pytest.approx(scores["standard"]["cider"])
 
 
 def test_captions_cover_good_images_and_name_the_bad_one(road: Path) -> None:

@@ -18,7 +18,7 @@ LAYERS = (
     ("config", "schema"),
     ("storage", "text", "cluster", "cli", "presets", "progress"),
     ("images", "sources", "models", "store", "model_store", "checkpoint"),
-    ("encoder", "metrics", "plots", "pipeline", "contact_sheet"),
+    ("encoder", "metrics", "plots", "pipeline", "contact_sheet", "events"),
     ("features", "training", "captioning", "collection"),
     ("report_pictures",),
     ("tuning", "evaluation", "benchmark", "serving"),
