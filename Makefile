@@ -7,6 +7,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/requirements.installed
 PYTEST := $(PYTHON) -m pytest
+# Much of a test is one process starting after another: two files of tests at a time keep two cores busy.
+TWO := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 # Where `ray dashboard cluster.yaml` or `kubectl port-forward` brings a cluster's dashboard.
 ADDRESS ?= http://127.0.0.1:8265
@@ -14,7 +16,7 @@ SUBMIT = RAY_AUTH_MODE=token $(VENV)/bin/ray job submit --address $(ADDRESS) --w
 
 MODEL := runs/demo/model
 
-.PHONY: help install demo serve dashboard test test-all test-unit test-cluster test-serve test-nodes test-chaos chromium lint type requirements clean \
+.PHONY: help install demo serve dashboard test test-unit test-cluster test-serve test-nodes test-chaos chromium lint type requirements clean \
 	submit-extract submit-train submit-tune submit-evaluate submit-caption submit-serve
 
 help: ## List the targets
@@ -71,26 +73,25 @@ submit-serve: $(INSTALLED) ## The same for the service, which stays when its job
 dashboard: $(INSTALLED) ## TensorBoard on this machine: make dashboard RUN=runs/flickr8k/search
 	$(PYTHON) -m tensorboard.main --logdir $(or $(RUN),runs) --host 127.0.0.1
 
-test: lint type ## Check style and types, then run the tests: without Ray, on a local Ray, and of every job
-	$(PYTEST) --durations=5 tests/unit
-	$(PYTEST) --durations=10 -m "not chaos and not long" tests/cluster tests/jobs tests/deploy
-
-test-all: test test-serve test-chaos ## Run every test, as the continuous integration does
+# The longest folders first, so that nothing long is left to run alone at the end.
+test: lint type $(if $(ALL),test-serve) ## Check style and types, then run the quick tests; every test with ALL=1
+	$(PYTEST) $(TWO) --durations=5 tests/unit
+	$(PYTEST) $(TWO) --durations=20 $(if $(ALL),tests/nodes,-m "not chaos and not long") tests/cluster tests/jobs tests/deploy
 
 test-chaos: $(INSTALLED) ## Run the tests that kill drivers, workers and nodes, and others that take minutes
 	$(PYTEST) --durations=10 -m "chaos or long" tests
 
 test-unit: $(INSTALLED) ## Run the tests that need no Ray
-	$(PYTEST) --durations=5 tests/unit
+	$(PYTEST) $(TWO) --durations=5 tests/unit
 
 test-cluster: $(INSTALLED) ## Run the tests that start a local Ray, those that kill its processes too
-	$(PYTEST) --durations=10 tests/cluster
+	$(PYTEST) $(TWO) --durations=10 tests/cluster
 
 test-nodes: $(INSTALLED) ## Kill a node of three in the middle of every job, and print what it cost
 	$(PYTEST) --durations=10 tests/nodes
 
 test-serve: $(INSTALLED) chromium ## Run the tests that talk to a running service
-	$(PYTEST) --durations=10 -m "not chaos" tests/serve
+	$(PYTEST) --durations=10 $(if $(ALL),,-m "not chaos") tests/serve
 
 # The page is tested in Debian's Chromium. Where it can be neither found nor installed, only those tests are skipped.
 chromium: ## Install Chromium for the tests of the page, where that is allowed
