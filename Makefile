@@ -7,8 +7,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/requirements.installed
 PYTEST := $(PYTHON) -m pytest
-# Much of a test is one process starting after another: two files of tests at a time keep two cores busy.
-TWO := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+# Two files of tests at a time, where no clock is watched and no Ray is started.
+TWO := --numprocesses=2 --dist=loadfile
 
 # Where `ray dashboard cluster.yaml` or `kubectl port-forward` brings a cluster's dashboard.
 ADDRESS ?= http://127.0.0.1:8265
@@ -26,7 +26,8 @@ help: ## List the targets
 install: $(INSTALLED) ## Create .venv with the pinned requirements (also done by the targets below)
 
 # uv comes from pip where it is missing. pip's --target works without the venv module and on
-# distributions whose Python is marked as externally managed.
+# distributions whose Python is marked as externally managed. Compiled at once, for a job is many processes that import
+# much: where Python may not write bytecode, each would compile it all again and take two to four times as long to start.
 $(INSTALLED): requirements.txt
 	@works() { "$$@" >/dev/null 2>&1; }; \
 	right="import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))"; \
@@ -42,7 +43,7 @@ $(INSTALLED): requirements.txt
 	fi; \
 	works $(PYTHON) -c "$$right" \
 		|| "$$uv" venv --quiet --allow-existing --python "$$("$$python" -c 'import sys; print(sys.executable)')" $(VENV); \
-	"$$uv" pip install --python $(PYTHON) -r requirements.txt; \
+	"$$uv" pip install --compile-bytecode --python $(PYTHON) -r requirements.txt; \
 	touch $@
 
 demo: $(INSTALLED) ## Extract, train, evaluate and caption generated pictures; results in runs/demo
@@ -73,10 +74,9 @@ submit-serve: $(INSTALLED) ## The same for the service, which stays when its job
 dashboard: $(INSTALLED) ## TensorBoard on this machine: make dashboard RUN=runs/flickr8k/search
 	$(PYTHON) -m tensorboard.main --logdir $(or $(RUN),runs) --host 127.0.0.1
 
-# The longest folders first, so that nothing long is left to run alone at the end.
 test: lint type $(if $(ALL),test-serve) ## Check style and types, then run the quick tests; every test with ALL=1
 	$(PYTEST) $(TWO) --durations=5 tests/unit
-	$(PYTEST) $(TWO) --durations=20 $(if $(ALL),tests/nodes,-m "not chaos and not long") tests/cluster tests/jobs tests/deploy
+	$(PYTEST) --durations=10 $(if $(ALL),,-m "not chaos and not long") tests/cluster tests/jobs tests/deploy $(if $(ALL),tests/nodes)
 
 test-chaos: $(INSTALLED) ## Run the tests that kill drivers, workers and nodes, and others that take minutes
 	$(PYTEST) --durations=10 -m "chaos or long" tests
@@ -85,7 +85,7 @@ test-unit: $(INSTALLED) ## Run the tests that need no Ray
 	$(PYTEST) $(TWO) --durations=5 tests/unit
 
 test-cluster: $(INSTALLED) ## Run the tests that start a local Ray, those that kill its processes too
-	$(PYTEST) $(TWO) --durations=10 tests/cluster
+	$(PYTEST) --durations=10 tests/cluster
 
 test-nodes: $(INSTALLED) ## Kill a node of three in the middle of every job, and print what it cost
 	$(PYTEST) --durations=10 tests/nodes

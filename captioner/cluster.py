@@ -72,6 +72,8 @@ def start_local_ray(**options: Any) -> None:
         ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE: port,
         ray_constants.RAY_ADDRESS_ENVIRONMENT_VARIABLE: f"127.0.0.1:{port}",
         wait: os.environ.get(wait, seconds),
+        # It would start one more process for every training, and nobody takes this node away.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     }
     with _alone(), _environment(variables):
         ray.init(address="local", dashboard_host="127.0.0.1", **options)

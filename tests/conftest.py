@@ -12,7 +12,6 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 # Read by Ray when it is first imported, and inherited by every child process of a test.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 # Nodes of `ray start` may take their time on a busy machine, as those of a local Ray may.
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")

@@ -93,7 +93,7 @@ def process_title(process: psutil.Process) -> str:
         return ""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     """The nodes have credentials in their environment; where the bucket is they learn from the driver."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
