@@ -52,6 +52,7 @@ class BenchmarkTrainConfig(Config):
         "merge",
         "sequence_attention",
         "spatial_attention",
+        "adaptive_attention",
         "transformer",
     )
     """Decoders to measure."""

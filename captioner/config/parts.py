@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Split = Literal["train", "validation", "test"]
-DecoderKind = Literal["merge", "sequence_attention", "spatial_attention", "transformer"]
+DecoderKind = Literal[
+    "merge", "sequence_attention", "spatial_attention", "adaptive_attention", "transformer"
+]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -82,7 +84,8 @@ class DecoderConfig(Config):
     """The caption decoder."""
 
     kind: DecoderKind = "merge"
-    """merge and sequence_attention read the pooled vector, spatial_attention and transformer the grid."""
+    """merge and sequence_attention read the pooled vector; spatial_attention, adaptive_attention and transformer the
+    grid."""
     members: Annotated[int, Field(ge=1, le=16)] = 1
     """Networks of the kind that are trained side by side and whose word probabilities are averaged: an ensemble. The
     training loss is the mean of theirs, so clip_norm bounds their gradients together."""
@@ -94,7 +97,7 @@ class DecoderConfig(Config):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Dropout probability."""
     feature_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-    """spatial_attention, transformer: dropout probability of the channels of the grid's cells."""
+    """Of the grid's readers: dropout probability of the channels of the grid's cells."""
     output_width: Positive = 128
     """merge, sequence_attention: width of the dense layer before the vocabulary."""
     attention_width: Positive = 256
@@ -104,13 +107,13 @@ class DecoderConfig(Config):
     picture_layers: Annotated[int, Field(ge=0)] = 0
     """transformer: blocks in which the cells of the grid attend to each other before the words look at them."""
     heads: Positive = 8
-    """transformer: attention heads; must divide the width."""
+    """adaptive_attention, transformer: attention heads; must divide the width."""
     tie_embeddings: bool = False
-    """spatial_attention, transformer: share the word embedding with the output layer."""
+    """Of the grid's readers: share the word embedding with the output layer."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "DecoderConfig":
-        if self.kind == "transformer" and self.width % self.heads:
+        if self.kind in ("adaptive_attention", "transformer") and self.width % self.heads:
             raise ValueError(f"heads: {self.heads} must divide width {self.width}")
         return self
 

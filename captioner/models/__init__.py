@@ -1,6 +1,7 @@
 """Decoders behind one base class, and the search that turns their logits into captions."""
 
 from captioner.config import DecoderConfig
+from captioner.models.adaptive_attention import AdaptiveAttentionDecoder
 from captioner.models.base import Decoder
 from captioner.models.ensemble import Ensemble
 from captioner.models.merge import MergeDecoder
@@ -8,10 +9,14 @@ from captioner.models.sequence_attention import SequenceAttentionDecoder
 from captioner.models.spatial_attention import SpatialAttentionDecoder
 from captioner.models.transformer import TransformerDecoder
 
-DECODERS: dict[str, type[MergeDecoder | SpatialAttentionDecoder | TransformerDecoder]] = {
+DECODERS: dict[
+    str,
+    type[MergeDecoder | SpatialAttentionDecoder | AdaptiveAttentionDecoder | TransformerDecoder],
+] = {
     "merge": MergeDecoder,
     "sequence_attention": SequenceAttentionDecoder,
     "spatial_attention": SpatialAttentionDecoder,
+    "adaptive_attention": AdaptiveAttentionDecoder,
     "transformer": TransformerDecoder,
 }
 

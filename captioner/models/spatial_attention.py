@@ -36,6 +36,10 @@ class SpatialAttentionDecoder(Decoder):
         self.dropout = Dropout(config.dropout)
         self.feature_dropout = Dropout(config.feature_dropout)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        # Makes words as large as what they are read beside: an embedding that is also the output layer is small.
+        # Among the weights, so that models from before it are refused instead of captioning nonsense.
+        self.register_buffer("word_scale", torch.tensor(width**0.5))
+        self.word_scale: Tensor
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight
 
@@ -43,7 +47,7 @@ class SpatialAttentionDecoder(Decoder):
         state = self.start(features)
         for name in ("hidden", "cell"):
             state[name] = for_captions(state[name], len(tokens))
-        words = self.dropout(self.embedding(tokens))  # (B, T, D)
+        words = self.dropout(self.embedding(tokens) * self.word_scale)  # (B, T, D)
         weights = self.weights()
         outputs, contexts = [], []
         for gates in self.read(words, weights).unbind(dim=1):  # of all words at once
@@ -116,6 +120,6 @@ class SpatialAttentionDecoder(Decoder):
         return deepened
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
-        word, weights = self.embedding(tokens), self.weights()
+        word, weights = self.embedding(tokens) * self.word_scale, self.weights()
         new, context, attention = self.look(self.read(word, weights), state, weights)
         return self.output(self.deepen(word, new["hidden"], context)), new, attention

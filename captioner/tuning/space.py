@@ -16,7 +16,7 @@ def draw_trials(config: TuneConfig, *, grid: bool) -> list[Hyperparameters]:
     """The hyperparameters of every trial, in order.
 
     Args:
-        grid: whether the store holds the grid, which half of the wide space's decoders read.
+        grid: whether the store holds the grid, which most of the wide space's decoders read.
     """
     if config.space == "seed":
         return [
@@ -27,7 +27,7 @@ def draw_trials(config: TuneConfig, *, grid: bool) -> list[Hyperparameters]:
     generator = np.random.default_rng(config.seed)
     kinds = ["merge", "sequence_attention"]
     if grid:
-        kinds += ["spatial_attention", "transformer"]
+        kinds += ["spatial_attention", "adaptive_attention", "transformer"]
 
     def choose(*values: Any) -> Any:
         return values[int(generator.integers(len(values)))]

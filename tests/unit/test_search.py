@@ -206,7 +206,7 @@ def test_a_caption_does_not_depend_on_its_batch(kind: str) -> None:
                 torch.testing.assert_close(one.attention.sum(dim=1), torch.ones(len(one.tokens)))
 
 
-@pytest.mark.parametrize("kind", ["spatial_attention", "transformer"])
+@pytest.mark.parametrize("kind", ["spatial_attention", "adaptive_attention", "transformer"])
 def test_the_map_of_a_word_is_that_of_the_step_that_chose_it(kind: str) -> None:
     torch.manual_seed(5)
     config = DecoderConfig(kind=kind, width=16, attention_width=8, heads=4, layers=2)

@@ -29,7 +29,7 @@ def test_wide_space_is_seeded_and_knows_the_store() -> None:
     # More samples later keep the first ones.
     assert draw_trials(wide.model_copy(update={"num_samples": 50}), grid=True)[:40] == trials
     assert {trial["decoder"] for trial in trials} == {
-        "merge", "sequence_attention", "spatial_attention", "transformer",
+        "merge", "sequence_attention", "spatial_attention", "adaptive_attention", "transformer",
     }  # fmt: skip
     without = {trial["decoder"] for trial in draw_trials(wide, grid=False)}
     assert without == {"merge", "sequence_attention"}
