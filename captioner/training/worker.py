@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import ray
 import ray.train
@@ -17,14 +17,15 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.train.v2._internal.execution import context as train_context
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from captioner.config import TrainConfig
 from captioner.encoder import fast_bfloat16
 from captioner.errors import TrainingError
 from captioner.model_store import pack_weights, unpack_weights
 from captioner.models import build_decoder
-from captioner.models.base import Features, Standardize
+from captioner.models.base import Decoder, Features, Standardize
 from captioner.progress import TrainingGauges
 from captioner.schema import Record
 from captioner.store import FeatureStore
@@ -143,6 +144,12 @@ class Worker:
         self.model = ray.train.torch.prepare_model(
             TeacherForcing(self.decoder, config.label_smoothing)
         )
+        self.average: AveragedModel | None = None
+        if config.averaging:
+            self.average = AveragedModel(
+                self.decoder,
+                multi_avg_fn=get_ema_multi_avg_fn(config.averaging),  # type: ignore[no-untyped-call]
+            )
         self.optimizer = build_optimizer(config.optimizer, self.decoder)
         self.steps_per_epoch = -(-len(self.train.data) // config.global_batch)
         self.schedule = Schedule(config.optimizer, config.epochs * self.steps_per_epoch)
@@ -170,7 +177,7 @@ class Worker:
         self.history.append(record)
         improved = best_epoch(self.history) is record
         if improved:
-            self.best = pack_weights(self.decoder)
+            self.best = pack_weights(self.judged)
         self.schedule.after_epoch(improved)
         if self.rank == 0 and self.messages is not None:
             self.messages.put.remote(_line(record, self.config, improved))
@@ -208,6 +215,7 @@ class Worker:
                 config=self.config,
                 compute=self.compute,
             )
+            self.after_step()
             sums += torch.stack([loss.double(), correct.double()]).cpu()
             self.tell(epoch, number + 1, len(plan), timer)
         train_loss, train_accuracy = (self.reduce(sums) / self.train.data.words).tolist()
@@ -235,6 +243,9 @@ class Worker:
         if self.history[-1].phase == "cross_entropy":
             assert self.best is not None
             unpack_weights(self.decoder, self.best, BEST)
+            if self.average is not None:
+                # The average starts anew, from those weights.
+                self.average.n_averaged.zero_()
         elif self.restored is not None:
             self.optimizer.load_state_dict(self.restored)
         self.critic = Critic(self.train.data, settings)
@@ -261,6 +272,7 @@ class Worker:
                 clip_norm=self.config.optimizer.clip_norm,
                 compute=self.compute,
             )
+            self.after_step()
             self.tell(epoch, number + 1, len(plan), timer)
         reward, captions = self.reduce(rewards).tolist()
         require_finite(reward, epoch, "self-critical")
@@ -282,12 +294,12 @@ class Worker:
 
     def validation_cider(self) -> float:
         """Mean CIDEr-D of greedy captions of the validation images."""
-        self.model.eval()
+        decoder = self.judged.eval()
         sums = torch.zeros(2, dtype=torch.float64)
         plan = self.validation.plan(None, images=self.config.global_batch)
         for batch in self.validation.batches(plan, None):
             features = self.to_device(batch.features)
-            sums += self.judge.greedy(self.decoder, features, self.judge.images(batch))
+            sums += self.judge.greedy(decoder, features, self.judge.images(batch))
         total, images = self.reduce(sums).tolist()
         return float(total / images)
 
@@ -299,6 +311,16 @@ class Worker:
         self.messages.put.remote(
             f"epoch {epoch + 1} | {done} of {steps} steps | {int(left // 60)}:{int(left % 60):02d} left"
         )
+
+    @property
+    def judged(self) -> Decoder:
+        """The decoder that is validated and published: the one in training, or the average of its weights."""
+        return self.decoder if self.average is None else cast(Decoder, self.average.module)
+
+    def after_step(self) -> None:
+        """Every worker has the same weights after a step, and so the same average."""
+        if self.average is not None:
+            self.average.update_parameters(self.decoder)
 
     def reseed(self, epoch: int) -> None:
         torch.manual_seed(hash((self.config.seed, epoch, self.rank)) % 2**63)
@@ -313,13 +335,12 @@ class Worker:
     @torch.inference_mode()
     def validate(self, epoch: int) -> tuple[float, float]:
         """Loss and accuracy over the whole validation split: every caption once, over all workers."""
-        self.model.eval()
-        unwrapped: nn.Module = getattr(self.model, "module", self.model)
+        forcing = TeacherForcing(self.judged).eval()
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in self.validation.batches(self.validation.plan(None), None):
             # In float32 whatever training computes in: bfloat16 ties words that are not equally probable, and these
             # figures must be those that evaluation finds.
-            loss, correct = unwrapped(self.to_device(batch.features), batch.tokens.to(self.device))
+            loss, correct = forcing(self.to_device(batch.features), batch.tokens.to(self.device))
             sums += torch.stack([loss.double(), correct.double()]).cpu()
         loss, accuracy = (self.reduce(sums) / self.validation.data.words).tolist()
         require_finite(loss, epoch, "validation")
@@ -348,9 +369,13 @@ class Worker:
             (root / BEST).write_bytes(self.best)
             (root / HISTORY).write_text(json.dumps([epoch.model_dump() for epoch in self.history]))
             schedule = {"factor": self.schedule.factor, "waited": self.schedule.waited}
-            torch.save(
-                {"optimizer": self.optimizer.state_dict(), "schedule": schedule}, root / STATE
-            )
+            state: dict[str, Any] = {
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": schedule,
+            }
+            if self.average is not None:
+                state["average"] = self.average.state_dict()
+            torch.save(state, root / STATE)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=checkpoint)
 
@@ -363,6 +388,8 @@ class Worker:
             root = Path(folder)
             unpack_weights(self.decoder, (root / LAST).read_bytes(), LAST)
             state = torch.load(root / STATE, map_location=self.device, weights_only=True)
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
             self.schedule.factor = state["schedule"]["factor"]
             self.schedule.waited = state["schedule"]["waited"]
             self.history = read_history((root / HISTORY).read_text())

@@ -61,6 +61,7 @@ def settings(features: str, output: Path, **changes: Any) -> TrainConfig:
             epochs=SELF_CRITICAL_EPOCHS, learning_rate=0.002, samples=3, global_batch=21
         ),
         patience=None,
+        averaging=0.6,
         compute="float32",
     )
     return base.model_copy(update=changes)
@@ -225,6 +226,31 @@ def test_published_weights_are_those_of_the_best_epoch(
         unbroken.best.validation_loss, rel=1e-5
     )
     assert int(correct) / batch.global_targets == pytest.approx(unbroken.best.validation_accuracy)
+
+
+def test_averaging_changes_what_is_validated_and_nothing_of_the_training(
+    features: str, tmp_path: Path
+) -> None:
+    without, barely, half = (
+        run_training(
+            settings(
+                features,
+                tmp_path / f"{decay}",
+                averaging=decay,
+                epochs=2,
+                self_critical=SelfCriticalConfig(),
+                optimizer=OptimizerConfig(learning_rate=0.02, schedule="constant"),
+            )
+        )
+        for decay in (0.0, 1e-7, 0.5)
+    )
+    for other in (barely, half):
+        assert [one.train_loss for one in other.history] == [
+            one.train_loss for one in without.history
+        ]
+    losses = [one.validation_loss for one in without.history]
+    assert [one.validation_loss for one in barely.history] == pytest.approx(losses, rel=1e-5)
+    assert [one.validation_loss for one in half.history] != pytest.approx(losses, rel=1e-3)
 
 
 def test_model_directory_holds_history_curves_and_events(unbroken: TrainResult) -> None:
