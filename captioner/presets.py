@@ -63,49 +63,49 @@ def flickr8k_merge() -> TrainConfig:
 
 
 def flickr8k_best() -> TrainConfig:
-    """Made for the best captions on Flickr8k: attention over the grid, strongly regularised.
+    """Made for the best captions on Flickr8k: three decoders that look at the grid, trained side by side.
 
-    Wants features with --grid and --mirrored.
+    Wants features with --grid and --mirrored; captions best with --decode.beam-size 5 --decode.no-repeat-ngram 3.
     """
     return TrainConfig(
         features="runs/flickr8k/features",
         output="runs/flickr8k/best",
         decoder=DecoderConfig(
-            kind="spatial_attention",
+            kind="adaptive_attention",
+            members=3,
             width=512,
-            attention_width=128,
-            dropout=0.5,
+            dropout=0.3,
             feature_dropout=0.1,
             tie_embeddings=True,
         ),
         text=TextConfig(min_count=5),
         optimizer=OptimizerConfig(
             name="adamw",
-            learning_rate=1e-3,
+            learning_rate=1.5e-3,
             weight_decay=1e-4,
             clip_norm=1.0,
             warmup_steps=190,
             schedule="cosine",
         ),
-        epochs=12,
+        epochs=9,
         global_batch=160,
         patience=None,
         label_smoothing=0.1,
+        averaging=0.995,
         group_captions=True,
         mirrored=True,
     )
 
 
 def flickr30k_best() -> TrainConfig:
-    """As ``flickr8k_best`` for five times the images: less dropout, and fewer passes over them."""
+    """As ``flickr8k_best`` for five times the images: fewer passes over them."""
     base = flickr8k_best()
     return base.model_copy(
         update={
             "features": "runs/flickr30k/features",
             "output": "runs/flickr30k/best",
-            "decoder": base.decoder.model_copy(update={"dropout": 0.4}),
             "optimizer": base.optimizer.model_copy(update={"warmup_steps": 900}),
-            "epochs": 8,
+            "epochs": 6,
         }
     )
 
