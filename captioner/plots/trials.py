@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from captioner.plots.render import DPI, FAINT, GREY, INK, font, to_png
 
 BEST, FINISHED, STOPPED, FAILED = "#d1603d", "#3b6fb6", "#9aa5b1", "#8b1e3f"
 COLUMNS = 4
+# Most values of a hyperparameter that are drawn side by side, and most characters of their labels before they slant.
+CHOICES, LABEL_CHARACTERS = 6, 34
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,15 @@ def _draw_effect(
     axes: Axes, trials: Sequence[TrialCurve], name: str, best: int, largest: bool
 ) -> None:
     values = [trial.hyperparameters[name] for trial in trials]
-    named = any(isinstance(value, str) for value in values)
-    choices = sorted(set(values), key=str) if named else []
+    # A few choices stand side by side; what was drawn from a range has a scale.
+    chosen = len(set(values)) <= CHOICES or any(isinstance(value, str) for value in values)
+    choices = sorted(set(values), key=lambda value: str(value) if isinstance(value, str) else value)
     for trial in trials:
         found = [value for _, value in trial.curve if np.isfinite(value)]
         if not found:
             continue
         value = trial.hyperparameters[name]
-        place = choices.index(value) if named else float(value)
+        place = choices.index(value) if chosen else float(value)
         axes.plot(
             place,
             max(found) if largest else min(found),
@@ -114,11 +117,19 @@ def _draw_effect(
             color=_color(trial, trial.number == best),
             markersize=7 if trial.number == best else 5,
         )
-    if named:
-        axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
+    if chosen:
+        labels = [one if isinstance(one, str) else f"{one:g}" for one in choices]
+        # Long names are too wide to stand side by side.
+        axes.set_xticks(range(len(choices)), labels)
+        if sum(map(len, labels)) > LABEL_CHARACTERS:
+            for label in axes.get_xticklabels():
+                label.set(rotation=25, horizontalalignment="right")
         axes.set_xlim(-0.5, len(choices) - 0.5)
-    elif name in ("learning_rate", "width", "global_batch"):
-        axes.set_xscale("log", base=10 if name == "learning_rate" else 2)
+    elif name == "learning_rate":
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _dress(axes: Axes, title: str, below: str) -> None:
