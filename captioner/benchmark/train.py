@@ -20,8 +20,9 @@ from captioner.models import build_decoder
 from captioner.store import FeatureStore
 from captioner.text import Vocabulary, clean
 from captioner.training.data import Batch
+from captioner.training.history import Stopwatch
 from captioner.training.steps import train_step
-from captioner.training.worker import Stopwatch, Worker
+from captioner.training.worker import Worker
 
 logger = logging.getLogger(__name__)
 

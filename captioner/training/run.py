@@ -46,14 +46,8 @@ from captioner.progress import MessageLog
 from captioner.schema import MIRRORED
 from captioner.store import ENCODER_WEIGHTS, FeatureStore
 from captioner.text import Vocabulary, clean
-from captioner.training.worker import (
-    BEST,
-    HISTORY,
-    EpochRecord,
-    best_epoch,
-    read_history,
-    train_worker,
-)
+from captioner.training.history import EpochRecord, best_epoch, read_history
+from captioner.training.worker import BEST, HISTORY, train_worker
 
 logger = logging.getLogger(__name__)
 

@@ -26,10 +26,10 @@ from captioner.progress import TrainingGauges
 from captioner.serving.metrics import exposition
 from captioner.store import FeatureStore
 from captioner.training import run
+from captioner.training.history import EpochRecord
 from captioner.training.ingest import open_split
 from captioner.training.run import TrainResult, run_training
 from captioner.training.steps import TeacherForcing
-from captioner.training.worker import EpochRecord
 from tests.stores import write_store
 
 ROOT = Path(__file__).resolve().parents[2]
