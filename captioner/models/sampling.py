@@ -7,8 +7,9 @@ from captioner.models.base import Decoder, Features
 from captioner.text import END, PAD, START, UNK
 
 
-@torch.inference_mode()
-def sample(decoder: Decoder, features: Features, count: int, max_length: int) -> Tensor:
+def sample(
+    decoder: Decoder, features: Features, count: int, max_length: int
+) -> tuple[Tensor, Tensor]:
     """Draw ``count`` captions for each image, from torch's default generator.
 
     Args:
@@ -17,7 +18,8 @@ def sample(decoder: Decoder, features: Features, count: int, max_length: int) ->
 
     Returns:
         int64 [N * count, T], ``<start>`` first, ``<end>`` last where the caption came to its end, ``<pad>`` after it;
-        the captions of an image follow each other.
+        the captions of an image follow each other. And float32 [N * count, T - 1], the log-probability each next word
+        was drawn with, 0 at the padding; gradients pass through it.
     """
     state = decoder.start(features)
     kept = decoder.image_state
@@ -28,17 +30,21 @@ def sample(decoder: Decoder, features: Features, count: int, max_length: int) ->
     images, device = len(next(iter(features.values()))), next(iter(features.values())).device
     last = torch.full((images * count,), START, device=device)
     open_ended = torch.ones_like(last, dtype=torch.bool)
-    words = [last]
+    words, found = [last], []
     for _ in range(max_length + 1):
         logits, state, _ = decoder.step(last, state)
-        logits = logits.float()
-        logits[:, [PAD, START, UNK]] = -torch.inf
-        # The largest of logits plus Gumbel noise is a draw from their softmax.
-        drawn = (logits - torch.empty_like(logits).exponential_().log_()).argmax(dim=-1)
+        never = torch.zeros(logits.shape[-1], device=device)
+        never[[PAD, START, UNK]] = -torch.inf
+        log_probs = torch.log_softmax(logits.float() + never, dim=-1)
+        with torch.no_grad():
+            # The largest of log-probabilities plus Gumbel noise is a draw from them.
+            noise = torch.empty_like(log_probs).exponential_().log_()
+            drawn = (log_probs - noise).argmax(dim=-1)
         words.append(torch.where(open_ended, drawn, PAD))
+        found.append(log_probs.gather(1, drawn.unsqueeze(1)).squeeze(1) * open_ended)
         # A finished caption goes on with <end>, which no decoder minds, as its words are not used.
         last = torch.where(open_ended, drawn, END)
         open_ended = open_ended & (drawn != END)
         if not open_ended.any():
             break
-    return torch.stack(words, dim=1)
+    return torch.stack(words, dim=1), torch.stack(found, dim=1)

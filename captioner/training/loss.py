@@ -27,7 +27,6 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     label_smoothing: float = 0.0,
-    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of ``hidden @ weight.T + bias``, and the number of targets that were the most probable.
 
@@ -37,7 +36,6 @@ def linear_cross_entropy(
         bias: float [V].
         targets: int64 [W]; rows of ``IGNORED`` count for nothing.
         label_smoothing: probability spread evenly over the vocabulary, as ``functional.cross_entropy`` does.
-        scale: float [W], a factor of each row's loss; None is 1.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -45,9 +43,7 @@ def linear_cross_entropy(
     with torch.autocast(hidden.device.type, enabled=False):
         loss: Tensor
         correct: Tensor
-        loss, correct = _LinearCrossEntropy.apply(
-            hidden, weight, bias, targets, label_smoothing, scale
-        )
+        loss, correct = _LinearCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing)
     return loss, correct
 
 
@@ -60,7 +56,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor,
         targets: Tensor,
         smoothing: float,
-        scale: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         needed = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if needed else None
@@ -74,7 +69,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             counted = targets[part] != IGNORED
             wanted = targets[part].clamp(min=0).unsqueeze(1)
-            factor = counted.float() if scale is None else counted * scale[part].float()
             logits = functional.linear(hidden[part], weight, bias).float()
             # Softmax by hand, in place: torch's own log_softmax and its gradient take several times as long on a CPU.
             highest = logits.amax(dim=-1)
@@ -85,14 +79,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             exponentials = logits.sub_(highest.unsqueeze(1)).exp_()
             total = exponentials.sum(dim=-1)
             losses = highest + total.log() - (1 - smoothing) * of_target - smoothing * mean
-            loss += (losses * factor).sum()
+            loss += losses[counted].sum()
             if grad_hidden is None or grad_weight is None or grad_bias is None:
                 continue
             # d loss / d logits = softmax - targets, the smoothed ones.
-            grad = exponentials.mul_((factor / total).unsqueeze(1))
+            grad = exponentials.mul_((counted / total).unsqueeze(1))
             if smoothing:
-                grad -= (factor * (smoothing / len(weight))).unsqueeze(1)
-            grad.scatter_add_(1, wanted, (factor * (smoothing - 1)).unsqueeze(1))
+                grad -= (counted * (smoothing / len(weight))).unsqueeze(1)
+            grad.scatter_add_(1, wanted, (counted * (smoothing - 1)).unsqueeze(1))
             grad_bias += grad.sum(dim=0)
             grad = grad.to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[part])
@@ -110,7 +104,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden * grad_loss.to(grad_hidden.dtype),
             (grad_weight * grad_loss).to(weight_dtype),
             (grad_bias * grad_loss).to(bias_dtype),
-            None,
             None,
             None,
         )

@@ -3,17 +3,18 @@
 Rennie et al., "Self-critical Sequence Training for Image Captioning" (2017), with the baseline of Luo, "A Better
 Variant of Self-Critical Sequence Training" (2020): the mean reward of the image's other captions.
 
-Shapes: I images, S captions drawn for each, T tokens.
+Shapes: M members of an ensemble (1 of a single decoder), I images, S captions drawn for each, T tokens.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from captioner.config import DecodeConfig, SelfCriticalConfig
 from captioner.models.base import Decoder, Features
+from captioner.models.ensemble import Ensemble
 from captioner.models.sampling import sample
 from captioner.models.search import search
 from captioner.text import END, PAD
@@ -55,6 +56,33 @@ class Critic:
         return torch.tensor([sum(rewards), len(rewards)], dtype=torch.float64)
 
 
+class Drawing(nn.Module):
+    """A decoder that draws captions: what DDP wraps in this phase, so that their gradient is that of one ``forward``.
+
+    A policy gradient is that of the very distribution the captions were drawn from. So words and gradient come from one
+    pass, in which dropout is on as in the phase before: the decoder does not learn the train images by heart so soon.
+    """
+
+    def __init__(self, decoder: Decoder, settings: SelfCriticalConfig):
+        super().__init__()
+        self.decoder, self.settings = decoder, settings
+
+    def forward(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Captions of I images from each member alone: what ``sample`` returns, [M, I * S, T] and [M, I * S, T - 1]."""
+        members = self.decoder.decoders if isinstance(self.decoder, Ensemble) else [self.decoder]
+        samples, longest = self.settings.samples, self.settings.max_length
+        drawn = [sample(member, features, samples, longest) for member in members]
+        length = max(tokens.shape[1] for tokens, _ in drawn)
+        return (
+            torch.stack([_padded(tokens, length) for tokens, _ in drawn]),
+            torch.stack([_padded(log_probs, length - 1) for _, log_probs in drawn]),
+        )
+
+
+def _padded(values: Tensor, length: int) -> Tensor:
+    return functional.pad(values, (0, length - values.shape[1]), value=PAD)
+
+
 def self_critical_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -69,7 +97,7 @@ def self_critical_step(
     """One optimizer step on captions drawn for a worker's share of the images.
 
     Args:
-        model: ``TeacherForcing``, wrapped in DDP or not.
+        model: ``Drawing``, wrapped in DDP or not, in training mode.
         features: those of ``batch``, on the device of the model.
         compute: ``float32`` or ``bfloat16``.
 
@@ -77,31 +105,23 @@ def self_critical_step(
         float64 [2]: summed reward of the captions drawn, and their number.
     """
     samples = critic.settings.samples
-    device = next(iter(features.values())).device
     images = critic.images(batch)
-    model.eval()
-    wrapped: Any = getattr(model, "module", model)
-    decoder: Decoder = wrapped.decoder
+    device = next(iter(features.values())).device
     with autocast(device, compute):
-        # Outside of inference mode, whose tensors no gradient may pass.
-        tokens = sample(decoder, features, samples, critic.settings.max_length).clone()
-    rewards = torch.zeros(len(tokens) // samples, samples)
-    for place, caption in enumerate(tokens[:, 1:].tolist()[: len(images) * samples]):
-        words = [word for word in caption if word != PAD]
-        rewards.view(-1)[place] = critic.reward(images[place // samples], words)
+        tokens, log_probs = model(features)
+    rewards = torch.zeros(len(tokens), tokens.shape[1] // samples, samples)
+    for member, captions in enumerate(tokens[:, :, 1:].tolist()):
+        for place, caption in enumerate(captions[: len(images) * samples]):
+            image, number = divmod(place, samples)
+            words = [word for word in caption if word != PAD]
+            rewards[member, image, number] = critic.reward(images[image], words)
     # Each caption against the mean of the image's others.
-    advantage = (rewards - rewards.mean(dim=1, keepdim=True)) * (samples / (samples - 1))
-    # A policy gradient is that of the distribution the captions were drawn from: dropout would give it another, and its
-    # error grows with every step. In training mode all the same, as cuDNN's LSTM has no backward pass in the other.
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()
-    with autocast(device, compute):
-        loss, _ = model(features, tokens, advantage.flatten().to(device))
+    advantage = (rewards - rewards.mean(dim=-1, keepdim=True)) * (samples / (samples - 1))
+    # Of an ensemble the mean over its members, as under teacher forcing.
+    loss = -(advantage.flatten(1).unsqueeze(-1).to(device) * log_probs).sum() / len(tokens)
     optimizer.zero_grad(set_to_none=True)
     (loss * (workers / batch.global_targets)).backward()
     if clip_norm is not None:
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
-    return torch.tensor([float(rewards.sum()), len(images) * samples], dtype=torch.float64)
+    return torch.tensor([float(rewards.sum()), len(tokens) * len(images) * samples]).double()

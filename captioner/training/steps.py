@@ -29,29 +29,24 @@ class TeacherForcing(nn.Module):
         self.decoder = decoder
         self.label_smoothing = label_smoothing
 
-    def forward(
-        self, features: Features, tokens: Tensor, weights: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Features, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over all next words of the captions ``tokens`` int64 [B, T].
 
         Args:
             features: columns of N images, each with B / N captions that follow each other.
-            weights: float [B], a factor of each caption's loss; None is 1.
 
         Returns:
             summed cross-entropy (smoothed while training), and the number of words that were the most probable. Of an
             ensemble in training both are means over its members, otherwise those of its mean probabilities.
         """
-        if self.training and weights is None and isinstance(self.decoder, Ensemble):
+        if self.training and isinstance(self.decoder, Ensemble):
             # Each member by its own loss: a common one would let them lean on each other.
-            found = [self._sums(member, features, tokens, None) for member in self.decoder.decoders]
+            found = [self._sums(member, features, tokens) for member in self.decoder.decoders]
             losses, correct = zip(*found, strict=True)
             return torch.stack(losses).mean(), torch.stack(correct).float().mean()
-        return self._sums(self.decoder, features, tokens, weights)
+        return self._sums(self.decoder, features, tokens)
 
-    def _sums(
-        self, decoder: Decoder, features: Features, tokens: Tensor, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _sums(self, decoder: Decoder, features: Features, tokens: Tensor) -> tuple[Tensor, Tensor]:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         # Only real words meet the vocabulary: that projection is most of the work.
         places = (targets != PAD).flatten().nonzero().squeeze(1)  # (W,)
@@ -62,9 +57,7 @@ class TeacherForcing(nn.Module):
         wanted = functional.pad(wanted, (0, excess), value=IGNORED)
         hidden = decoder.hidden(features, inputs).flatten(0, 1).index_select(0, places)
         output = decoder.output
-        # A reward is for the caption as it was drawn.
-        smoothing = self.label_smoothing if self.training and weights is None else 0.0
-        scale = None if weights is None else weights[places // targets.shape[1]]  # (W,)
+        smoothing = self.label_smoothing if self.training else 0.0
         if isinstance(output, nn.Linear):
             return linear_cross_entropy(
                 hidden,
@@ -72,11 +65,9 @@ class TeacherForcing(nn.Module):
                 output.bias,
                 wanted,
                 label_smoothing=smoothing,
-                scale=scale,
             )
         log_probs = output(hidden).float()  # an ensemble's, (W, V)
-        losses = functional.nll_loss(log_probs, wanted, reduction="none", ignore_index=IGNORED)
-        loss = losses.sum() if scale is None else (losses * scale).sum()
+        loss = functional.nll_loss(log_probs, wanted, reduction="sum", ignore_index=IGNORED)
         correct = (log_probs.argmax(dim=-1) == wanted).sum()
         return loss, correct
 

@@ -29,7 +29,7 @@ from captioner.store import FeatureStore
 from captioner.text import Vocabulary
 from captioner.training.history import EpochRecord, Stopwatch, best_epoch, epoch_line, read_history
 from captioner.training.ingest import open_split
-from captioner.training.self_critical import Critic, self_critical_step
+from captioner.training.self_critical import Critic, Drawing, self_critical_step
 from captioner.training.steps import (
     Schedule,
     TeacherForcing,
@@ -207,6 +207,8 @@ class Worker:
     def start_self_critical(self) -> None:
         """Go on from the best weights of the first phase, or from where the second was left."""
         settings = self.config.self_critical
+        # In place of the first phase's, whose hooks on the gradients go with it.
+        self.model = ray.train.torch.prepare_model(Drawing(self.decoder, settings))
         self.optimizer = torch.optim.AdamW(
             self.decoder.parameters(), settings.learning_rate, weight_decay=0.0, fused=True
         )
@@ -224,6 +226,7 @@ class Worker:
         """One pass over the train images with captions drawn from the decoder itself."""
         self.reseed(epoch)
         settings = self.config.self_critical
+        self.model.train()
         done = sum(record.phase == "self_critical" for record in self.history)
         plan = self.train.plan(epoch, images=max(1, settings.global_batch // settings.samples))
         rewards = torch.zeros(2, dtype=torch.float64)

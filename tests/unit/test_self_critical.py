@@ -7,12 +7,13 @@ from pycocoevalcap.cider.cider import Cider as Reference
 
 from captioner.config import DecoderConfig, SelfCriticalConfig, TrainConfig
 from captioner.models import DECODERS, build_decoder
+from captioner.models.ensemble import Ensemble
 from captioner.models.sampling import sample
-from captioner.text import END, PAD, START
+from captioner.text import END, PAD, START, UNK
 from captioner.training.data import CaptionData
 from captioner.training.ingest import Resident
 from captioner.training.reward import Cider
-from captioner.training.self_critical import Critic, self_critical_step
+from captioner.training.self_critical import Critic, Drawing, self_critical_step
 from captioner.training.steps import TeacherForcing, train_step
 
 WORDS, CHANNELS = 12, 4
@@ -59,7 +60,7 @@ def features(images: int) -> dict[str, torch.Tensor]:
 def test_samples_follow_the_decoders_own_distribution(kind: str) -> None:
     model = decoder(kind)
     torch.manual_seed(1)
-    drawn = sample(model, features(2), 4000, 6)
+    drawn, log_probs = sample(model, features(2), 4000, 6)
     assert drawn.shape[0] == 8000
     assert (drawn[:, 0] == START).all()
     # Nothing but padding follows an end, and nothing impossible is drawn.
@@ -73,35 +74,84 @@ def test_samples_follow_the_decoders_own_distribution(kind: str) -> None:
         first = drawn[image * 4000 : (image + 1) * 4000, 1]
         shares = torch.bincount(first, minlength=WORDS) / 4000
         torch.testing.assert_close(shares, expected[image], atol=0.03, rtol=0)
+    # The log-probabilities are those of the whole captions under teacher forcing.
+    every = model(features(2), drawn[:, :-1])
+    every[:, :, [PAD, START, UNK]] = -torch.inf
+    wanted = torch.log_softmax(every, dim=-1).gather(2, drawn[:, 1:, None]).squeeze(2)
+    real = drawn[:, 1:] != PAD
+    torch.testing.assert_close(log_probs[real], wanted[real], rtol=1e-4, atol=1e-5)
+    assert not log_probs[~real].any()
 
 
-@pytest.mark.parametrize("kind", sorted(DECODERS))
-def test_gradient_is_of_the_distribution_that_captions_were_drawn_from(kind: str) -> None:
-    tokens = [[START, 4 + image, 6, END] for image in range(3)]
-    data = CaptionData(tokens, np.arange(3))
-    columns = {name: column.numpy() for name, column in features(3).items()}
+@pytest.mark.parametrize("kind", ["merge", "adaptive_attention"])
+def test_gradient_is_that_of_the_expected_reward(kind: str) -> None:
+    tokens = [[START, 4 + image, 6, END] for image in range(2)]
+    data = CaptionData(tokens, np.arange(2))
+    columns = {name: column.numpy() for name, column in features(2).items()}
     way = Resident(data, columns, TrainConfig(features="unused", output="unused"), 0, 1)
-    critic = Critic(data, SelfCriticalConfig(samples=16, max_length=6))
-    moved = []
-    for dropout in (0.0, 0.5):
-        model = TeacherForcing(decoder(kind, dropout))
-        torch.manual_seed(1)
-        (batch,) = way.batches(way.plan(0, images=3), 0)
-        self_critical_step(
-            model,
-            torch.optim.SGD(model.parameters(), 0.1),
-            batch.features,
-            batch,
-            critic,
-            workers=1,
-            clip_norm=None,
-            compute="float32",
-        )
-        moved.append(torch.cat([weight.flatten() for weight in model.parameters()]))
-    torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=0)
-    assert not torch.equal(
-        moved[0], torch.cat([weight.flatten() for weight in decoder(kind).parameters()])
+    critic = Critic(data, SelfCriticalConfig(samples=20_000, max_length=1))
+    (batch,) = way.batches(way.plan(0, images=2), 0)
+    # Every caption of at most two words, its probability and its reward.
+    model = decoder(kind)
+    allowed = [word for word in range(WORDS) if word not in (PAD, START, UNK)]
+    pairs = [(first, second) for first in allowed if first != END for second in allowed]
+    captions = torch.tensor([[START, END, PAD], *([START, *pair] for pair in pairs)])
+    expected = torch.zeros(())
+    for row, image in enumerate(critic.images(batch)):
+        one = {name: column[row : row + 1] for name, column in batch.features.items()}
+        every = model(one, captions[:, :-1])
+        every[:, :, [PAD, START, UNK]] = -torch.inf
+        log_probs = torch.log_softmax(every, dim=-1).gather(2, captions[:, 1:, None]).squeeze(2)
+        log_probs = torch.where(captions[:, 1:] == PAD, 0.0, log_probs)
+        rewards = [
+            critic.reward(image, [word for word in caption if word != PAD])
+            for caption in captions[:, 1:].tolist()
+        ]
+        expected = expected + log_probs.sum(dim=1).exp() @ torch.tensor(rewards)
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    before = [weight.detach().clone() for weight in model.parameters()]
+    drawing = Drawing(model, critic.settings).train()
+    torch.manual_seed(1)
+    self_critical_step(
+        drawing,
+        torch.optim.SGD(drawing.parameters(), batch.global_targets / 20_000),
+        batch.features,
+        batch,
+        critic,
+        workers=1,
+        clip_norm=None,
+        compute="float32",
     )
+    moved = [new.detach() - old for new, old in zip(model.parameters(), before, strict=True)]
+    flat, found = (torch.cat([part.flatten() for part in parts]) for parts in (wanted, moved))
+    assert torch.cosine_similarity(flat, found, dim=0) > 0.98
+    assert float(found.norm()) == pytest.approx(float(flat.norm()), rel=0.05)
+    # What is never drawn is neither learnt nor unlearnt.
+    names = dict(zip([name for name, _ in model.named_parameters()], moved, strict=True))
+    torch.testing.assert_close(names["output.bias"][[PAD, START, UNK]], torch.zeros(3))
+
+
+def test_dropout_is_on_while_captions_are_drawn() -> None:
+    drawing = Drawing(decoder("merge", dropout=0.5), SelfCriticalConfig(samples=2, max_length=6))
+    torch.manual_seed(1)
+    dropped = drawing.train()(features(3))[1]
+    torch.manual_seed(1)
+    whole = drawing.eval()(features(3))[1]
+    assert not torch.equal(dropped[..., 0], whole[..., 0])
+
+
+def test_members_of_an_ensemble_draw_and_learn_on_their_own() -> None:
+    alone = decoder("merge")
+    other = build_decoder(DecoderConfig(width=16, output_width=16), WORDS, CHANNELS).eval()
+    settings = SelfCriticalConfig(samples=5, max_length=6)
+    torch.manual_seed(1)
+    tokens, log_probs = Drawing(Ensemble([alone, other]), settings).eval()(features(3))
+    assert tokens.shape[:2] == (2, 15)
+    assert log_probs.shape == (2, 15, tokens.shape[2] - 1)
+    torch.manual_seed(1)
+    first, _ = Drawing(alone, settings).eval()(features(3))
+    torch.testing.assert_close(tokens[0, :, : first.shape[2]], first[0])
+    assert not torch.equal(tokens[0], tokens[1])
 
 
 @pytest.mark.parametrize("kind", ["merge", "transformer"])
@@ -129,12 +179,13 @@ def test_steps_raise_the_reward_of_greedy_captions(kind: str) -> None:
                 compute="float32",
             )
     torch.manual_seed(2)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.002)
+    drawing = Drawing(model.decoder, critic.settings).train()
+    optimizer = torch.optim.AdamW(drawing.parameters(), 0.002)
     rewards = []
     for _ in range(60):
         for batch in way.batches(way.plan(0, images=3), 0):
             total, count = self_critical_step(
-                model,
+                drawing,
                 optimizer,
                 batch.features,
                 batch,
@@ -160,10 +211,10 @@ def test_a_worker_without_images_changes_nothing() -> None:
     config = TrainConfig(features="unused", output="unused")
     columns = {"pooled": np.ones((2, CHANNELS), np.float32)}
     idle = Resident(data, columns, config, rank=2, workers=3)
-    model = TeacherForcing(decoder("merge"))
+    critic = Critic(data, SelfCriticalConfig(samples=2))
+    model = Drawing(decoder("merge"), critic.settings).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     (batch,) = idle.batches(idle.plan(0, images=2), 0)
-    critic = Critic(data, SelfCriticalConfig(samples=2))
     result = self_critical_step(
         model,
         torch.optim.SGD(model.parameters(), 1.0),
