@@ -63,7 +63,7 @@ def flickr8k_merge() -> TrainConfig:
 
 
 def flickr8k_best() -> TrainConfig:
-    """Made for the best captions on Flickr8k: three decoders that look at the grid, trained side by side.
+    """Made for the best captions on Flickr8k: four decoders that look at the grid, trained side by side.
 
     Wants features with --grid and --mirrored; captions best with --decode.beam-size 5 --decode.no-repeat-ngram 3.
     """
@@ -72,8 +72,9 @@ def flickr8k_best() -> TrainConfig:
         output="runs/flickr8k/best",
         decoder=DecoderConfig(
             kind="adaptive_attention",
-            members=3,
+            members=4,
             width=512,
+            picture_layers=1,
             dropout=0.3,
             feature_dropout=0.1,
             tie_embeddings=True,

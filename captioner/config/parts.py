@@ -105,7 +105,7 @@ class DecoderConfig(Config):
     layers: Positive = 3
     """transformer: number of blocks."""
     picture_layers: Annotated[int, Field(ge=0)] = 0
-    """transformer: blocks in which the cells of the grid attend to each other before the words look at them."""
+    """adaptive_attention, transformer: blocks in which the grid's cells attend to each other before the words look."""
     heads: Positive = 8
     """adaptive_attention, transformer: attention heads; must divide the width."""
     tie_embeddings: bool = False

@@ -15,6 +15,7 @@ from captioner.config import DecoderConfig
 from captioner.models.attention import Attention, by_image
 from captioner.models.base import Decoder, Features, Standardize, State, for_captions
 from captioner.models.dropout import Dropout
+from captioner.models.picture import PictureEncoder
 
 
 class AdaptiveAttentionDecoder(Decoder):
@@ -28,6 +29,11 @@ class AdaptiveAttentionDecoder(Decoder):
         width = config.width
         self.standardize = Standardize(channels)
         self.cells = nn.Linear(channels, width)
+        self.picture: nn.Module = nn.ReLU()
+        if config.picture_layers:
+            self.picture = PictureEncoder(
+                width, config.picture_layers, config.heads, config.dropout
+            )
         self.image = nn.Linear(width, width)
         self.initial = nn.Linear(width, 2 * width)
         self.embedding = nn.Embedding(vocabulary_size, width)
@@ -45,9 +51,8 @@ class AdaptiveAttentionDecoder(Decoder):
             self.output.weight = self.embedding.weight
 
     def start(self, features: Features) -> State:
-        cells = self.dropout(
-            torch.relu(self.cells(self.feature_dropout(self.standardize(features["grid"]))))
-        )  # (N, P, D)
+        cells = self.cells(self.feature_dropout(self.standardize(features["grid"])))
+        cells = self.dropout(self.picture(cells))  # (N, P, D)
         image = self.image(cells.mean(dim=1))  # (N, D)
         hidden, cell = torch.tanh(self.initial(torch.relu(image))).float().chunk(2, dim=1)
         memory = self.attention.split(self.attention.memory(cells))  # (N, 2, H, P, E)

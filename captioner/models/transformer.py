@@ -13,7 +13,7 @@ from captioner.config import DecoderConfig
 from captioner.models.attention import Attention, by_image
 from captioner.models.base import Decoder, Features, Standardize, State
 from captioner.models.dropout import Dropout
-from captioner.schema import GRID_SIDE
+from captioner.models.picture import PictureEncoder, dense
 from captioner.text import PAD
 
 # Longest caption in tokens: DecodeConfig allows 200 words, and the tags come on top.
@@ -39,32 +39,6 @@ class Packing:
         """[W, D] -> [B, T, D], zero at the padding."""
         padded = values.new_zeros(self.shape.numel(), values.shape[-1])
         return padded.index_copy(0, self.places, values).view(*self.shape, values.shape[-1])
-
-
-def dense(width: int, dropout: float) -> nn.Sequential:
-    """The layer that works on each position alone."""
-    return nn.Sequential(
-        nn.Linear(width, 4 * width), nn.GELU(), Dropout(dropout), nn.Linear(4 * width, width)
-    )
-
-
-class PictureBlock(nn.Module):
-    """Attention of the cells to each other and a dense layer, each added to what came in: [B, P, D] -> [B, P, D]."""
-
-    def __init__(self, width: int, heads: int, dropout: float):
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.cells = Attention(width, heads)
-        self.dense = dense(width, dropout)
-        self.dropout = Dropout(dropout)
-
-    def forward(self, values: Tensor) -> Tensor:
-        normed = self.norms[0](values)
-        cells = self.cells
-        found, _ = cells.look(cells.query(normed), cells.split(cells.memory(normed)))
-        values = values + self.dropout(cells.out(found))
-        added: Tensor = values + self.dropout(self.dense(self.norms[1](values)))
-        return added
 
 
 class Block(nn.Module):
@@ -126,12 +100,7 @@ class TransformerDecoder(Decoder):
         width = config.width
         self.standardize = Standardize(channels)
         self.cells = nn.Linear(channels, width)
-        self.row_positions = nn.Parameter(torch.randn(GRID_SIDE, 1, width) * 0.02)
-        self.column_positions = nn.Parameter(torch.randn(1, GRID_SIDE, width) * 0.02)
-        self.picture_blocks = nn.ModuleList(
-            PictureBlock(width, config.heads, config.dropout) for _ in range(config.picture_layers)
-        )
-        self.cells_norm = nn.LayerNorm(width)
+        self.picture = PictureEncoder(width, config.picture_layers, config.heads, config.dropout)
         self.embedding = nn.Embedding(vocabulary_size, width)
         self.positions = nn.Parameter(torch.randn(POSITIONS, width) * 0.02)
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
@@ -146,13 +115,10 @@ class TransformerDecoder(Decoder):
             self.output.weight = self.embedding.weight
         self.image_state = frozenset(f"picture{number}" for number in range(config.layers))
 
-    def picture(self, features: Features) -> list[Tensor]:
+    def look(self, features: Features) -> list[Tensor]:
         """Keys and values of the cells for every block, [N, 2, H, P, E] each."""
         cells = self.cells(self.feature_dropout(self.standardize(features["grid"])))
-        cells = cells + (self.row_positions + self.column_positions).flatten(0, 1)
-        for block in self.picture_blocks:
-            cells = block(cells)
-        cells = self.cells_norm(cells)
+        cells = self.picture(cells)
         return [block.picture.split(block.picture.memory(cells)) for block in self.blocks]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -165,13 +131,13 @@ class TransformerDecoder(Decoder):
         packing = Packing(tokens)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         values = self.embed(packing.pack(tokens), packing.pack(positions))
-        for block, picture in zip(self.blocks, self.picture(features), strict=True):
+        for block, picture in zip(self.blocks, self.look(features), strict=True):
             values = block(values, picture, packing)
         return packing.unpack(self.dropout(self.norm(values)))
 
     def start(self, features: Features) -> State:
         state = {}
-        for number, picture in enumerate(self.picture(features)):
+        for number, picture in enumerate(self.look(features)):
             state[f"picture{number}"] = picture.contiguous()
             state[f"past{number}"] = picture[:, :, :, :0]
         return state

@@ -18,13 +18,28 @@ from captioner.training.steps import OptimizerConfig, TeacherForcing, autocast, 
 VOCABULARY, CHANNELS, CELLS = 23, 12, 49
 
 
-@pytest.fixture(params=sorted(DECODERS))
-def decoder(request: pytest.FixtureRequest) -> nn.Module:
+KINDS = [*sorted(DECODERS), "adaptive_attention picture", "transformer picture"]
+
+
+def build(kind: str, width: int = 16) -> nn.Module:
+    """A small decoder of a kind, with picture blocks where its name says so."""
     torch.manual_seed(0)
+    name, *picture = kind.split()
     config = DecoderConfig(
-        kind=request.param, width=16, output_width=12, attention_width=8, heads=4, layers=2
+        kind=name,
+        width=width,
+        output_width=12,
+        attention_width=8,
+        heads=4,
+        layers=2,
+        picture_layers=2 * len(picture),
     )
     return build_decoder(config, VOCABULARY, CHANNELS).eval()
+
+
+@pytest.fixture(params=KINDS)
+def decoder(request: pytest.FixtureRequest) -> nn.Module:
+    return build(request.param)
 
 
 def features(images: int) -> Features:
@@ -176,7 +191,9 @@ def test_eight_captions_can_be_learned_by_heart(decoder: nn.Module) -> None:
     assert int(correct) / words > 0.95
 
 
-def test_weights_survive_packing_and_misfits_are_named(decoder: nn.Module) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_survive_packing_and_misfits_are_named(kind: str) -> None:
+    decoder = build(kind)
     image, tokens = features(2), captions(4, 4)
     expected = decoder(image, tokens)
     packed = pack_weights(decoder)
@@ -184,11 +201,7 @@ def test_weights_survive_packing_and_misfits_are_named(decoder: nn.Module) -> No
         nn.init.zeros_(parameter)
     unpack_weights(decoder, packed)
     torch.testing.assert_close(decoder(image, tokens), expected)
-    kind = next(name for name, one in DECODERS.items() if type(decoder) is one)
-    config = DecoderConfig(
-        kind=kind, width=32, output_width=12, attention_width=8, heads=4, layers=2
-    )
-    wider = build_decoder(config, VOCABULARY, CHANNELS)
+    wider = build(kind, width=32)
     shapes = wider.state_dict()
     first = min(
         name for name, one in decoder.state_dict().items() if one.shape != shapes[name].shape

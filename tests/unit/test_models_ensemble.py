@@ -105,15 +105,6 @@ def test_every_member_gets_gradients(ensemble: Ensemble, images: int) -> None:
     assert [name for name, one in ensemble.named_parameters() if one.grad is None] == []
 
 
-def test_a_reward_is_for_the_caption_of_the_whole_ensemble(ensemble: Ensemble) -> None:
-    image, tokens, rewards = features(2), captions(3, 8), torch.tensor([0.5, -2.0])
-    log_probs = ensemble(image, tokens[:, :-1]).gather(2, tokens[:, 1:, None]).squeeze(2)
-    expected = -((log_probs * (tokens[:, 1:] != 0)).sum(dim=1) * rewards).sum()
-    for training in (False, True):
-        loss, _ = TeacherForcing(ensemble).train(training)(image, tokens, rewards)
-        torch.testing.assert_close(loss, expected)
-
-
 def test_members_are_built_with_weights_of_their_own() -> None:
     config = DecoderConfig(kind="merge", width=16, output_width=12, members=3)
     built = build_decoder(config, VOCABULARY, CHANNELS)
