@@ -64,8 +64,9 @@ def flickr8k_merge() -> TrainConfig:
 
 
 def flickr8k_best() -> TrainConfig:
-    """Made for the best captions on Flickr8k: three decoders that look at the grid, trained side by side, at
-    last for one pass on captions they draw themselves.
+    """Made for the best captions on Flickr8k: three decoders that look at the grid, trained side by side.
+
+    The last pass is on captions they draw themselves.
 
     Wants features with --grid and --mirrored; captions best with --decode.beam-size 5 --decode.no-repeat-ngram 3.
     """
@@ -102,7 +103,7 @@ def flickr8k_best() -> TrainConfig:
 
 
 def flickr30k_best() -> TrainConfig:
-    """As ``flickr8k_best`` for five times the images: fewer passes over them."""
+    """As ``flickr8k_best`` for five times the images: fewer passes over them. Not measured."""
     base = flickr8k_best()
     return base.model_copy(
         update={

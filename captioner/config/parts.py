@@ -149,9 +149,9 @@ class SelfCriticalConfig(Config):
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-5
     """Learning rate of the phase, from which a cosine leads to a tenth of it."""
     samples: Annotated[int, Field(ge=2)] = 5
-    """Captions drawn for each image; each one's baseline is the mean reward of the others."""
+    """Captions each member draws for an image; each one's baseline is the mean reward of the others."""
     global_batch: Positive = 250
-    """Captions drawn per optimizer step, over all workers together."""
+    """Captions each member draws per optimizer step, over all workers together."""
     max_length: Annotated[int, Field(ge=1, le=200)] = 22
     """Longest caption drawn, in words."""
 

@@ -31,11 +31,11 @@ def sample(
     last = torch.full((images * count,), START, device=device)
     open_ended = torch.ones_like(last, dtype=torch.bool)
     words, found = [last], []
+    impossible = torch.tensor([PAD, START, UNK], device=device)
     for _ in range(max_length + 1):
         logits, state, _ = decoder.step(last, state)
-        never = torch.zeros(logits.shape[-1], device=device)
-        never[[PAD, START, UNK]] = -torch.inf
-        log_probs = torch.log_softmax(logits.float() + never, dim=-1)
+        logits = logits.float().index_fill(1, impossible, -torch.inf)
+        log_probs = torch.log_softmax(logits, dim=-1)
         with torch.no_grad():
             # The largest of log-probabilities plus Gumbel noise is a draw from them.
             noise = torch.empty_like(log_probs).exponential_().log_()

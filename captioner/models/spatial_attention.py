@@ -64,8 +64,8 @@ class SpatialAttentionDecoder(Decoder):
         return {"cells": cells, "keys": self.key(cells), "hidden": hidden, "cell": cell}
 
     def weights(self) -> dict[str, Tensor]:
-        """What words are multiplied by. Cast here, in training once for a caption: autocasting would cast a slice at
-        every word."""
+        """What words are multiplied by. Cast here, under teacher forcing once for a caption: autocasting would cast a
+        slice at every word."""
         width = self.embedding.embedding_dim
         found = {
             "word": self.lstm.weight_ih[:, :width],
@@ -120,6 +120,6 @@ class SpatialAttentionDecoder(Decoder):
         return deepened
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State, Tensor | None]:
-        word, weights = self.embedding(tokens) * self.word_scale, self.weights()
+        word, weights = self.dropout(self.embedding(tokens) * self.word_scale), self.weights()
         new, context, attention = self.look(self.read(word, weights), state, weights)
         return self.output(self.deepen(word, new["hidden"], context)), new, attention

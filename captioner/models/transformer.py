@@ -83,11 +83,13 @@ class Block(nn.Module):
         """
         normed = self.norms[0](values)
         past = torch.cat([past, self.words.split(self.words.memory(normed))], dim=3)
-        values = values + self.words.out(self.words.look(self.words.query(normed), past)[0])
+        found, _ = self.words.look(self.words.query(normed), past)
+        values = values + self.dropout(self.words.out(found))
         query = self.picture.query(self.norms[1](values))
         found, weights = self.picture.look(by_image(query, len(picture)), picture)
-        values = values + self.picture.out(found.reshape(query.shape))
-        return values + self.dense(self.norms[2](values)), past, weights.mean(dim=1).flatten(0, 1)
+        values = values + self.dropout(self.picture.out(found.reshape(query.shape)))
+        values = values + self.dropout(self.dense(self.norms[2](values)))
+        return values, past, weights.mean(dim=1).flatten(0, 1)
 
 
 class TransformerDecoder(Decoder):
@@ -151,4 +153,4 @@ class TransformerDecoder(Decoder):
             values, past, attention = block.step(values, state[f"past{number}"], picture)
             new |= {f"picture{number}": picture, f"past{number}": past}
         # The last block's look at the picture is the nearest to the word.
-        return self.output(self.norm(values[:, 0])), new, attention
+        return self.output(self.dropout(self.norm(values[:, 0]))), new, attention

@@ -21,7 +21,7 @@ class EpochRecord(Record):
     means over its members, while validation is of their mean probabilities."""
     train_accuracy: float | None
     train_reward: float | None = None
-    """Mean CIDEr-D of the captions drawn, in the self-critical phase."""
+    """Mean CIDEr-D of the captions drawn, in the self-critical phase; of an ensemble each member's own."""
     validation_loss: float
     validation_accuracy: float
     validation_cider: float | None = None
@@ -84,8 +84,9 @@ def read_history(text: str) -> list[EpochRecord]:
     return [EpochRecord.model_validate(epoch) for epoch in json.loads(text)]
 
 
-def epoch_line(record: EpochRecord, config: TrainConfig, *, improved: bool) -> str:
-    """An epoch in one line, with a star where its weights are the best so far."""
+def epoch_line(history: Sequence[EpochRecord], config: TrainConfig, *, improved: bool) -> str:
+    """The last epoch in one line, with a star where its weights are the best so far."""
+    record = history[-1]
     if record.phase == "cross_entropy":
         epochs = config.epochs
         figures = (
@@ -93,7 +94,8 @@ def epoch_line(record: EpochRecord, config: TrainConfig, *, improved: bool) -> s
         )
         more = f" | validation accuracy {record.validation_accuracy:.4f}"
     else:
-        epochs = record.epoch - 1 + config.self_critical.epochs
+        before = sum(one.phase == "cross_entropy" for one in history)
+        epochs = before + config.self_critical.epochs
         figures = (
             f"reward {record.train_reward:.4f} | validation CIDEr {record.validation_cider:.4f}"
         )

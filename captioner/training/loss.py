@@ -79,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             exponentials = logits.sub_(highest.unsqueeze(1)).exp_()
             total = exponentials.sum(dim=-1)
             losses = highest + total.log() - (1 - smoothing) * of_target - smoothing * mean
-            loss += losses[counted].sum()
+            loss += losses.masked_fill(~counted, 0.0).sum()
             if grad_hidden is None or grad_weight is None or grad_bias is None:
                 continue
             # d loss / d logits = softmax - targets, the smoothed ones.

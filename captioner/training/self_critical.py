@@ -74,13 +74,13 @@ class Drawing(nn.Module):
         drawn = [sample(member, features, samples, longest) for member in members]
         length = max(tokens.shape[1] for tokens, _ in drawn)
         return (
-            torch.stack([_padded(tokens, length) for tokens, _ in drawn]),
-            torch.stack([_padded(log_probs, length - 1) for _, log_probs in drawn]),
+            torch.stack([_padded(tokens, length, PAD) for tokens, _ in drawn]),
+            torch.stack([_padded(log_probs, length - 1, 0.0) for _, log_probs in drawn]),
         )
 
 
-def _padded(values: Tensor, length: int) -> Tensor:
-    return functional.pad(values, (0, length - values.shape[1]), value=PAD)
+def _padded(values: Tensor, length: int, value: float) -> Tensor:
+    return functional.pad(values, (0, length - values.shape[1]), value=value)
 
 
 def self_critical_step(
@@ -102,14 +102,16 @@ def self_critical_step(
         compute: ``float32`` or ``bfloat16``.
 
     Returns:
-        float64 [2]: summed reward of the captions drawn, and their number.
+        float64 [3]: summed reward of the captions drawn, their number, and the loss, whose size means nothing but that
+        it is finite.
     """
-    samples = critic.settings.samples
     images = critic.images(batch)
-    device = next(iter(features.values())).device
+    column = next(iter(features.values()))
+    device = column.device
     with autocast(device, compute):
         tokens, log_probs = model(features)
-    rewards = torch.zeros(len(tokens), tokens.shape[1] // samples, samples)
+    samples = tokens.shape[1] // len(column)
+    rewards = torch.zeros(len(tokens), len(column), samples)
     for member, captions in enumerate(tokens[:, :, 1:].tolist()):
         for place, caption in enumerate(captions[: len(images) * samples]):
             image, number = divmod(place, samples)
@@ -124,4 +126,5 @@ def self_critical_step(
     if clip_norm is not None:
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
-    return torch.tensor([float(rewards.sum()), len(tokens) * len(images) * samples]).double()
+    captions = len(tokens) * len(images) * samples
+    return torch.tensor([float(rewards.sum()), captions, float(loss.detach())], dtype=torch.float64)

@@ -187,13 +187,18 @@ def autocast(device: torch.device, compute: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute == "bfloat16")
 
 
-def require_finite(loss: float, epoch: int, what: str) -> None:
+def require_finite(
+    loss: float, epoch: int, what: str, rate: str = "optimizer.learning-rate"
+) -> None:
     """
+    Args:
+        rate: the flag of the learning rate.
+
     Raises:
         TrainingError: the loss is not finite.
     """
     if not math.isfinite(loss):
         raise TrainingError(
-            f"{what} loss is {loss} in epoch {epoch + 1}: lower optimizer.learning-rate or set optimizer.clip-norm; "
+            f"{what} loss is {loss} in epoch {epoch + 1}: lower {rate} or set optimizer.clip-norm; "
             "the checkpoint of the epoch before is kept"
         )

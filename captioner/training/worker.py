@@ -150,7 +150,7 @@ class Worker:
             self.best = pack_weights(self.judged)
         self.schedule.after_epoch(improved)
         if self.rank == 0 and self.messages is not None:
-            self.messages.put.remote(epoch_line(record, self.config, improved=improved))
+            self.messages.put.remote(epoch_line(self.history, self.config, improved=improved))
         self.report(record)
 
     def finished(self, phase: str) -> bool:
@@ -220,6 +220,7 @@ class Worker:
                 self.average.n_averaged.zero_()
         elif self.restored is not None:
             self.optimizer.load_state_dict(self.restored)
+            self.restored = None
         self.critic = Critic(self.train.data, settings)
 
     def self_critical_epoch(self, epoch: int) -> EpochRecord:
@@ -229,13 +230,13 @@ class Worker:
         self.model.train()
         done = sum(record.phase == "self_critical" for record in self.history)
         plan = self.train.plan(epoch, images=max(1, settings.global_batch // settings.samples))
-        rewards = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64)
         timer = Stopwatch(self.train.batches(plan, epoch))
         for number, batch in enumerate(timer):
             progress = (done + number / len(plan)) / settings.epochs
             rate = settings.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
             self.set_rate(rate)
-            rewards += self_critical_step(
+            sums += self_critical_step(
                 self.model,
                 self.optimizer,
                 self.to_device(batch.features),
@@ -247,8 +248,8 @@ class Worker:
             )
             self.after_step()
             self.tell(epoch, number + 1, len(plan), timer)
-        reward, captions = self.reduce(rewards).tolist()
-        require_finite(reward, epoch, "self-critical")
+        reward, captions, loss = self.reduce(sums).tolist()
+        require_finite(loss, epoch, "self-critical", "self-critical.learning-rate")
         validation_loss, validation_accuracy = self.validate(epoch)
         return EpochRecord(
             epoch=epoch + 1,

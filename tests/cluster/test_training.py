@@ -58,7 +58,7 @@ def settings(features: str, output: Path, **changes: Any) -> TrainConfig:
         epochs=EPOCHS,
         global_batch=37,
         self_critical=SelfCriticalConfig(
-            epochs=SELF_CRITICAL_EPOCHS, learning_rate=0.002, samples=3, global_batch=21
+            epochs=SELF_CRITICAL_EPOCHS, learning_rate=0.002, samples=3, global_batch=18
         ),
         patience=None,
         averaging=0.6,

@@ -1,9 +1,12 @@
 """Captions drawn from a decoder, their rewards, and a step that makes the better ones more probable."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from pycocoevalcap.cider.cider import Cider as Reference
+from torch import nn
 
 from captioner.config import DecoderConfig, SelfCriticalConfig, TrainConfig
 from captioner.models import DECODERS, build_decoder
@@ -14,7 +17,7 @@ from captioner.training.data import CaptionData
 from captioner.training.ingest import Resident
 from captioner.training.reward import Cider
 from captioner.training.self_critical import Critic, Drawing, self_critical_step
-from captioner.training.steps import TeacherForcing, train_step
+from captioner.training.steps import TeacherForcing, autocast, train_step
 
 WORDS, CHANNELS = 12, 4
 
@@ -43,7 +46,15 @@ def test_reward_is_pycocoevalcaps_cider() -> None:
 def decoder(kind: str, dropout: float = 0.0) -> torch.nn.Module:
     torch.manual_seed(0)
     config = DecoderConfig(
-        kind=kind, width=16, output_width=16, attention_width=8, heads=4, layers=1, dropout=dropout
+        kind=kind,
+        width=16,
+        output_width=16,
+        attention_width=8,
+        heads=4,
+        layers=1,
+        picture_layers=1,
+        dropout=dropout,
+        feature_dropout=dropout,
     )
     return build_decoder(config, WORDS, CHANNELS).eval()
 
@@ -131,6 +142,19 @@ def test_gradient_is_that_of_the_expected_reward(kind: str) -> None:
     torch.testing.assert_close(names["output.bias"][[PAD, START, UNK]], torch.zeros(3))
 
 
+@pytest.mark.parametrize("kind", sorted(DECODERS))
+def test_a_word_is_dropped_out_alike_under_teacher_forcing_and_step_by_step(kind: str) -> None:
+    model = decoder(kind, dropout=0.5).train()
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    model(features(2), torch.tensor([[START], [START]]))
+    whole, calls[:] = sorted(calls), []
+    model.step(torch.tensor([START, START]), model.start(features(2)))
+    assert sorted(calls) == whole
+
+
 def test_dropout_is_on_while_captions_are_drawn() -> None:
     drawing = Drawing(decoder("merge", dropout=0.5), SelfCriticalConfig(samples=2, max_length=6))
     torch.manual_seed(1)
@@ -152,6 +176,50 @@ def test_members_of_an_ensemble_draw_and_learn_on_their_own() -> None:
     first, _ = Drawing(alone, settings).eval()(features(3))
     torch.testing.assert_close(tokens[0, :, : first.shape[2]], first[0])
     assert not torch.equal(tokens[0], tokens[1])
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_members_learn_from_their_own_rewards_against_their_own_baseline(compute: str) -> None:
+    tokens = [[START, 4 + image, 6, END] for image in range(3)]
+    data = CaptionData(tokens, np.arange(3))
+    columns = {name: column.numpy() for name, column in features(3).items()}
+    way = Resident(data, columns, TrainConfig(features="unused", output="unused"), 0, 1)
+    critic = Critic(data, SelfCriticalConfig(samples=2, max_length=6))
+    (batch,) = way.batches(way.plan(0, images=3), 0)
+    drawing = Drawing(Ensemble([decoder("merge"), decoder("transformer")]), critic.settings)
+    torch.manual_seed(3)
+    with autocast(torch.device("cpu"), compute):
+        drawn, log_probs = drawing(batch.features)
+    wanted, total = torch.zeros(()), 0.0
+    for member in range(2):
+        for row, image in enumerate(critic.images(batch)):
+            pair = [2 * row, 2 * row + 1]
+            rewards = [
+                critic.reward(image, [word for word in drawn[member, one, 1:].tolist() if word])
+                for one in pair
+            ]
+            total += sum(rewards)
+            # Of two captions the baseline of each is the other's reward.
+            for one, own, other in zip(pair, rewards, reversed(rewards), strict=True):
+                wanted = wanted - (own - other) * log_probs[member, one].sum() / 2
+    expected = torch.autograd.grad(wanted * (4 / batch.global_targets), drawing.parameters())
+    before = [weight.detach().clone() for weight in drawing.parameters()]
+    torch.manual_seed(3)
+    reward, captions, loss = self_critical_step(
+        drawing,
+        torch.optim.SGD(drawing.parameters(), 1.0),
+        batch.features,
+        batch,
+        critic,
+        workers=4,
+        clip_norm=None,
+        compute=compute,
+    ).tolist()
+    assert (reward, captions) == (pytest.approx(total), 12)
+    assert total > 0
+    assert loss == pytest.approx(float(wanted.detach()), rel=1e-4)
+    for old, new, gradient in zip(before, drawing.parameters(), expected, strict=True):
+        torch.testing.assert_close(old - new.detach(), gradient, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["merge", "transformer"])
@@ -184,7 +252,7 @@ def test_steps_raise_the_reward_of_greedy_captions(kind: str) -> None:
     rewards = []
     for _ in range(60):
         for batch in way.batches(way.plan(0, images=3), 0):
-            total, count = self_critical_step(
+            total, count, _ = self_critical_step(
                 drawing,
                 optimizer,
                 batch.features,
@@ -225,6 +293,29 @@ def test_a_worker_without_images_changes_nothing() -> None:
         clip_norm=None,
         compute="float32",
     )
-    assert result.tolist() == [0.0, 0.0]
+    assert result.tolist() == [0.0, 0.0, 0.0]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_a_broken_decoder_shows_in_the_loss_though_its_captions_earn_nothing() -> None:
+    data = CaptionData([[START, 4, END], [START, 5, END]], np.array([0, 1]))
+    columns = {"pooled": np.ones((2, CHANNELS), np.float32)}
+    config = TrainConfig(features="unused", output="unused")
+    way = Resident(data, columns, config, rank=0, workers=1)
+    critic = Critic(data, SelfCriticalConfig(samples=2))
+    model = Drawing(decoder("merge"), critic.settings).train()
+    nn.init.constant_(model.decoder.output.bias, torch.nan)
+    (batch,) = way.batches(way.plan(0, images=2), 0)
+    reward, _, loss = self_critical_step(
+        model,
+        torch.optim.SGD(model.parameters(), 1.0),
+        batch.features,
+        batch,
+        critic,
+        workers=1,
+        clip_norm=None,
+        compute="float32",
+    ).tolist()
+    assert reward == 0.0
+    assert math.isnan(loss)
