@@ -13,7 +13,7 @@ from captioner.models import DECODERS, build_decoder
 from captioner.models.ensemble import Ensemble
 from captioner.models.sampling import sample
 from captioner.text import END, PAD, START, UNK
-from captioner.training.data import CaptionData
+from captioner.training.data import Batch, CaptionData
 from captioner.training.ingest import Resident
 from captioner.training.reward import Cider
 from captioner.training.self_critical import Critic, Drawing, self_critical_step
@@ -67,6 +67,36 @@ def features(images: int) -> dict[str, torch.Tensor]:
     }
 
 
+def way_of(tokens: list[list[int]], images: list[int], rank: int = 0, workers: int = 1) -> Resident:
+    """Captions of images, each told apart by its features."""
+    columns = {name: column.numpy() for name, column in features(max(images) + 1).items()}
+    config = TrainConfig(features="unused", output="unused")
+    return Resident(CaptionData(tokens, np.array(images)), columns, config, rank, workers)
+
+
+def take_step(
+    drawing: Drawing,
+    batch: Batch,
+    critic: Critic,
+    optimizer: torch.optim.Optimizer,
+    *,
+    workers: int = 1,
+    compute: str = "float32",
+) -> tuple[float, float, float]:
+    """Reward, captions and loss of one unclipped step."""
+    reward, captions, loss = self_critical_step(
+        drawing,
+        optimizer,
+        batch.features,
+        batch,
+        critic,
+        workers=workers,
+        clip_norm=None,
+        compute=compute,
+    ).tolist()
+    return reward, captions, loss
+
+
 @pytest.mark.parametrize("kind", sorted(DECODERS))
 def test_samples_follow_the_decoders_own_distribution(kind: str) -> None:
     model = decoder(kind)
@@ -96,11 +126,8 @@ def test_samples_follow_the_decoders_own_distribution(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["merge", "adaptive_attention"])
 def test_gradient_is_that_of_the_expected_reward(kind: str) -> None:
-    tokens = [[START, 4 + image, 6, END] for image in range(2)]
-    data = CaptionData(tokens, np.arange(2))
-    columns = {name: column.numpy() for name, column in features(2).items()}
-    way = Resident(data, columns, TrainConfig(features="unused", output="unused"), 0, 1)
-    critic = Critic(data, SelfCriticalConfig(samples=20_000, max_length=1))
+    way = way_of([[START, 4 + image, 6, END] for image in range(2)], [0, 1])
+    critic = Critic(way.data, SelfCriticalConfig(samples=20_000, max_length=1))
     (batch,) = way.batches(way.plan(0, images=2), 0)
     # Every caption of at most two words, its probability and its reward.
     model = decoder(kind)
@@ -123,16 +150,8 @@ def test_gradient_is_that_of_the_expected_reward(kind: str) -> None:
     before = [weight.detach().clone() for weight in model.parameters()]
     drawing = Drawing(model, critic.settings).train()
     torch.manual_seed(1)
-    self_critical_step(
-        drawing,
-        torch.optim.SGD(drawing.parameters(), batch.global_targets / 20_000),
-        batch.features,
-        batch,
-        critic,
-        workers=1,
-        clip_norm=None,
-        compute="float32",
-    )
+    optimizer = torch.optim.SGD(drawing.parameters(), batch.global_targets / 20_000)
+    take_step(drawing, batch, critic, optimizer)
     moved = [new.detach() - old for new, old in zip(model.parameters(), before, strict=True)]
     flat, found = (torch.cat([part.flatten() for part in parts]) for parts in (wanted, moved))
     assert torch.cosine_similarity(flat, found, dim=0) > 0.98
@@ -164,7 +183,7 @@ def test_dropout_is_on_while_captions_are_drawn() -> None:
     assert not torch.equal(dropped[..., 0], whole[..., 0])
 
 
-def test_members_of_an_ensemble_draw_and_learn_on_their_own() -> None:
+def test_members_of_an_ensemble_draw_captions_of_their_own() -> None:
     alone = decoder("merge")
     other = build_decoder(DecoderConfig(width=16, output_width=16), WORDS, CHANNELS).eval()
     settings = SelfCriticalConfig(samples=5, max_length=6)
@@ -180,11 +199,8 @@ def test_members_of_an_ensemble_draw_and_learn_on_their_own() -> None:
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_members_learn_from_their_own_rewards_against_their_own_baseline(compute: str) -> None:
-    tokens = [[START, 4 + image, 6, END] for image in range(3)]
-    data = CaptionData(tokens, np.arange(3))
-    columns = {name: column.numpy() for name, column in features(3).items()}
-    way = Resident(data, columns, TrainConfig(features="unused", output="unused"), 0, 1)
-    critic = Critic(data, SelfCriticalConfig(samples=2, max_length=6))
+    way = way_of([[START, 4 + image, 6, END] for image in range(3)], [0, 1, 2])
+    critic = Critic(way.data, SelfCriticalConfig(samples=2, max_length=6))
     (batch,) = way.batches(way.plan(0, images=3), 0)
     drawing = Drawing(Ensemble([decoder("merge"), decoder("transformer")]), critic.settings)
     torch.manual_seed(3)
@@ -205,16 +221,10 @@ def test_members_learn_from_their_own_rewards_against_their_own_baseline(compute
     expected = torch.autograd.grad(wanted * (4 / batch.global_targets), drawing.parameters())
     before = [weight.detach().clone() for weight in drawing.parameters()]
     torch.manual_seed(3)
-    reward, captions, loss = self_critical_step(
-        drawing,
-        torch.optim.SGD(drawing.parameters(), 1.0),
-        batch.features,
-        batch,
-        critic,
-        workers=4,
-        clip_norm=None,
-        compute=compute,
-    ).tolist()
+    optimizer = torch.optim.SGD(drawing.parameters(), 1.0)
+    reward, captions, loss = take_step(
+        drawing, batch, critic, optimizer, workers=4, compute=compute
+    )
     assert (reward, captions) == (pytest.approx(total), 12)
     assert total > 0
     assert loss == pytest.approx(float(wanted.detach()), rel=1e-4)
@@ -275,47 +285,23 @@ def features_of(columns: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def test_a_worker_without_images_changes_nothing() -> None:
-    data = CaptionData([[START, 4, END], [START, 5, END]], np.array([0, 1]))
-    config = TrainConfig(features="unused", output="unused")
-    columns = {"pooled": np.ones((2, CHANNELS), np.float32)}
-    idle = Resident(data, columns, config, rank=2, workers=3)
-    critic = Critic(data, SelfCriticalConfig(samples=2))
+    idle = way_of([[START, 4, END], [START, 5, END]], [0, 1], rank=2, workers=3)
+    critic = Critic(idle.data, SelfCriticalConfig(samples=2))
     model = Drawing(decoder("merge"), critic.settings).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     (batch,) = idle.batches(idle.plan(0, images=2), 0)
-    result = self_critical_step(
-        model,
-        torch.optim.SGD(model.parameters(), 1.0),
-        batch.features,
-        batch,
-        critic,
-        workers=3,
-        clip_norm=None,
-        compute="float32",
-    )
-    assert result.tolist() == [0.0, 0.0, 0.0]
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    assert take_step(model, batch, critic, optimizer, workers=3) == (0.0, 0.0, 0.0)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
 
 
 def test_a_broken_decoder_shows_in_the_loss_though_its_captions_earn_nothing() -> None:
-    data = CaptionData([[START, 4, END], [START, 5, END]], np.array([0, 1]))
-    columns = {"pooled": np.ones((2, CHANNELS), np.float32)}
-    config = TrainConfig(features="unused", output="unused")
-    way = Resident(data, columns, config, rank=0, workers=1)
-    critic = Critic(data, SelfCriticalConfig(samples=2))
+    way = way_of([[START, 4, END], [START, 5, END]], [0, 1])
+    critic = Critic(way.data, SelfCriticalConfig(samples=2))
     model = Drawing(decoder("merge"), critic.settings).train()
     nn.init.constant_(model.decoder.output.bias, torch.nan)
     (batch,) = way.batches(way.plan(0, images=2), 0)
-    reward, _, loss = self_critical_step(
-        model,
-        torch.optim.SGD(model.parameters(), 1.0),
-        batch.features,
-        batch,
-        critic,
-        workers=1,
-        clip_norm=None,
-        compute="float32",
-    ).tolist()
+    reward, _, loss = take_step(model, batch, critic, torch.optim.SGD(model.parameters(), 1.0))
     assert reward == 0.0
     assert math.isnan(loss)
