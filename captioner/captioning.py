@@ -14,6 +14,7 @@ from captioner.errors import ImageError
 from captioner.images import decode_image
 from captioner.model_store import LoadedModel, load_model
 from captioner.models.base import Features
+from captioner.models.consensus import search_by_consensus
 from captioner.models.search import Hypothesis, search
 
 # Encoding and decoding run in pieces of this many images, so that memory does not grow with the caller's list.
@@ -127,7 +128,11 @@ class Captioner:
     ) -> list[Caption]:
         """Caption images given by their features (float32, on any device)."""
         features = {name: tensor.to(self.device) for name, tensor in features.items()}
-        found = search(self.model.decoder, features, decode or DecodeConfig())
+        decode, decoder = decode or DecodeConfig(), self.model.decoder
+        if decode.consensus:
+            found = search_by_consensus(decoder, features, decode, self.model.ngrams)
+        else:
+            found = search(decoder, features, decode)
         return [Caption(tuple(self._candidate(one) for one in image)) for image in found]
 
     def _candidate(self, hypothesis: Hypothesis) -> Candidate:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from captioner import storage
+from captioner.cider import NGramFrequencies
 from captioner.config import DecoderConfig, TextConfig
 from captioner.errors import ModelError
 from captioner.models import build_decoder
@@ -19,6 +20,7 @@ from captioner.store import ENCODER_WEIGHTS, FeatureStore
 from captioner.text import Vocabulary
 
 CONFIG, VOCABULARY, WEIGHTS = "config.json", "vocab.json", "weights.safetensors"
+NGRAMS = "ngrams.safetensors"
 
 
 class ModelRecord(Record):
@@ -56,6 +58,8 @@ class LoadedModel:
     record: ModelRecord
     vocabulary: Vocabulary
     decoder: Decoder
+    ngrams: NGramFrequencies
+    """Of the captions it was trained on."""
 
     @property
     def encoder_weights_uri(self) -> str:
@@ -104,6 +108,7 @@ def save_model(
     *,
     weights: bytes,
     vocabulary: Vocabulary,
+    ngrams: NGramFrequencies,
     decoder: DecoderConfig,
     text: TextConfig,
     store: FeatureStore,
@@ -113,6 +118,7 @@ def save_model(
 
     Args:
         weights: the decoder's, from ``pack_weights``.
+        ngrams: of the train split's captions, ``<end>`` included.
         store: the features it was trained on; their encoder's weights are copied from it.
         training: the training configuration, for the record.
     """
@@ -131,6 +137,7 @@ def save_model(
     storage.copy_file(store.encoder_weights_uri, output.uri(ENCODER_WEIGHTS))
     storage.write_bytes(output.uri(WEIGHTS), weights)
     storage.write_bytes(output.uri(VOCABULARY), vocabulary.save_json().encode())
+    storage.write_bytes(output.uri(NGRAMS), ngrams.pack())
     storage.write_bytes(output.uri(CONFIG), record.model_dump_json(indent=1).encode())
     return record
 
@@ -179,9 +186,12 @@ def load_model(uri: str) -> LoadedModel:
     unpack_weights(decoder, weights, storage.join(uri, WEIGHTS))
     if sha256(weights) != record.weights_sha256:
         raise ModelError(f"{uri}: {WEIGHTS} is not the file that {CONFIG} describes")
-    if not storage.exists(storage.join(uri, ENCODER_WEIGHTS)):
-        raise ModelError(f"{uri}: {ENCODER_WEIGHTS} is missing")
-    return LoadedModel(uri, record, vocabulary, decoder.eval())
+    for name in (ENCODER_WEIGHTS, NGRAMS):
+        if not storage.exists(storage.join(uri, name)):
+            raise ModelError(f"{uri}: {name} is missing")
+    place = storage.join(uri, NGRAMS)
+    ngrams = NGramFrequencies.unpack(storage.read_bytes(place), place)
+    return LoadedModel(uri, record, vocabulary, decoder.eval(), ngrams)
 
 
 def check_features_fit(record: ModelRecord, manifest: StoreManifest) -> None:

@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 
 from captioner import storage
+from captioner.cider import NGramFrequencies
 from captioner.config import DecoderConfig, DecoderKind, EncoderConfig, TextConfig
 from captioner.encoder import Encoder, choose_compute, identify, load_weights
 from captioner.images import decode_image
@@ -18,6 +19,7 @@ from captioner.text import END, Vocabulary
 from tests.pictures import picture
 
 WORDS = ("red", "green", "circle", "square", "left", "right", "above", "below", "two", "three")
+NGRAMS = NGramFrequencies(images=10, counts={(4,): 2, (4, 5): 3})
 
 
 def write_model(root: Path, kind: DecoderKind = "merge", seed: int = 0) -> str:
@@ -42,7 +44,7 @@ def write_model(root: Path, kind: DecoderKind = "merge", seed: int = 0) -> str:
     output = storage.Output(str(root), {"test": seed})
     weights = pack_weights(decoder.eval())
     record = save_model(
-        output, weights=weights, vocabulary=vocabulary, decoder=config, text=TextConfig(),
+        output, weights=weights, vocabulary=vocabulary, ngrams=NGRAMS, decoder=config, text=TextConfig(),
         store=store, training={},
     )  # fmt: skip
     files = [file.path for file in storage.list_files(str(root))]

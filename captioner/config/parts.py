@@ -169,6 +169,8 @@ class DecodeConfig(Config):
     """Scores are divided by length ** penalty; 0 ranks by plain log-probability."""
     no_repeat_ngram: Annotated[int, Field(ge=0, le=10)] = 0
     """Forbid any n-gram of this size from occurring twice in a caption; 0 allows repeats."""
+    consensus: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Captions drawn at random per image; the beams that agree most with them come first. 0 ranks by score alone."""
 
     @model_validator(mode="after")
     def _captions_fit_beam(self) -> "DecodeConfig":

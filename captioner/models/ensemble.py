@@ -85,6 +85,11 @@ class Ensemble(Decoder):
         return _mean(logits), new, torch.stack(attentions).mean(dim=0) if attentions else None
 
 
+def members_of(decoder: Decoder) -> list[Decoder]:
+    """The members of an ensemble; of a single decoder, itself."""
+    return decoder.decoders if isinstance(decoder, Ensemble) else [decoder]
+
+
 def _mean(logits: list[Tensor]) -> Tensor:
     """Logarithm of the mean of the members' probabilities: [..., V]."""
     log_probs = torch.stack([torch.log_softmax(one.float(), dim=-1) for one in logits])

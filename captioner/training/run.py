@@ -27,12 +27,14 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from captioner import storage
+from captioner.cider import NGramFrequencies
 from captioner.cluster import num_cpus, num_gpus, start_ray
 from captioner.config import TrainConfig
 from captioner.errors import CaptionerError, ConfigError, StoreError, TrainingError
 from captioner.events import event_file
 from captioner.model_store import (
     CONFIG,
+    NGRAMS,
     VOCABULARY,
     WEIGHTS,
     ModelManifest,
@@ -52,6 +54,8 @@ from captioner.training.worker import BEST, HISTORY, train_worker
 logger = logging.getLogger(__name__)
 
 WORK, SUMMARY = "_training", "summary.txt"
+# How rare an n-gram is, so many images tell well enough; the table in the model stays small however many there are.
+NGRAM_IMAGES = 20_000
 # Where things lie, and who shares the work, changes nothing in the model.
 _NO_MATTER = {
     "features",
@@ -103,12 +107,7 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
         logger.info("%s is complete: nothing to do", output.root)
         return TrainResult(output.root, _published_history(output))
     with output:
-        words = (
-            clean(caption, config.text.rules)
-            for captions in store.captions("train").values()
-            for caption in captions
-        )
-        vocabulary = Vocabulary.build(words, config.text.min_count, config.text.rules)
+        vocabulary, ngrams = _read_captions(config, store)
         start_ray()
         _start_coordinator()
         name = config.decoder.kind
@@ -121,7 +120,7 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
             "s" if config.worker_range[1] > 1 else "",
         )
         best, history = _fit(config, output, vocabulary, callbacks)
-        _publish(config, output, store, vocabulary, best, history)
+        _publish(config, output, store, vocabulary, ngrams, best, history)
     result = TrainResult(output.root, history)
     logger.info(
         "%s: best epoch %d of %d, validation loss %.4f, accuracy %.4f",
@@ -138,6 +137,21 @@ def _identity(config: TrainConfig, store: FeatureStore) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude=_NO_MATTER)
     features = store.manifest.model_dump(mode="json", include={"encoder", "source"})
     return {"job": "train", "features": features, "training": settings}
+
+
+def _read_captions(config: TrainConfig, store: FeatureStore) -> tuple[Vocabulary, NGramFrequencies]:
+    """What the train split's captions are made of."""
+    captions = [
+        [clean(caption, config.text.rules) for caption in image]
+        for image in store.captions("train").values()
+    ]
+    words = (caption for image in captions for caption in image)
+    vocabulary = Vocabulary.build(words, config.text.min_count, config.text.rules)
+    tokens = (
+        [vocabulary.encode(caption, config.text.max_length)[1:] for caption in image]
+        for image in captions[:NGRAM_IMAGES]
+    )
+    return vocabulary, NGramFrequencies.count(tokens)
 
 
 def _start_coordinator() -> None:
@@ -237,6 +251,7 @@ def _publish(
     output: storage.Output,
     store: FeatureStore,
     vocabulary: Vocabulary,
+    ngrams: NGramFrequencies,
     weights: bytes,
     history: list[EpochRecord],
 ) -> None:
@@ -244,6 +259,7 @@ def _publish(
         output,
         weights=weights,
         vocabulary=vocabulary,
+        ngrams=ngrams,
         decoder=config.decoder,
         text=config.text,
         store=store,
@@ -265,6 +281,7 @@ def _publish(
         ENCODER_WEIGHTS,
         WEIGHTS,
         VOCABULARY,
+        NGRAMS,
         CONFIG,
         "metrics.json",
         "history.parquet",

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from captioner.cider import NGramFrequencies, cider_d
 from captioner.config import DecodeConfig, SelfCriticalConfig
 from captioner.models.base import Decoder, Features
-from captioner.models.ensemble import Ensemble
+from captioner.models.ensemble import members_of
 from captioner.models.sampling import sample
 from captioner.models.search import search
 from captioner.text import END, PAD
 from captioner.training.data import Batch, CaptionData
-from captioner.training.reward import Cider
 from captioner.training.steps import autocast
 
 
@@ -31,8 +31,11 @@ class Critic:
         references: dict[int, list[list[int]]] = {}
         for number, image in enumerate(data.image_rows.tolist()):
             references.setdefault(image, []).append(data.caption(number)[1:])
-        self.place = {image: place for place, image in enumerate(references)}
-        self.cider = Cider(list(references.values()))
+        self.frequencies = NGramFrequencies.count(references.values())
+        self.references = {
+            image: [self.frequencies.vector(caption) for caption in captions]
+            for image, captions in references.items()
+        }
 
     def images(self, batch: Batch) -> list[int]:
         """The images of a batch; none where a worker has nothing to do."""
@@ -41,7 +44,7 @@ class Critic:
 
     def reward(self, image: int, words: Sequence[int]) -> float:
         """CIDEr-D of a caption without ``<start>``; an ``<end>`` counts as a word."""
-        return self.cider.score(self.place[image], words)
+        return cider_d(self.frequencies.vector(words), self.references[image])
 
     def greedy(self, decoder: Decoder, features: Features, images: Sequence[int]) -> Tensor:
         """Summed reward of the images' most probable captions, and their number: float64 [2]."""
@@ -69,9 +72,8 @@ class Drawing(nn.Module):
 
     def forward(self, features: Features) -> tuple[Tensor, Tensor]:
         """Captions of I images from each member alone: what ``sample`` returns, [M, I * S, T] and [M, I * S, T - 1]."""
-        members = self.decoder.decoders if isinstance(self.decoder, Ensemble) else [self.decoder]
         samples, longest = self.settings.samples, self.settings.max_length
-        drawn = [sample(member, features, samples, longest) for member in members]
+        drawn = [sample(member, features, samples, longest) for member in members_of(self.decoder)]
         length = max(tokens.shape[1] for tokens, _ in drawn)
         return (
             torch.stack([_padded(tokens, length, PAD) for tokens, _ in drawn]),

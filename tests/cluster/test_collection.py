@@ -38,7 +38,7 @@ def config(photos: Path, model: str, output: Path, **changes: object) -> Caption
         images=str(photos),
         model=model,
         output=str(output),
-        decode=DecodeConfig(beam_size=2, num_captions=2, max_length=6),
+        decode=DecodeConfig(beam_size=2, num_captions=2, max_length=6, consensus=8),
     )
     return base.model_copy(update=changes)
 

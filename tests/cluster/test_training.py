@@ -272,7 +272,7 @@ def test_model_directory_holds_history_curves_and_events(unbroken: TrainResult) 
     assert losses == pytest.approx(history["validation_loss"].tolist())
     assert {path.name for path in root.iterdir()} == {
         "_job.json", "config.json", "curves.png", "encoder.safetensors", "history.parquet",
-        "manifest.json", "metrics.json", "summary.txt", "tensorboard", "vocab.json", "weights.safetensors",
+        "manifest.json", "metrics.json", "ngrams.safetensors", "summary.txt", "tensorboard", "vocab.json", "weights.safetensors",
     }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     ("errors",),
     ("config", "schema"),
-    ("storage", "text", "cluster", "cli", "presets", "progress"),
+    ("storage", "text", "cider", "cluster", "cli", "presets", "progress"),
     ("images", "sources", "models", "store", "model_store", "checkpoint"),
     ("encoder", "metrics", "plots", "pipeline", "contact_sheet", "events"),
     ("features", "training", "captioning", "collection"),

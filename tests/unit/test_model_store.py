@@ -8,10 +8,12 @@ import safetensors.torch
 import torch
 
 from captioner import storage
+from captioner.cider import NGramFrequencies
 from captioner.config import DecoderConfig, TextConfig
 from captioner.errors import ModelError
 from captioner.model_store import (
     CONFIG,
+    NGRAMS,
     VOCABULARY,
     WEIGHTS,
     ModelManifest,
@@ -30,6 +32,7 @@ from tests.stores import CHANNELS, encoder_identity, write_store
 
 DECODER = DecoderConfig(width=8, output_width=8, dropout=0.5)
 WORDS = Vocabulary.build([["a", "dog"], ["a", "cat"]])
+FREQUENT = NGramFrequencies(images=2, counts={(4,): 2})
 
 
 @pytest.fixture
@@ -46,6 +49,7 @@ def model(tmp_path: Path, store: FeatureStore) -> Path:
         output,
         weights=pack_weights(build_decoder(DECODER, len(WORDS), CHANNELS)),
         vocabulary=WORDS,
+        ngrams=FREQUENT,
         decoder=DECODER,
         text=TextConfig(),
         store=store,
@@ -68,6 +72,7 @@ def test_a_loaded_model_is_the_saved_one(model: Path) -> None:
     torch.testing.assert_close(dict(loaded.decoder.state_dict()), dict(expected), rtol=0, atol=0)
     assert not loaded.decoder.training
     assert loaded.vocabulary == WORDS
+    assert loaded.ngrams == FREQUENT
     assert loaded.record.decoder == DECODER
     assert loaded.record.columns == ("pooled",)
     assert loaded.record.parameters == sum(value.numel() for value in loaded.decoder.parameters())
@@ -142,9 +147,10 @@ def test_other_files_are_not_taken_for_weights(model: Path, content: bytes) -> N
         load_model(str(model))
 
 
-def test_encoder_weights_must_be_there(model: Path) -> None:
-    (model / ENCODER_WEIGHTS).unlink()
-    with pytest.raises(ModelError, match=ENCODER_WEIGHTS):
+@pytest.mark.parametrize("name", [ENCODER_WEIGHTS, NGRAMS])
+def test_every_part_must_be_there(model: Path, name: str) -> None:
+    (model / name).unlink()
+    with pytest.raises(ModelError, match=f"{name} is missing"):
         load_model(str(model))
 
 

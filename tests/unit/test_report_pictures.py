@@ -11,6 +11,7 @@ from PIL import Image
 
 from captioner import storage
 from captioner.captioning import Captioner
+from captioner.cider import NGramFrequencies
 from captioner.config import DecodeConfig, DecoderConfig, EncoderConfig, TextConfig
 from captioner.encoder import identify, load_weights
 from captioner.evaluation import caption_statistics
@@ -51,6 +52,7 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
             output,
             weights=weights,
             vocabulary=vocabulary,
+            ngrams=NGramFrequencies(images=2, counts={(5,): 2}),
             decoder=decoder,
             text=TextConfig(),
             store=FeatureStore(str(root / "store"), manifest),

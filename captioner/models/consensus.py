@@ -1,0 +1,69 @@
+"""Of the captions a beam search finds, the one that agrees most with what the decoder says when it talks freely.
+
+Minimum Bayes risk, Kumar and Byrne, "Minimum Bayes-Risk Decoding for Statistical Machine Translation" (2004), with
+CIDEr-D for gain: captions drawn at random stand for those people might write, and the caption wanted is the one that
+such people would give the best mark.
+"""
+
+import torch
+
+from captioner.cider import NGramFrequencies, Vector, cider_d
+from captioner.config import DecodeConfig
+from captioner.models.base import Decoder, Features
+from captioner.models.ensemble import members_of
+from captioner.models.sampling import sample
+from captioner.models.search import Hypothesis, search
+from captioner.text import END, PAD
+
+# Drawn colder than the decoder's own distribution, whose rare words are mostly slips.
+_TEMPERATURE = 0.8
+# Captions drawn at once, so that memory does not grow with the number of images.
+_ROWS = 2048
+
+
+@torch.inference_mode()
+def search_by_consensus(
+    decoder: Decoder, features: Features, config: DecodeConfig, frequencies: NGramFrequencies
+) -> list[list[Hypothesis]]:
+    """The ``num_captions`` best of a search's ``beam_size`` captions of every image, best first.
+
+    They are ranked by their score plus their mean CIDEr-D against ``config.consensus`` captions, of which each member
+    of an ensemble draws its share. All images are given the same random numbers, so that an image's caption depends
+    neither on its batch nor on what was captioned before.
+
+    Args:
+        decoder: in evaluation mode.
+        features: columns of B images, float32, on the decoder's device.
+        frequencies: of the captions the decoder was trained on.
+    """
+    every = config.model_copy(update={"num_captions": config.beam_size})
+    found = search(decoder, features, every)
+    drawn = _draw(decoder, features, config)
+    ranked = []
+    for hypotheses, captions in zip(found, drawn, strict=True):
+        others = [frequencies.vector(caption) for caption in captions]
+
+        def worth(one: Hypothesis, others: list[Vector] = others) -> float:
+            return cider_d(frequencies.vector((*one.tokens, END)), others) + one.score
+
+        ranked.append(sorted(hypotheses, key=worth, reverse=True)[: config.num_captions])
+    return ranked
+
+
+def _draw(decoder: Decoder, features: Features, config: DecodeConfig) -> list[list[list[int]]]:
+    """Token ids of captions drawn for every image, without ``<start>``."""
+    images, device = len(next(iter(features.values()))), next(iter(features.values())).device
+    members = members_of(decoder)
+    each = -(-config.consensus // len(members))
+    piece = max(1, _ROWS // each)
+    drawn: list[list[list[int]]] = [[] for _ in range(images)]
+    for start in range(0, images, piece):
+        some = {name: tensor[start : start + piece] for name, tensor in features.items()}
+        for seed, member in enumerate(members):
+            noise = torch.Generator(device).manual_seed(seed)
+            tokens, _ = sample(
+                member, some, each, config.max_length, temperature=_TEMPERATURE, noise=noise
+            )
+            for row, caption in enumerate(tokens[:, 1:].tolist()):
+                drawn[start + row // each].append([word for word in caption if word != PAD])
+    return drawn
