@@ -129,7 +129,7 @@ class Captioner:
         """Caption images given by their features (float32, on any device)."""
         features = {name: tensor.to(self.device) for name, tensor in features.items()}
         decode, decoder = decode or DecodeConfig(), self.model.decoder
-        if decode.consensus:
+        if decode.consensus and decode.beam_size > 1:
             found = search_by_consensus(decoder, features, decode, self.model.ngrams)
         else:
             found = search(decoder, features, decode)

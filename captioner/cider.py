@@ -88,13 +88,19 @@ class NGramFrequencies:
         """
         try:
             found = safetensors.torch.load(data)
-        except safetensors.SafetensorError as error:
+        except (
+            safetensors.SafetensorError,
+            KeyError,
+        ) as error:  # KeyError: a dtype unknown to torch
             raise ModelError(f"{name} is not a safetensors file: {error}") from error
-        shapes = {key: list(tensor.shape) for key, tensor in found.items()}
-        rows = len(found["ngrams"]) if "ngrams" in found else 0
-        if shapes != {"ngrams": [rows, _ORDERS], "images": [rows + 1]}:
-            raise ModelError(f"{name} does not hold n-grams of a split but {shapes}")
+        layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in found.items()}
+        rows = found["images"].numel() - 1 if "images" in found else 0
+        wanted = {"ngrams": (torch.int32, (rows, _ORDERS)), "images": (torch.int32, (rows + 1,))}
+        if layout != wanted:
+            raise ModelError(f"{name} does not hold n-grams of a split but {layout}")
         *counts, images = found["images"].tolist()
+        if images < 1 or not all(2 <= count <= images for count in counts):
+            raise ModelError(f"{name} does not hold n-grams of a split: its counts are impossible")
         ngrams = (tuple(word for word in row if word >= 0) for row in found["ngrams"].tolist())
         return cls(images, dict(zip(ngrams, counts, strict=True)))
 

@@ -37,6 +37,8 @@ class ModelRecord(Record):
     """Trainable parameters of the decoder."""
     weights_sha256: str
     """SHA-256 of ``weights.safetensors``."""
+    ngrams_sha256: str
+    """SHA-256 of ``ngrams.safetensors``."""
     training: dict[str, Any]
     """The training configuration, for the record."""
 
@@ -59,7 +61,7 @@ class LoadedModel:
     vocabulary: Vocabulary
     decoder: Decoder
     ngrams: NGramFrequencies
-    """Of the captions it was trained on."""
+    """Of a sample of the images it was trained on."""
 
     @property
     def encoder_weights_uri(self) -> str:
@@ -85,7 +87,7 @@ def unpack_weights(decoder: nn.Module, data: bytes, name: str = WEIGHTS) -> None
     """
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype unknown to torch
         raise ModelError(f"{name} is not a safetensors file: {error}") from error
     wanted = decoder.state_dict()
     for key in sorted(wanted.keys() | tensors.keys()):
@@ -118,12 +120,13 @@ def save_model(
 
     Args:
         weights: the decoder's, from ``pack_weights``.
-        ngrams: of the train split's captions, ``<end>`` included.
+        ngrams: of a sample of the train split, ``<end>`` included.
         store: the features it was trained on; their encoder's weights are copied from it.
         training: the training configuration, for the record.
     """
     channels = store.manifest.encoder.channels
     network = build_decoder(decoder, len(vocabulary), channels)
+    table = ngrams.pack()
     record = ModelRecord(
         decoder=decoder,
         text=text,
@@ -132,12 +135,13 @@ def save_model(
         vocabulary_size=len(vocabulary),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         weights_sha256=sha256(weights),
+        ngrams_sha256=sha256(table),
         training=training,
     )
     storage.copy_file(store.encoder_weights_uri, output.uri(ENCODER_WEIGHTS))
     storage.write_bytes(output.uri(WEIGHTS), weights)
     storage.write_bytes(output.uri(VOCABULARY), vocabulary.save_json().encode())
-    storage.write_bytes(output.uri(NGRAMS), ngrams.pack())
+    storage.write_bytes(output.uri(NGRAMS), table)
     storage.write_bytes(output.uri(CONFIG), record.model_dump_json(indent=1).encode())
     return record
 
@@ -184,13 +188,17 @@ def load_model(uri: str) -> LoadedModel:
     weights = storage.read_bytes(storage.join(uri, WEIGHTS))
     decoder = build_decoder(record.decoder, record.vocabulary_size, record.encoder.channels)
     unpack_weights(decoder, weights, storage.join(uri, WEIGHTS))
-    if sha256(weights) != record.weights_sha256:
-        raise ModelError(f"{uri}: {WEIGHTS} is not the file that {CONFIG} describes")
     for name in (ENCODER_WEIGHTS, NGRAMS):
         if not storage.exists(storage.join(uri, name)):
             raise ModelError(f"{uri}: {name} is missing")
-    place = storage.join(uri, NGRAMS)
-    ngrams = NGramFrequencies.unpack(storage.read_bytes(place), place)
+    table = storage.read_bytes(storage.join(uri, NGRAMS))
+    for name, data, digest in (
+        (WEIGHTS, weights, record.weights_sha256),
+        (NGRAMS, table, record.ngrams_sha256),
+    ):
+        if sha256(data) != digest:
+            raise ModelError(f"{uri}: {name} is not the file that {CONFIG} describes")
+    ngrams = NGramFrequencies.unpack(table, storage.join(uri, NGRAMS))
     return LoadedModel(uri, record, vocabulary, decoder.eval(), ngrams)
 
 

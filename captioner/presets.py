@@ -64,7 +64,7 @@ def flickr8k_merge() -> TrainConfig:
 
 
 def flickr8k_best() -> TrainConfig:
-    """Made for the best captions on Flickr8k: three decoders that look at the grid, trained side by side.
+    """Made for the best captions on Flickr8k: five decoders that look at the grid, trained side by side.
 
     The last pass is on captions they draw themselves.
 
@@ -75,7 +75,7 @@ def flickr8k_best() -> TrainConfig:
         output="runs/flickr8k/best",
         decoder=DecoderConfig(
             kind="adaptive_attention",
-            members=3,
+            members=5,
             width=512,
             picture_layers=1,
             dropout=0.3,

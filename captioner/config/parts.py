@@ -170,7 +170,7 @@ class DecodeConfig(Config):
     no_repeat_ngram: Annotated[int, Field(ge=0, le=10)] = 0
     """Forbid any n-gram of this size from occurring twice in a caption; 0 allows repeats."""
     consensus: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Captions drawn at random per image; the beams that agree most with them come first. 0 ranks by score alone."""
+    """Captions drawn at random per image, whose mean CIDEr-D with a beam's caption is added to its score; 0: none."""
 
     @model_validator(mode="after")
     def _captions_fit_beam(self) -> "DecodeConfig":

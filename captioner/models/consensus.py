@@ -1,8 +1,8 @@
-"""Of the captions a beam search finds, the one that agrees most with what the decoder says when it talks freely.
+"""Of the captions a beam search finds, those first that agree with what the decoder says when it talks freely.
 
 Minimum Bayes risk, Kumar and Byrne, "Minimum Bayes-Risk Decoding for Statistical Machine Translation" (2004), with
-CIDEr-D for gain: captions drawn at random stand for those people might write, and the caption wanted is the one that
-such people would give the best mark.
+CIDEr-D for gain: captions drawn at random stand for those people might write. The mean over so few of them is a rough
+one, so the search's own score is added to it, which decides between captions that agree with them equally well.
 """
 
 import torch
@@ -18,7 +18,7 @@ from captioner.text import END, PAD
 # Drawn colder than the decoder's own distribution, whose rare words are mostly slips.
 _TEMPERATURE = 0.8
 # Captions drawn at once, so that memory does not grow with the number of images.
-_ROWS = 2048
+_ROWS = 1024
 
 
 @torch.inference_mode()
@@ -27,9 +27,9 @@ def search_by_consensus(
 ) -> list[list[Hypothesis]]:
     """The ``num_captions`` best of a search's ``beam_size`` captions of every image, best first.
 
-    They are ranked by their score plus their mean CIDEr-D against ``config.consensus`` captions, of which each member
-    of an ensemble draws its share. All images are given the same random numbers, so that an image's caption depends
-    neither on its batch nor on what was captioned before.
+    They are ranked by their score, which ``length_penalty`` shapes, plus their mean CIDEr-D against
+    ``config.consensus`` captions, of which each member of an ensemble draws its share, rounded up. All images are given
+    the same random numbers, so that an image's caption depends neither on its batch nor on what was captioned before.
 
     Args:
         decoder: in evaluation mode.
@@ -52,7 +52,7 @@ def search_by_consensus(
 
 def _draw(decoder: Decoder, features: Features, config: DecodeConfig) -> list[list[list[int]]]:
     """Token ids of captions drawn for every image, without ``<start>``."""
-    images, device = len(next(iter(features.values()))), next(iter(features.values())).device
+    images = len(next(iter(features.values())))
     members = members_of(decoder)
     each = -(-config.consensus // len(members))
     piece = max(1, _ROWS // each)
@@ -60,7 +60,7 @@ def _draw(decoder: Decoder, features: Features, config: DecodeConfig) -> list[li
     for start in range(0, images, piece):
         some = {name: tensor[start : start + piece] for name, tensor in features.items()}
         for seed, member in enumerate(members):
-            noise = torch.Generator(device).manual_seed(seed)
+            noise = torch.Generator().manual_seed(seed)
             tokens, _ = sample(
                 member, some, each, config.max_length, temperature=_TEMPERATURE, noise=noise
             )

@@ -20,10 +20,10 @@ def sample(
 
     Args:
         features: columns of N images.
-        max_length: longest caption, in words.
+        max_length: words before ``<end>``; a caption that has not ended then has one word more, and no ``<end>``.
         temperature: what the logits are divided by.
-        noise: a generator on the device of the features, whose numbers all images share, so that what is drawn for one
-            does not depend on the others; default: torch's own, and every image has its own numbers.
+        noise: a generator on the CPU whose numbers all images share, so that what is drawn for one depends neither on
+            the others nor on the device; default: torch's own, and every image has its own numbers.
 
     Returns:
         int64 [N * count, T], ``<start>`` first, ``<end>`` last where the caption came to its end, ``<pad>`` after it;
@@ -43,15 +43,16 @@ def sample(
     impossible = torch.tensor([PAD, START, UNK], device=device)
     for _ in range(max_length + 1):
         logits, state, _ = decoder.step(last, state)
-        logits = logits.float().div(temperature).index_fill(1, impossible, -torch.inf)
+        logits = (logits.float() / temperature).index_fill(1, impossible, -torch.inf)
         log_probs = torch.log_softmax(logits, dim=-1)
         with torch.no_grad():
             # The largest of log-probabilities plus Gumbel noise is a draw from them.
-            rows = len(log_probs) if noise is None else count
-            numbers = log_probs.new_empty(rows, log_probs.shape[1]).exponential_(generator=noise)
-            drawn = (log_probs - numbers.log_().repeat(len(log_probs) // max(1, rows), 1)).argmax(
-                -1
-            )
+            if noise is None:
+                numbers = torch.empty_like(log_probs).exponential_()
+            else:
+                shared = torch.empty(count, log_probs.shape[1]).exponential_(generator=noise)
+                numbers = shared.to(device).repeat(images, 1)
+            drawn = (log_probs - numbers.log_()).argmax(dim=-1)
         words.append(torch.where(open_ended, drawn, PAD))
         found.append(log_probs.gather(1, drawn.unsqueeze(1)).squeeze(1) * open_ended)
         # A finished caption goes on with <end>, which no decoder minds, as its words are not used.

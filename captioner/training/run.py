@@ -54,7 +54,7 @@ from captioner.training.worker import BEST, HISTORY, train_worker
 logger = logging.getLogger(__name__)
 
 WORK, SUMMARY = "_training", "summary.txt"
-# How rare an n-gram is, so many images tell well enough; the table in the model stays small however many there are.
+# At most so many images tell how rare an n-gram is, so that the table in the model stays small.
 NGRAM_IMAGES = 20_000
 # Where things lie, and who shares the work, changes nothing in the model.
 _NO_MATTER = {
@@ -140,16 +140,16 @@ def _identity(config: TrainConfig, store: FeatureStore) -> dict[str, Any]:
 
 
 def _read_captions(config: TrainConfig, store: FeatureStore) -> tuple[Vocabulary, NGramFrequencies]:
-    """What the train split's captions are made of."""
-    captions = [
-        [clean(caption, config.text.rules) for caption in image]
-        for image in store.captions("train").values()
-    ]
-    words = (caption for image in captions for caption in image)
-    vocabulary = Vocabulary.build(words, config.text.min_count, config.text.rules)
+    """The train split's vocabulary, and its n-grams in a sample of its images."""
+    images = list(store.captions("train").values())
+    rules, longest = config.text.rules, config.text.max_length
+    words = (clean(caption, rules) for captions in images for caption in captions)
+    vocabulary = Vocabulary.build(words, config.text.min_count, rules)
+    # From all over the split: its order is that of folders and files.
+    sample = images[:: -(-len(images) // NGRAM_IMAGES)]
     tokens = (
-        [vocabulary.encode(caption, config.text.max_length)[1:] for caption in image]
-        for image in captions[:NGRAM_IMAGES]
+        [vocabulary.encode(clean(caption, rules), longest)[1:] for caption in captions]
+        for captions in sample
     )
     return vocabulary, NGramFrequencies.count(tokens)
 

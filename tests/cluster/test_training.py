@@ -25,6 +25,7 @@ from captioner.model_store import load_model
 from captioner.progress import TrainingGauges
 from captioner.serving.metrics import exposition
 from captioner.store import FeatureStore
+from captioner.text import END, START
 from captioner.training import run
 from captioner.training.history import EpochRecord
 from captioner.training.ingest import open_split
@@ -257,6 +258,10 @@ def test_model_directory_holds_history_curves_and_events(unbroken: TrainResult) 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     root = Path(unbroken.uri)
+    ngrams = load_model(unbroken.uri).ngrams
+    assert ngrams.images == 25
+    assert ngrams.counts[(END,)] == 25
+    assert START not in {word for ngram in ngrams.counts for word in ngram}
     history = pd.read_parquet(root / "history.parquet")
     assert history["epoch"].tolist() == list(range(1, EPOCHS + SELF_CRITICAL_EPOCHS + 1))
     assert (
@@ -272,7 +277,8 @@ def test_model_directory_holds_history_curves_and_events(unbroken: TrainResult) 
     assert losses == pytest.approx(history["validation_loss"].tolist())
     assert {path.name for path in root.iterdir()} == {
         "_job.json", "config.json", "curves.png", "encoder.safetensors", "history.parquet",
-        "manifest.json", "metrics.json", "ngrams.safetensors", "summary.txt", "tensorboard", "vocab.json", "weights.safetensors",
+        "manifest.json", "metrics.json", "ngrams.safetensors", "summary.txt",
+        "tensorboard", "vocab.json", "weights.safetensors",
     }  # fmt: skip
 
 

@@ -55,19 +55,23 @@ def test_a_file_holds_them(split: tuple[list[Captions], Captions]) -> None:
     assert NGramFrequencies.unpack(empty.pack(), "file") == empty
 
 
+def packed(ngrams: object, images: object, dtype: torch.dtype = torch.int32) -> bytes:
+    return safetensors.torch.save(
+        {"ngrams": torch.tensor(ngrams, dtype=dtype), "images": torch.tensor(images, dtype=dtype)}
+    )
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (b"\x80\x04pickle", "file is not a safetensors file"),
         (safetensors.torch.save({"weight": torch.ones(2)}), "file does not hold n-grams"),
-        (
-            safetensors.torch.save({"ngrams": torch.ones(2, 4), "images": torch.ones(2)}),
-            "file does not hold n-grams",
-        ),
-        (
-            safetensors.torch.save({"ngrams": torch.ones(2), "images": torch.ones(3)}),
-            "file does not hold n-grams",
-        ),
+        (packed([[4, 5, 6, 7]], [2, 3], torch.float32), "file does not hold n-grams"),
+        (packed([[4, 5, 6]], [2, 3]), "file does not hold n-grams"),
+        (packed([[4, 5, 6, 7]], [2, 2, 3]), "file does not hold n-grams"),
+        (packed(4, 3), "file does not hold n-grams"),
+        (packed([[4, -1, -1, -1]], [0, 3]), "counts are impossible"),
+        (packed([[4, -1, -1, -1]], [4, 3]), "counts are impossible"),
     ],
 )
 def test_other_files_are_refused(data: bytes, message: str) -> None:

@@ -6,14 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from captioner.captioning import Captioner
 from captioner.cider import NGramFrequencies, cider_d
 from captioner.config import DecodeConfig, DecoderConfig
+from captioner.model_store import LoadedModel
 from captioner.models import DECODERS, build_decoder
 from captioner.models.base import Features, State
 from captioner.models.consensus import search_by_consensus
+from captioner.models.ensemble import members_of
 from captioner.models.sampling import sample
 from captioner.models.search import search
-from captioner.text import END, START
+from captioner.text import END, START, UNK, Vocabulary
 
 from .test_models import CHANNELS, VOCABULARY, features
 
@@ -54,20 +57,50 @@ def test_the_caption_that_most_agree_with_comes_first() -> None:
     assert search_by_consensus(decoder, one, few, RARE) == [by_consensus[:1]]
 
 
-def test_rank_is_score_plus_mean_cider() -> None:
+@pytest.mark.parametrize("members", [1, 2])
+def test_rank_is_score_plus_mean_cider_of_what_every_member_draws(members: int) -> None:
     torch.manual_seed(0)
-    decoder = build_decoder(DecoderConfig(width=16, output_width=16), VOCABULARY, CHANNELS).eval()
-    config = DecodeConfig(beam_size=5, num_captions=5, max_length=8, consensus=10)
-    column = features(3)
-    found = search_by_consensus(decoder, column, config, RARE)
-    drawn, _ = sample(
-        decoder, column, 10, 8, temperature=0.8, noise=torch.Generator().manual_seed(0)
+    config = DecoderConfig(width=16, output_width=16, members=members)
+    decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
+    # Of so small a score that the agreement decides.
+    decode = DecodeConfig(
+        beam_size=5, num_captions=5, max_length=8, consensus=9, length_penalty=3.0
     )
+    column = features(30)
+    found = search_by_consensus(decoder, column, decode, RARE)
+    each = -(-9 // members)
+    drawn = [
+        sample(one, column, each, 8, temperature=0.8, noise=torch.Generator().manual_seed(seed))[0]
+        for seed, one in enumerate(members_of(decoder))
+    ]
     for image, hypotheses in enumerate(found):
-        captions = drawn[image * 10 : image * 10 + 10, 1:].tolist()
-        others = [RARE.vector([word for word in caption if word]) for caption in captions]
+        others = [
+            RARE.vector([word for word in caption if word])
+            for tokens in drawn
+            for caption in tokens[image * each : (image + 1) * each, 1:].tolist()
+        ]
         worth = [cider_d(RARE.vector((*h.tokens, END)), others) + h.score for h in hypotheses]
         assert worth == sorted(worth, reverse=True)
+
+
+def test_the_captioner_ranks_by_consensus_when_asked() -> None:
+    torch.manual_seed(0)
+    config = DecoderConfig(width=16, output_width=16)
+    decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
+    vocabulary = Vocabulary.build([[f"w{number}" for number in range(VOCABULARY - UNK - 1)]])
+    captioner = Captioner(LoadedModel("", None, vocabulary, decoder, RARE), "cpu")
+    plain = DecodeConfig(beam_size=5, max_length=8)
+    asked = plain.model_copy(update={"consensus": 30})
+    column = features(30)
+
+    def captions(decode: DecodeConfig) -> list[str]:
+        return [caption.text for caption in captioner.caption_features(column, decode)]
+
+    found = search_by_consensus(decoder, column, asked, RARE)
+    assert captions(asked) == [vocabulary.decode(list(image[0].tokens)) for image in found]
+    assert captions(asked) != captions(plain)
+    greedy = {"beam_size": 1}
+    assert captions(asked.model_copy(update=greedy)) == captions(plain.model_copy(update=greedy))
 
 
 @pytest.mark.parametrize("members", [1, 3])
