@@ -14,6 +14,8 @@ BEST, FINISHED, STOPPED, FAILED = "#d1603d", "#3b6fb6", "#9aa5b1", "#8b1e3f"
 COLUMNS = 4
 # Most values of a hyperparameter that are drawn side by side, and most characters of their labels before they slant.
 CHOICES, LABEL_CHARACTERS = 6, 34
+# Distance of the numbers at the ends of curves, in points.
+LABEL_POINTS = 6.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def plot_trials(trials: Sequence[TrialCurve], best: int, metric: str, *, largest
         axes = figure.add_subplot(grid[1 + position // COLUMNS, position % COLUMNS])
         _draw_effect(axes, trials, name, best, largest)
         _dress(axes, name.replace("_", " "), "")
+    figure.draw_without_rendering()  # only now have the axes their size
+    _label_ends(curves, trials, best)
     return to_png(figure)
 
 
@@ -86,15 +90,50 @@ def _draw_curve(axes: Axes, trial: TrialCurve, best: bool) -> None:
     axes.plot(epochs, values, color=color, linewidth=2.4 if best else 1.3, marker=".")
     if trial.status != "finished":
         axes.plot(epochs[-1], values[-1], "x" if trial.status == "stopped" else "X", color=color)
-    axes.annotate(
-        str(trial.number),
-        (epochs[-1], values[-1]),
-        xytext=(4, 0),
-        textcoords="offset points",
-        fontproperties=font(7.5),
-        color=color,
-        va="center",
-    )
+
+
+def _label_ends(axes: Axes, trials: Sequence[TrialCurve], best: int) -> None:
+    """The number of each trial at the end of its curve; above each other where curves end together."""
+    low, high = axes.get_ylim()
+    points = axes.get_window_extent().height * 72 / DPI / (high - low)
+    ends: dict[int, list[tuple[float, TrialCurve]]] = {}
+    for trial in trials:
+        if not trial.curve:
+            continue
+        epoch, value = trial.curve[-1]
+        if np.isfinite(value):
+            ends.setdefault(epoch, []).append((value, trial))
+    for epoch, labels in ends.items():
+        labels.sort(key=lambda end: (end[0], end[1].number))
+        places = spread([value * points for value, _ in labels], LABEL_POINTS)
+        for place, (value, trial) in zip(places, labels, strict=True):
+            axes.annotate(
+                str(trial.number),
+                (epoch, value),
+                xytext=(4, place - value * points),
+                textcoords="offset points",
+                fontproperties=font(7.5),
+                color=_color(trial, trial.number == best),
+                va="center",
+            )
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Ascending places moved until they lie ``gap`` apart: those too close are spread around their mean."""
+    groups: list[list[float]] = []  # of each, its places in turn
+    for place in places:
+        groups.append([place])
+        while len(groups) > 1 and _first(groups[-1], gap) < _last(groups[-2], gap) + gap:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [_first(group, gap) + gap * number for group in groups for number in range(len(group))]
+
+
+def _first(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) - gap * (len(group) - 1) / 2
+
+
+def _last(group: Sequence[float], gap: float) -> float:
+    return _first(group, gap) + gap * (len(group) - 1)
 
 
 def _draw_effect(

@@ -11,6 +11,7 @@ from PIL import Image
 
 from captioner.plots import attention_maps, best_and_worst, caption_grid, plot_history
 from captioner.plots.render import font, literal, text_width, wrap
+from captioner.plots.trials import spread
 
 RED, GREEN, BLUE = (220, 20, 20), (20, 200, 20), (20, 20, 220)
 
@@ -225,3 +226,12 @@ def test_attention_of_a_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
 
 def test_attention_of_many_words_and_no_weight_is_drawn() -> None:
     assert pixels(attention_maps(photograph(), ["w"] * 15, np.zeros((15, 49)))).std() > 0
+
+
+def test_labels_too_close_are_spread_around_their_mean() -> None:
+    assert spread([], 8) == []
+    assert spread([0, 20, 40], 8) == [0, 20, 40]
+    assert spread([10, 10, 30], 8) == [6, 14, 30]
+    assert spread([0, 7, 14], 8) == [-1, 7, 15]
+    # Two that move apart come too close to a third.
+    assert spread([0, 9, 9], 8) == pytest.approx([-2, 6, 14])
