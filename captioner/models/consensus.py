@@ -39,15 +39,26 @@ def search_by_consensus(
     every = config.model_copy(update={"num_captions": config.beam_size})
     found = search(decoder, features, every)
     drawn = _draw(decoder, features, config)
-    ranked = []
-    for hypotheses, captions in zip(found, drawn, strict=True):
-        others = [frequencies.vector(caption) for caption in captions]
+    return [
+        _ranked(hypotheses, captions, frequencies)[: config.num_captions]
+        for hypotheses, captions in zip(found, drawn, strict=True)
+    ]
 
-        def worth(one: Hypothesis, others: list[Vector] = others) -> float:
-            return cider_d(frequencies.vector((*one.tokens, END)), others) + one.score
 
-        ranked.append(sorted(hypotheses, key=worth, reverse=True)[: config.num_captions])
-    return ranked
+def _ranked(
+    hypotheses: list[Hypothesis], captions: list[list[int]], frequencies: NGramFrequencies
+) -> list[Hypothesis]:
+    others = [frequencies.vector(caption) for caption in captions]
+    return sorted(
+        hypotheses,
+        key=lambda one: one.score + agreement(one, others, frequencies),
+        reverse=True,
+    )
+
+
+def agreement(one: Hypothesis, others: list[Vector], frequencies: NGramFrequencies) -> float:
+    """Mean CIDEr-D (0 to 10) of a hypothesis, its ``<end>`` included, against captions that end in theirs."""
+    return cider_d(frequencies.vector((*one.tokens, END)), others)
 
 
 def _draw(decoder: Decoder, features: Features, config: DecodeConfig) -> list[list[list[int]]]:

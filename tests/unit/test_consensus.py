@@ -12,10 +12,10 @@ from captioner.config import DecodeConfig, DecoderConfig
 from captioner.model_store import LoadedModel
 from captioner.models import DECODERS, build_decoder
 from captioner.models.base import Features, State
-from captioner.models.consensus import search_by_consensus
+from captioner.models.consensus import agreement, search_by_consensus
 from captioner.models.ensemble import members_of
 from captioner.models.sampling import sample
-from captioner.models.search import search
+from captioner.models.search import Hypothesis, search
 from captioner.text import END, START, UNK, Vocabulary
 
 from .test_models import CHANNELS, VOCABULARY, features
@@ -81,6 +81,12 @@ def test_rank_is_score_plus_mean_cider_of_what_every_member_draws(members: int) 
         ]
         worth = [cider_d(RARE.vector((*h.tokens, END)), others) + h.score for h in hypotheses]
         assert worth == sorted(worth, reverse=True)
+
+
+def test_a_caption_that_all_captions_drawn_repeat_agrees_wholly() -> None:
+    one = Hypothesis((4, 5, 6, 7), -1.0, -0.2, None)
+    others = [RARE.vector((4, 5, 6, 7, END))] * 3
+    assert agreement(one, others, RARE) == pytest.approx(10.0)
 
 
 def test_the_captioner_ranks_by_consensus_when_asked() -> None:
