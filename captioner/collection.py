@@ -16,7 +16,7 @@ from captioner.checkpoint import finish_rows, forget_checkpoint, list_data_files
 from captioner.cluster import plan_pool, start_ray
 from captioner.config import CaptionConfig, DecodeConfig
 from captioner.contact_sheet import write_contact_sheet
-from captioner.model_store import load_record
+from captioner.model_store import load_model
 from captioner.pipeline import run_pipeline
 from captioner.schema import CAPTIONED_ROWS, CaptionsManifest, FileEntry
 from captioner.sources import open_source
@@ -67,7 +67,8 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
     source = open_source(config.images, config.source_options, limits=config.limits, captions=False)
     total = source.num_images()
     model = storage.absolute(config.model)
-    record = load_record(model)
+    # All of it, once, before every actor of a cluster finds the same damage.
+    record = load_model(model).record
     start_ray()
     pool = plan_pool(total, size=config.num_captioners, cpus_per_actor=config.cpus_per_captioner)
     output = storage.Output(

@@ -26,7 +26,7 @@ from captioner.config import DecodeConfig, EvaluateConfig
 from captioner.errors import ModelError
 from captioner.events import add_picture, event_file
 from captioner.metrics import StandardScores, has_java, score_seed, score_standard
-from captioner.model_store import check_features_fit, load_record
+from captioner.model_store import check_features_fit, load_model, load_record
 from captioner.report_pictures import draw_report
 from captioner.schema import ReportManifest
 from captioner.store import FeatureStore
@@ -99,7 +99,8 @@ def evaluate(config: EvaluateConfig) -> Report:
     """
     store = FeatureStore.open(config.features)
     model_uri = storage.absolute(config.model)
-    record = load_record(model_uri)
+    # All of it, once, before every actor of a cluster finds the same damage.
+    record = load_model(model_uri).record
     check_features_fit(record, store.manifest)
     store.require(config.split, (), captions=True)
     output = storage.Output(

@@ -166,9 +166,10 @@ def load_record(uri: str) -> ModelRecord:
     try:
         return ModelRecord.model_validate(raw)
     except ValidationError as error:
-        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
         raise ModelError(
-            f"{uri}/{CONFIG} is damaged: {where}: {error.errors()[0]['msg']}"
+            f"{uri}/{CONFIG} is damaged, or of another release: {where}: {first['msg']}"
         ) from error
 
 

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,7 +13,8 @@ from captioner import collection, storage
 from captioner.captioning import Captioner
 from captioner.collection import caption_collection
 from captioner.config import CaptionConfig, DecodeConfig
-from captioner.errors import StoreError
+from captioner.errors import ModelError, StoreError
+from captioner.model_store import NGRAMS, WEIGHTS
 from tests.models import write_model
 from tests.pictures import picture
 
@@ -41,6 +43,20 @@ def config(photos: Path, model: str, output: Path, **changes: object) -> Caption
         decode=DecodeConfig(beam_size=2, num_captions=2, max_length=6, consensus=8),
     )
     return base.model_copy(update=changes)
+
+
+@pytest.mark.parametrize("part", [WEIGHTS, NGRAMS])
+def test_a_damaged_model_is_refused_before_the_output_is_claimed(
+    photos: Path, model: str, tmp_path: Path, part: str
+) -> None:
+    damaged, output = tmp_path / "model", tmp_path / "captions"
+    shutil.copytree(model, damaged)
+    content = bytearray((damaged / part).read_bytes())
+    content[-1] ^= 1
+    (damaged / part).write_bytes(content)
+    with pytest.raises(ModelError, match=f"{part} is not the file"):
+        caption_collection(config(photos, str(damaged), output))
+    assert not output.exists()
 
 
 @pytest.mark.long
