@@ -91,6 +91,9 @@ class Captioner:
     ) -> list[Caption]:
         """Caption encoded images (JPEG, PNG ...).
 
+        Args:
+            decode: the search; default: the model's own.
+
         Raises:
             ImageError: one of them is not an image that is accepted; the message says which.
         """
@@ -128,7 +131,7 @@ class Captioner:
     ) -> list[Caption]:
         """Caption images given by their features (float32, on any device)."""
         features = {name: tensor.to(self.device) for name, tensor in features.items()}
-        decode, decoder = decode or DecodeConfig(), self.model.decoder
+        decode, decoder = decode or self.model.record.decode, self.model.decoder
         if decode.consensus and decode.beam_size > 1:
             found = search_by_consensus(decoder, features, decode, self.model.ngrams)
         else:

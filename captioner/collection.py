@@ -69,6 +69,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
     model = storage.absolute(config.model)
     # All of it, once, before every actor of a cluster finds the same damage.
     record = load_model(model).record
+    decode = config.decode.over(record.decode)
     start_ray()
     pool = plan_pool(total, size=config.num_captioners, cpus_per_actor=config.cpus_per_captioner)
     output = storage.Output(
@@ -77,7 +78,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
             "job": "caption",
             "model": record.weights_sha256,
             "source": source.identity().model_dump(mode="json"),
-            "decode": config.decode.model_dump(mode="json"),
+            "decode": decode.model_dump(mode="json"),
             "limits": config.limits.model_dump(mode="json"),
             **_extras(config),
         },
@@ -94,7 +95,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
             CAPTIONS,
             CAPTIONED_ROWS,
             CaptionImages,
-            {"model_uri": model, "decode": config.decode, "threads": pool.threads},
+            {"model_uri": model, "decode": decode, "threads": pool.threads},
             limits=config.limits,
             batch_size=config.batch_size,
             pool=pool,
@@ -109,7 +110,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         manifest = CaptionsManifest(
             model=model,
             weights_sha256=record.weights_sha256,
-            decode=config.decode.model_dump(),
+            decode=decode.model_dump(),
             source=source.identity(),
             images=total,
             rejected=rejected,

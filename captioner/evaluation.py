@@ -102,6 +102,7 @@ def evaluate(config: EvaluateConfig) -> Report:
     # All of it, once, before every actor of a cluster finds the same damage.
     record = load_model(model_uri).record
     check_features_fit(record, store.manifest)
+    decode = config.decode.over(record.decode)
     store.require(config.split, (), captions=True)
     output = storage.Output(
         config.output,
@@ -110,7 +111,7 @@ def evaluate(config: EvaluateConfig) -> Report:
             "model": record.weights_sha256,
             "features": store.manifest.model_dump(mode="json", include={"encoder", "source"}),
             "split": config.split,
-            "decode": config.decode.model_dump(mode="json"),
+            "decode": decode.model_dump(mode="json"),
         },
     )
     if output.complete:
@@ -119,7 +120,7 @@ def evaluate(config: EvaluateConfig) -> Report:
     with output:
         start_ray()
         captions = store.captions(config.split)
-        rows = _score(config, store, model_uri, captions)
+        rows = _score(config, store, model_uri, captions, decode)
         references = [captions[name] for name in rows["image_id"].to_pylist()]
         hypotheses = rows["caption"].to_pylist()
         standard = score_standard(references, hypotheses, meteor=config.meteor and has_java())
@@ -132,10 +133,10 @@ def evaluate(config: EvaluateConfig) -> Report:
             / pa.compute.sum(rows["words"]).as_py(),
             "images": len(rows),
             "split": config.split,
-            "decode": config.decode.model_dump(),
+            "decode": decode.model_dump(),
             "statistics": caption_statistics(references, hypotheses),
         }
-        _publish(config, output, store, rows, references, scores, standard)
+        _publish(config, output, store, rows, references, scores, standard, decode)
     return Report(output.root, scores)
 
 
@@ -143,7 +144,8 @@ def score_table(report: Report) -> str:
     """The scores as a small table for a terminal; the seed protocol stands beside the standard one, never alone."""
     standard: Mapping[str, Any] = report.scores["standard"]
     seed: Mapping[str, float] = report.scores["seed"]
-    lines = [f"{report.scores['images']} images, split {report.scores['split']}", ""]
+    search = ", ".join(f"{name} {value}" for name, value in report.scores["decode"].items())
+    lines = [f"{report.scores['images']} images, split {report.scores['split']}", search, ""]
     lines.append(f"{'':10}{'standard':>10}{'seed':>10}")
     for name, value in standard.items():
         if isinstance(value, float):
@@ -183,7 +185,11 @@ def caption_statistics(
 
 
 def _score(
-    config: EvaluateConfig, store: FeatureStore, model_uri: str, captions: dict[str, list[str]]
+    config: EvaluateConfig,
+    store: FeatureStore,
+    model_uri: str,
+    captions: dict[str, list[str]],
+    decode: DecodeConfig,
 ) -> pa.Table:
     record = load_record(model_uri)
     filesystem, path = storage.resolve(store.uri)
@@ -201,7 +207,7 @@ def _score(
             ScoreImages,
             fn_constructor_kwargs={
                 "model_uri": model_uri,
-                "decode": config.decode,
+                "decode": decode,
                 "captions": ray.put(captions),
                 "threads": pool.threads,
             },
@@ -229,6 +235,7 @@ def _publish(
     references: list[list[str]],
     scores: dict[str, Any],
     standard: StandardScores,
+    decode: DecodeConfig,
 ) -> None:
     predictions = rows.select(["image_id", "caption", "log_prob"]).append_column(
         "references", pa.array(references, pa.list_(pa.string()))
@@ -245,7 +252,7 @@ def _publish(
         references,
         standard.per_image["cider"],
         Captioner.load(config.model),
-        config.decode,
+        decode,
         attention_images=config.attention_images,
         seed=config.seed,
     )

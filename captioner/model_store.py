@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captioner import storage
 from captioner.cider import NGramFrequencies
-from captioner.config import DecoderConfig, TextConfig
+from captioner.config import DecodeConfig, DecoderConfig, TextConfig
 from captioner.errors import ModelError
 from captioner.models import build_decoder
 from captioner.models.base import Decoder
@@ -32,6 +32,8 @@ class ModelRecord(Record):
     encoder: EncoderIdentity
     columns: tuple[str, ...]
     """Feature columns it reads."""
+    decode: DecodeConfig = DecodeConfig()
+    """The search for its captions where nothing else is asked for."""
     vocabulary_size: int
     parameters: int
     """Trainable parameters of the decoder."""
@@ -113,6 +115,7 @@ def save_model(
     ngrams: NGramFrequencies,
     decoder: DecoderConfig,
     text: TextConfig,
+    decode: DecodeConfig,
     store: FeatureStore,
     training: dict[str, Any],
 ) -> ModelRecord:
@@ -121,6 +124,7 @@ def save_model(
     Args:
         weights: the decoder's, from ``pack_weights``.
         ngrams: of a sample of the train split, ``<end>`` included.
+        decode: the search for its captions where nothing else is asked for.
         store: the features it was trained on; their encoder's weights are copied from it.
         training: the training configuration, for the record.
     """
@@ -132,6 +136,7 @@ def save_model(
         text=text,
         encoder=store.manifest.encoder,
         columns=network.columns,
+        decode=decode,
         vocabulary_size=len(vocabulary),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         weights_sha256=sha256(weights),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from captioner.config import (
+    DecodeConfig,
     DecoderConfig,
     OptimizerConfig,
     SelfCriticalConfig,
@@ -35,6 +36,7 @@ def seed_merge() -> TrainConfig:
         epochs=50,
         global_batch=64,
         patience=5,
+        decode=DecodeConfig(beam_size=1),
     )
 
 
@@ -68,8 +70,7 @@ def flickr8k_best() -> TrainConfig:
 
     The last pass is on captions they draw themselves.
 
-    Wants features with --grid and --mirrored; captions best with --decode.beam-size 5 --decode.no-repeat-ngram 3
-    --decode.consensus 60.
+    Wants features with --grid and --mirrored.
     """
     return TrainConfig(
         features="runs/flickr8k/features",
@@ -100,6 +101,7 @@ def flickr8k_best() -> TrainConfig:
         group_captions=True,
         mirrored=True,
         self_critical=SelfCriticalConfig(epochs=1),
+        decode=DecodeConfig(beam_size=5, no_repeat_ngram=3, consensus=60),
     )
 
 

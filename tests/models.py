@@ -8,7 +8,7 @@ import torch
 
 from captioner import storage
 from captioner.cider import NGramFrequencies
-from captioner.config import DecoderConfig, DecoderKind, EncoderConfig, TextConfig
+from captioner.config import DecodeConfig, DecoderConfig, DecoderKind, EncoderConfig, TextConfig
 from captioner.encoder import Encoder, choose_compute, identify, load_weights
 from captioner.images import decode_image
 from captioner.model_store import ModelManifest, pack_weights, save_model
@@ -22,7 +22,12 @@ WORDS = ("red", "green", "circle", "square", "left", "right", "above", "below", 
 NGRAMS = NGramFrequencies(images=10, counts={(4,): 2, (4, 5): 3})
 
 
-def write_model(root: Path, kind: DecoderKind = "merge", seed: int = 0) -> str:
+def write_model(
+    root: Path,
+    kind: DecoderKind = "merge",
+    seed: int = 0,
+    decode: DecodeConfig | None = None,
+) -> str:
     """A model whose captions, though without sense, differ from picture to picture and from seed to seed."""
     store = _store(root.parent / "encoder")
     vocabulary = Vocabulary.build([WORDS])
@@ -45,7 +50,7 @@ def write_model(root: Path, kind: DecoderKind = "merge", seed: int = 0) -> str:
     weights = pack_weights(decoder.eval())
     record = save_model(
         output, weights=weights, vocabulary=vocabulary, ngrams=NGRAMS, decoder=config, text=TextConfig(),
-        store=store, training={},
+        decode=decode or DecodeConfig(), store=store, training={},
     )  # fmt: skip
     files = [file.path for file in storage.list_files(str(root))]
     output.publish(

@@ -148,6 +148,7 @@ class _Alone:
         if not torch.cuda.is_available():
             torch.set_num_threads(num_cpus())
         self.captioner = Captioner.load(config.model)
+        self.decode = config.decode.over(self.captioner.model.record.decode)
         self.config = config
 
     def rate(self, pictures: list[bytes]) -> float:
@@ -158,7 +159,7 @@ class _Alone:
         while True:
             batch = [pictures[(position + one) % len(pictures)] for one in range(size)]
             position += size
-            self.captioner.caption(batch, self.config.decode)
+            self.captioner.caption(batch, self.decode)
             now = time.perf_counter()
             if now - begin < _WARM_UP * self.config.seconds:
                 started, done = now, 0

@@ -20,6 +20,7 @@ from captioner.config.jobs import (
 from captioner.config.parts import (
     Config,
     DecodeConfig,
+    DecodeOverrides,
     DecoderConfig,
     DecoderKind,
     EncoderConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "CaptionConfig",
     "Config",
     "DecodeConfig",
+    "DecodeOverrides",
     "DecoderConfig",
     "DecoderKind",
     "DemoConfig",

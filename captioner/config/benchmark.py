@@ -7,7 +7,7 @@ from pydantic import Field
 
 from captioner.config.parts import (
     Config,
-    DecodeConfig,
+    DecodeOverrides,
     DecoderConfig,
     DecoderKind,
     EncoderConfig,
@@ -85,7 +85,7 @@ class BenchmarkServeConfig(Config):
     """Clients that each send one picture after another."""
     seconds: Annotated[float, Field(gt=0.0)] = 15.0
     """How long each is measured."""
-    decode: DecodeConfig = DecodeConfig()
+    decode: DecodeOverrides = DecodeOverrides()
     max_batch_size: Positive = 32
     """Most images in one forward pass, of the service and of the Captioner it is compared with."""
     json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from captioner.config.parts import (
     Config,
     DecodeConfig,
+    DecodeOverrides,
     DecoderConfig,
     EncoderConfig,
     Fraction,
@@ -73,6 +74,8 @@ class TrainConfig(Config):
     mirrored: bool = False
     """Show half of the images mirrored, another half in every epoch; needs features extracted with --mirrored."""
     self_critical: SelfCriticalConfig = SelfCriticalConfig()
+    decode: DecodeConfig = DecodeConfig()
+    """Kept with the model: the search that its captions are found with where nothing else is asked for."""
     num_workers: Positive | tuple[Positive, Positive] = 1
     """Data-parallel workers (DDP), each with one GPU where the cluster has any. Two numbers: as many as the cluster has
     room for, at least the first, at most the second, adjusted while training."""
@@ -115,7 +118,7 @@ class EvaluateConfig(Config):
     """Directory of the report (path or URI)."""
     split: Split = "validation"
     """Split to score."""
-    decode: DecodeConfig = DecodeConfig()
+    decode: DecodeOverrides = DecodeOverrides()
     batch_size: Positive = 64
     """Images per decoding batch."""
     seed: int = 0
@@ -141,7 +144,7 @@ class CaptionConfig(Config):
     """Also write contact_sheet.html, small pictures with their captions in one file for a browser."""
     contact_sheet_images: Annotated[int, Field(ge=1, le=1000)] = 100
     """Most pictures on the contact sheet; the first by id."""
-    decode: DecodeConfig = DecodeConfig()
+    decode: DecodeOverrides = DecodeOverrides()
     limits: ImageLimits = ImageLimits()
     max_reject_fraction: Fraction = 1.0
     """Largest fraction of unreadable images; past it the job fails and publishes nothing."""
@@ -161,6 +164,6 @@ class DemoConfig(Config):
     """Directory that receives features/, model/, report/ and captions/ (path or URI)."""
     shapes: ShapesConfig = ShapesConfig()
     encoder: EncoderConfig = EncoderConfig(weights="random")
-    decode: DecodeConfig = DecodeConfig()
+    decode: DecodeOverrides = DecodeOverrides()
     epochs: Positive = 30
     """Most passes over the train captions."""

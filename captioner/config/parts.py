@@ -156,26 +156,68 @@ class SelfCriticalConfig(Config):
     """Longest caption drawn, in words."""
 
 
+Beams = Annotated[int, Field(ge=1, le=32)]
+Words = Annotated[int, Field(ge=1, le=200)]
+LengthPenalty = Annotated[float, Field(ge=0.0, le=3.0)]
+NGramSize = Annotated[int, Field(ge=0, le=10)]
+Draws = Annotated[int, Field(ge=0, le=1000)]
+
+
 class DecodeConfig(Config):
     """Search for the caption."""
 
-    beam_size: Annotated[int, Field(ge=1, le=32)] = 3
+    beam_size: Beams = 3
     """Beams kept per image; 1 is greedy."""
-    num_captions: Annotated[int, Field(ge=1, le=32)] = 1
+    num_captions: Beams = 1
     """Captions returned per image, best first; at most beam_size."""
-    max_length: Annotated[int, Field(ge=1, le=200)] = 30
+    max_length: Words = 30
     """Longest caption, in words."""
-    length_penalty: Annotated[float, Field(ge=0.0, le=3.0)] = 0.7
+    length_penalty: LengthPenalty = 0.7
     """Scores are divided by length ** penalty; 0 ranks by plain log-probability."""
-    no_repeat_ngram: Annotated[int, Field(ge=0, le=10)] = 0
+    no_repeat_ngram: NGramSize = 0
     """Forbid any n-gram of this size from occurring twice in a caption; 0 allows repeats."""
-    consensus: Annotated[int, Field(ge=0, le=1000)] = 0
+    consensus: Draws = 0
     """Captions drawn at random per image, whose mean CIDEr-D with a beam's caption is added to its score; 0: none."""
 
     @model_validator(mode="after")
     def _captions_fit_beam(self) -> "DecodeConfig":
-        if self.num_captions > self.beam_size:
-            raise ValueError(
-                f"num_captions: {self.num_captions} must be at most beam_size {self.beam_size}"
-            )
+        _require_fit(self.num_captions, self.beam_size)
         return self
+
+
+class DecodeOverrides(Config):
+    """Search for the caption; what is left out is as the model was trained to be searched."""
+
+    beam_size: Beams | None = None
+    """Beams kept per image; 1 is greedy."""
+    num_captions: Beams | None = None
+    """Captions returned per image, best first; at most beam_size."""
+    max_length: Words | None = None
+    """Longest caption, in words."""
+    length_penalty: LengthPenalty | None = None
+    """Scores are divided by length ** penalty; 0 ranks by plain log-probability."""
+    no_repeat_ngram: NGramSize | None = None
+    """Forbid any n-gram of this size from occurring twice in a caption; 0 allows repeats."""
+    consensus: Draws | None = None
+    """Captions drawn at random per image, whose mean CIDEr-D with a beam's caption is added to its score; 0: none."""
+
+    @model_validator(mode="after")
+    def _captions_fit_beam(self) -> "DecodeOverrides":
+        if self.beam_size is not None and self.num_captions is not None:
+            _require_fit(self.num_captions, self.beam_size)
+        return self
+
+    def over(self, own: DecodeConfig) -> DecodeConfig:
+        """The search of a model whose own is ``own``. One of beam_size and num_captions given alone moves the other
+        where it must."""
+        given = self.model_dump(exclude_none=True)
+        if self.beam_size is None:
+            given["beam_size"] = max(own.beam_size, self.num_captions or 1)
+        if self.num_captions is None:
+            given["num_captions"] = min(own.num_captions, given["beam_size"])
+        return DecodeConfig(**own.model_dump() | given)
+
+
+def _require_fit(num_captions: int, beam_size: int) -> None:
+    if num_captions > beam_size:
+        raise ValueError(f"num_captions: {num_captions} must be at most beam_size {beam_size}")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field, model_validator
 
-from captioner.config.parts import Config, DecodeConfig, ImageLimits, Positive
+from captioner.config.parts import Config, DecodeOverrides, ImageLimits, Positive
 
 Seconds = Annotated[float, Field(gt=0.0)]
 ImageType = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff"]
@@ -23,7 +23,7 @@ class ServeConfig(Config):
     """Address to listen on. The default is this machine alone; 0.0.0.0 opens the service to the network."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
-    decode: DecodeConfig = DecodeConfig()
+    decode: DecodeOverrides = DecodeOverrides()
     """What a request that says nothing else gets."""
     limits: ImageLimits = ImageLimits(max_bytes=16 * 2**20)
     types: Annotated[tuple[ImageType, ...], Field(min_length=1)] = ("jpeg", "png", "webp", "gif")

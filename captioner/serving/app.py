@@ -156,7 +156,7 @@ def create_app(
             known = ", ".join(service.cards)
             raise RequestError(422, "bad_parameter", f"model: {model!r:.60} is not one of {known}")
         try:
-            decode = upload.parameters.decode(config.decode)
+            decode = upload.parameters.decode(service.cards[model].decode)
         except ValidationError as error:
             raise bad_parameter(error.errors()) from None
         answer = await service.caption(model, upload, decode)

@@ -9,7 +9,7 @@ from ray.serve.schema import LoggingConfig
 
 from captioner import storage
 from captioner.cluster import num_cpus, num_gpus
-from captioner.config import ServeConfig
+from captioner.config import DecodeConfig, ServeConfig
 from captioner.model_store import ModelRecord, load_record
 from captioner.serving.ingress import CaptionApi
 from captioner.serving.messages import ModelCard
@@ -79,10 +79,13 @@ def describe_models(config: ServeConfig) -> dict[str, ModelCard]:
     """
     records = {name: load_record(uri) for name, uri in config.models.items()}
     default = next(iter(records))
-    return {name: _card(name, record, name == default) for name, record in records.items()}
+    return {
+        name: _card(name, record, config.decode.over(record.decode), name == default)
+        for name, record in records.items()
+    }
 
 
-def _card(name: str, record: ModelRecord, default: bool) -> ModelCard:
+def _card(name: str, record: ModelRecord, decode: DecodeConfig, default: bool) -> ModelCard:
     return ModelCard(
         name=name,
         version=record.weights_sha256[:12],
@@ -90,6 +93,7 @@ def _card(name: str, record: ModelRecord, default: bool) -> ModelCard:
         encoder=f"{record.encoder.name} {record.encoder.layer}",
         vocabulary_size=record.vocabulary_size,
         attention="grid" in record.columns,
+        decode=decode,
         default=default,
     )
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from captioner.config import DecodeConfig
+from captioner.config import DecodeConfig, DecodeOverrides
 
 
 class Message(BaseModel):
@@ -14,7 +14,7 @@ class Message(BaseModel):
 
 
 class CaptionParameters(Message):
-    """What a request may ask for; everything else is the service's default."""
+    """What a request may ask for; everything else is as the model's card says."""
 
     model: Annotated[str | None, Field(examples=[None])] = None
     """Name of the model, as /v1/models lists them; default: its first."""
@@ -33,19 +33,10 @@ class CaptionParameters(Message):
         Raises:
             ValidationError: num_captions is larger than beam_size, both given.
         """
-        beams, captions = self.beam_size, self.num_captions
-        if beams is None:
-            beams = max(default.beam_size, captions or 1)
-        if captions is None:
-            captions = min(default.num_captions, beams)
-        return DecodeConfig(
-            **default.model_dump()
-            | {
-                "beam_size": beams,
-                "num_captions": captions,
-                "max_length": self.max_length or default.max_length,
-            }
+        asked = DecodeOverrides(
+            beam_size=self.beam_size, num_captions=self.num_captions, max_length=self.max_length
         )
+        return asked.over(default)
 
 
 class Alternative(Message):
@@ -114,6 +105,8 @@ class ModelCard(Message):
     vocabulary_size: int
     attention: bool
     """Whether it can say where it looked."""
+    decode: DecodeConfig
+    """Search for its captions where a request asks for nothing else."""
     default: bool
     """Whether it answers requests that name no model."""
 

@@ -262,6 +262,7 @@ def _publish(
         ngrams=ngrams,
         decoder=config.decoder,
         text=config.text,
+        decode=config.decode,
         store=store,
         training=config.model_dump(mode="json"),
     )

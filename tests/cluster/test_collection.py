@@ -12,7 +12,7 @@ import pytest
 from captioner import collection, storage
 from captioner.captioning import Captioner
 from captioner.collection import caption_collection
-from captioner.config import CaptionConfig, DecodeConfig
+from captioner.config import CaptionConfig, DecodeConfig, DecodeOverrides
 from captioner.errors import ModelError, StoreError
 from captioner.model_store import NGRAMS, WEIGHTS
 from tests.models import write_model
@@ -21,9 +21,13 @@ from tests.pictures import picture
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
 
 
+# The model's own search; the job asks for a few words and a second caption besides.
+OWN = DecodeConfig(beam_size=2, consensus=8)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_model(tmp_path_factory.mktemp("models") / "words")
+    return write_model(tmp_path_factory.mktemp("models") / "words", decode=OWN)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def config(photos: Path, model: str, output: Path, **changes: object) -> Caption
         images=str(photos),
         model=model,
         output=str(output),
-        decode=DecodeConfig(beam_size=2, num_captions=2, max_length=6, consensus=8),
+        decode=DecodeOverrides(num_captions=2, max_length=6),
     )
     return base.model_copy(update=changes)
 
@@ -77,6 +81,8 @@ def test_json_lines_hold_what_parquet_holds(
     assert not (tmp_path / "jsonl/manifest.json").exists()
     manifest = caption_collection(asked)
     assert [(entry.path, entry.rows) for entry in manifest.files] == [("captions.jsonl", 8)]
+    searched = OWN.model_copy(update={"num_captions": 2, "max_length": 6})
+    assert manifest.decode == searched.model_dump()
     names = {file.path for file in storage.list_files(str(tmp_path / "jsonl"))}
     assert names == {"_job.json", "captions.jsonl", "manifest.json"}
     lines = (tmp_path / "jsonl/captions.jsonl").read_text().splitlines()
@@ -85,7 +91,7 @@ def test_json_lines_hold_what_parquet_holds(
     assert rows == {row["image_id"]: row for row in expected}
     good = rows["3.png"]
     captioner = Captioner.load(model, device="cpu")
-    found = captioner.caption([picture(3, "PNG", (400, 200))], asked.decode)[0]
+    found = captioner.caption([picture(3, "PNG", (400, 200))], searched)[0]
     assert (good["caption"], good["error"]) == (found.text, None)
     assert good["log_prob"] == pytest.approx(found.log_prob, abs=1e-3)
     assert rows["&<b>.jpg"]["caption"] is None
@@ -104,9 +110,10 @@ def test_contact_sheet_is_one_file_with_the_first_pictures(
     caption_collection(asked)
     page = (tmp_path / "out/contact_sheet.html").read_text()
     captioner = Captioner.load(model, device="cpu")
+    searched = asked.decode.over(OWN)
     pictures = re.findall(r'<img [^>]*alt="([^"]*)" width="(\d+)" height="(\d+)"', page)
     expected = [
-        captioner.caption([picture(number, "PNG", (400, 200))], asked.decode)[0].text
+        captioner.caption([picture(number, "PNG", (400, 200))], searched)[0].text
         for number in range(4)
     ]
     assert [html.unescape(text) for text, _, _ in pictures] == expected

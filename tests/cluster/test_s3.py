@@ -22,7 +22,7 @@ from captioner.cluster import start_ray
 from captioner.collection import caption_collection
 from captioner.config import (
     CaptionConfig,
-    DecodeConfig,
+    DecodeOverrides,
     DecoderConfig,
     EncoderConfig,
     EvaluateConfig,
@@ -206,7 +206,7 @@ def test_evaluation_reads_model_features_and_pictures_from_s3(
             features=features,
             model=model,
             output=f"{bucket}/report",
-            decode=DecodeConfig(beam_size=1),
+            decode=DecodeOverrides(beam_size=1),
         )
     )
     assert report.scores["images"] == SIZES["validation"]
@@ -220,7 +220,7 @@ def test_collection_is_captioned_from_s3_to_s3(model: str, bucket: str) -> None:
         images=f"{bucket}/photos",
         model=model,
         output=f"{bucket}/captioned",
-        decode=DecodeConfig(beam_size=1, max_length=5),
+        decode=DecodeOverrides(beam_size=1, max_length=5),
     )
     manifest = caption_collection(config)
     assert (manifest.images, manifest.rejected) == (sum(SIZES.values()), 0)

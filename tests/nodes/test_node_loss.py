@@ -21,7 +21,7 @@ from captioner.checkpoint import CHECKPOINT
 from captioner.collection import caption_collection
 from captioner.config import (
     CaptionConfig,
-    DecodeConfig,
+    DecodeOverrides,
     DecoderConfig,
     EncoderConfig,
     ExtractConfig,
@@ -247,7 +247,7 @@ def test_captioning_survives_the_loss_of_a_node(nodes: Nodes, photos: str, model
             images=photos,
             model=model,
             output=f"{nodes.uri}/{output}",
-            decode=DecodeConfig(beam_size=2, max_length=10),
+            decode=DecodeOverrides(beam_size=2, max_length=10),
             batch_size=8,
         )
 
@@ -279,7 +279,7 @@ def test_service_survives_the_loss_of_a_node(nodes: Nodes, model: str) -> None:
     config = ServeConfig(
         model=(f"scenes={model}",),
         port=free_port(),
-        decode=DecodeConfig(beam_size=2, max_length=10),
+        decode=DecodeOverrides(beam_size=2, max_length=10),
         min_replicas=2,
         max_replicas=2,
         cpus_per_replica=1.0,

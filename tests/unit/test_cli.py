@@ -40,7 +40,8 @@ def test_contradicting_values_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"num-captions: 5 must be at most beam-size 3"):
         cli.parse(
             EvaluateConfig,
-            ["--features", "f", "--model", "m", "--output", "o", "--decode.num-captions", "5"],
+            ["--features", "f", "--model", "m", "--output", "o"]
+            + ["--decode.num-captions", "5", "--decode.beam-size", "3"],
         )
 
 

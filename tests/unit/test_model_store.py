@@ -9,7 +9,7 @@ import torch
 
 from captioner import storage
 from captioner.cider import NGramFrequencies
-from captioner.config import DecoderConfig, TextConfig
+from captioner.config import DecodeConfig, DecoderConfig, TextConfig
 from captioner.errors import ModelError
 from captioner.model_store import (
     CONFIG,
@@ -32,6 +32,7 @@ from tests.stores import CHANNELS, encoder_identity, write_store
 
 DECODER = DecoderConfig(width=8, output_width=8, dropout=0.5)
 WORDS = Vocabulary.build([["a", "dog"], ["a", "cat"]])
+SEARCH = DecodeConfig(beam_size=4, no_repeat_ngram=2)
 FREQUENT = NGramFrequencies(images=2, counts={(4,): 2})
 
 
@@ -52,6 +53,7 @@ def model(tmp_path: Path, store: FeatureStore) -> Path:
         ngrams=FREQUENT,
         decoder=DECODER,
         text=TextConfig(),
+        decode=SEARCH,
         store=store,
         training={"epochs": 1},
     )
@@ -74,6 +76,7 @@ def test_a_loaded_model_is_the_saved_one(model: Path) -> None:
     assert loaded.vocabulary == WORDS
     assert loaded.ngrams == FREQUENT
     assert loaded.record.decoder == DECODER
+    assert loaded.record.decode == SEARCH
     assert loaded.record.columns == ("pooled",)
     assert loaded.record.parameters == sum(value.numel() for value in loaded.decoder.parameters())
 

@@ -55,6 +55,7 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
             ngrams=NGramFrequencies(images=2, counts={(5,): 2}),
             decoder=decoder,
             text=TextConfig(),
+            decode=DecodeConfig(beam_size=4, num_captions=3, max_length=5),
             store=FeatureStore(str(root / "store"), manifest),
             training={},
         )
@@ -87,6 +88,14 @@ def test_a_report_has_a_grid_extremes_and_attention(captioner: Captioner, tmp_pa
         image = Image.open(io.BytesIO(picture))
         assert min(image.size) > 100
         assert len(image.convert("RGB").getcolors(2**24) or []) > 100
+
+
+def test_a_model_is_searched_as_it_was_trained_to_be(captioner: Captioner) -> None:
+    pixels = np.random.default_rng(5).integers(0, 255, (1, 224, 224, 3), np.uint8)
+    (own,) = captioner.caption_pixels(pixels)
+    (asked,) = captioner.caption_pixels(pixels, captioner.model.record.decode)
+    assert [one.text for one in own.candidates] == [one.text for one in asked.candidates]
+    assert len(own.candidates) == 3
 
 
 def test_statistics_count_words_and_lengths() -> None:

@@ -64,10 +64,13 @@ class Service:
         return "ray_captioner_requests_total 1\n"
 
 
+SEARCHES = {"first": DecodeConfig(), "second": DecodeConfig(beam_size=6, no_repeat_ngram=3)}
+
+
 def card(name: str) -> ModelCard:
     return ModelCard(
         name=name, version="v", decoder="merge", encoder="resnet50 layer4", vocabulary_size=10,
-        attention=False, default=name == "first",
+        attention=False, decode=SEARCHES[name], default=name == "first",
     )  # fmt: skip
 
 
@@ -108,7 +111,7 @@ def test_raw_image_is_captioned_by_the_default_model() -> None:
     assert body["model"] == "first"
     assert [one["caption"] for one in body["captions"]] == [str(len(PICTURE))]
     assert {"decode_ms", "wait_ms", "model_ms", "total_ms", "batch_size"} == body["timing"].keys()
-    assert client.service.asked[0][2] == client.config.decode
+    assert client.service.asked[0][2] == SEARCHES["first"]
     assert client.observed == [("/v1/captions", "POST", 200)]
 
 
@@ -126,7 +129,8 @@ def test_form_carries_several_images_and_parameters_that_go_before_the_query() -
     assert upload.images == [PICTURE, other]
     assert upload.names == ["a.jpg", "b.png"]
     assert upload.parameters.attention
-    assert (decode.beam_size, decode.num_captions, decode.max_length) == (5, 4, 7)
+    asked = {"beam_size": 5, "num_captions": 4, "max_length": 7}
+    assert decode == SEARCHES["second"].model_copy(update=asked)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,38 @@
+"""Rules of the configuration models that the command line alone does not show."""
+
+import pytest
+from pydantic import ValidationError
+
+from captioner.config import DecodeConfig, DecodeOverrides
+
+OWN = DecodeConfig(beam_size=4, num_captions=2, length_penalty=1.0, consensus=9)
+
+
+@pytest.mark.parametrize(
+    ("asked", "changed"),
+    [
+        ({}, {}),
+        ({"consensus": 0, "length_penalty": 0.0}, {"consensus": 0, "length_penalty": 0.0}),
+        ({"beam_size": 1}, {"beam_size": 1, "num_captions": 1}),
+        ({"beam_size": 3}, {"beam_size": 3}),
+        ({"num_captions": 6}, {"beam_size": 6, "num_captions": 6}),
+        ({"num_captions": 1}, {"num_captions": 1}),
+        ({"beam_size": 9, "num_captions": 8}, {"beam_size": 9, "num_captions": 8}),
+    ],
+)
+def test_what_is_asked_for_goes_over_the_models_own_search(
+    asked: dict[str, int], changed: dict[str, int]
+) -> None:
+    assert DecodeOverrides(**asked).over(OWN) == OWN.model_copy(update=changed)
+
+
+def test_every_setting_of_a_search_can_be_asked_for() -> None:
+    assert DecodeOverrides.model_fields.keys() == DecodeConfig.model_fields.keys()
+    for name, field in DecodeOverrides.model_fields.items():
+        assert field.description == DecodeConfig.model_fields[name].description
+        assert field.default is None
+
+
+def test_more_captions_than_beams_are_refused_at_once() -> None:
+    with pytest.raises(ValidationError, match="num_captions: 5 must be at most beam_size 3"):
+        DecodeOverrides(beam_size=3, num_captions=5)
