@@ -203,6 +203,8 @@ def _score(
         ray.data.read_parquet(files, filesystem=filesystem)
         .select_columns(["image_id", "split", "error", *record.columns])
         .filter(expr=good)
+        # A read task's rows are one block, which one actor would get whole.
+        .repartition(target_num_rows_per_block=config.batch_size)
         .map_batches(
             ScoreImages,
             fn_constructor_kwargs={

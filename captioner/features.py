@@ -19,16 +19,17 @@ from captioner.encoder import Compute, Encoder, choose_compute, identify, load_w
 from captioner.pipeline import run_pipeline
 from captioner.schema import (
     CAPTION_ROWS,
-    MIRRORED,
     SPLITS,
     EncoderIdentity,
     SplitCounts,
     StoreManifest,
     feature_rows,
+    view_names,
 )
 from captioner.sources import open_source
 from captioner.sources.base import Source
 from captioner.store import ENCODER_WEIGHTS, FeatureStore
+from captioner.views import other_views
 
 logger = logging.getLogger(__name__)
 
@@ -40,18 +41,25 @@ class EncodeImages:
     """Pipeline stage: images -> ``pooled`` and ``grid`` columns."""
 
     def __init__(
-        self, weights_uri: str, identity: EncoderIdentity, grid: bool, mirrored: bool, threads: int
+        self,
+        weights_uri: str,
+        identity: EncoderIdentity,
+        grid: bool,
+        mirrored: bool,
+        crops: int,
+        threads: int,
     ):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             torch.set_num_threads(threads)
         self.encoder = Encoder.load(weights_uri, identity, device)
-        self.grid, self.mirrored = grid, mirrored
+        self.grid, self.mirrored, self.crops = grid, mirrored, crops
 
     def __call__(self, rows: pa.Table, images: np.ndarray[Any, np.dtype[np.uint8]]) -> pa.Table:
         columns = self.encode(images, "")
-        if self.mirrored:
-            columns |= self.encode(np.ascontiguousarray(images[:, :, ::-1]), MIRRORED)
+        ids = rows["image_id"].to_pylist()
+        for name, view in other_views(images, ids, mirrored=self.mirrored, crops=self.crops):
+            columns |= self.encode(view, name)
         return pa.table(columns)
 
     def encode(
@@ -90,6 +98,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
             "source": source.identity().model_dump(mode="json"),
             "grid": config.grid,
             "mirrored": config.mirrored,
+            "crops": config.crops,
             "limits": config.limits.model_dump(mode="json"),
         },
     )
@@ -109,13 +118,14 @@ def extract(config: ExtractConfig) -> StoreManifest:
             source,
             output,
             "features",
-            feature_rows(identity.channels, config.grid, config.mirrored),
+            feature_rows(identity.channels, config.grid, view_names(config.mirrored, config.crops)),
             EncodeImages,
             {
                 "weights_uri": output.uri(ENCODER_WEIGHTS),
                 "identity": identity,
                 "grid": config.grid,
                 "mirrored": config.mirrored,
+                "crops": config.crops,
                 "threads": pool.threads,
             },
             limits=config.limits,
@@ -129,6 +139,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
             source=source.identity(),
             grid=config.grid,
             mirrored=config.mirrored,
+            crops=config.crops,
             total=_sum(list(splits.values())),
             splits=splits,
             files=list_data_files(output, "features") + list_data_files(output, "captions"),

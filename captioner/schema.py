@@ -1,5 +1,6 @@
 """Column names, table schemas and manifests of everything a job publishes, and their checks on read."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import pyarrow as pa
@@ -31,11 +32,16 @@ CAPTION_ROWS = pa.schema(
 )
 
 
-def feature_rows(channels: int, grid: bool, mirrored: bool = False) -> pa.Schema:
+def view_names(mirrored: bool, crops: int) -> tuple[str, ...]:
+    """What the feature columns of an image's other views have after their names: ``_mirrored``, ``_crop1`` ..."""
+    return (MIRRORED,) * mirrored + tuple(f"_crop{number + 1}" for number in range(crops))
+
+
+def feature_rows(channels: int, grid: bool, views: Sequence[str] = ()) -> pa.Schema:
     """Schema of ``features/*.parquet`` for an encoder with ``channels`` output channels.
 
-    ``pooled`` is float32 [C], ``grid`` float16 [P, C] with P = 49 cells in row-major order; those of the mirrored
-    image, if wanted, have ``MIRRORED`` after their names.
+    ``pooled`` is float32 [C], ``grid`` float16 [P, C] with P = 49 cells in row-major order; those of other views of the
+    image have these ``views`` (``view_names``) after their names.
     """
     fields = [
         pa.field("image_id", pa.string()),
@@ -45,8 +51,8 @@ def feature_rows(channels: int, grid: bool, mirrored: bool = False) -> pa.Schema
     ]
     if grid:
         fields.append(pa.field("grid", pa.fixed_shape_tensor(pa.float16(), [GRID_CELLS, channels])))
-    if mirrored:
-        fields += [field.with_name(f"{field.name}{MIRRORED}") for field in fields[3:]]
+    own = fields[3:]
+    fields += [field.with_name(f"{field.name}{view}") for view in views for field in own]
     return pa.schema([*fields, pa.field("error", pa.string())])
 
 
@@ -102,6 +108,8 @@ class StoreManifest(Record):
     grid: bool
     mirrored: bool = False
     """Whether the features of mirrored images are there, too."""
+    crops: int = 0
+    """Random crops of every image whose features are there, too."""
     total: SplitCounts
     splits: dict[str, SplitCounts]
     files: list[FileEntry]

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from captioner import storage
 from captioner.errors import StoreError
-from captioner.schema import GRID_CELLS, MIRRORED, SCHEMA_VERSION, SPLITS, StoreManifest
+from captioner.schema import GRID_CELLS, SCHEMA_VERSION, SPLITS, StoreManifest
 
 ENCODER_WEIGHTS = "encoder.safetensors"
 
@@ -72,8 +72,16 @@ class FeatureStore:
         """The weights every embedding of the store was made with."""
         return storage.join(self.uri, ENCODER_WEIGHTS)
 
-    def require(self, split: str, columns: tuple[str, ...], *, captions: bool) -> None:
-        """Check that the split, the feature columns and, if asked for, captions are there.
+    def require(
+        self,
+        split: str,
+        columns: tuple[str, ...],
+        *,
+        captions: bool,
+        mirrored: bool = False,
+        crops: int = 0,
+    ) -> None:
+        """Check that the split, the feature columns and, if asked for, captions and other views are there.
 
         Raises:
             StoreError: something is missing; the message says how to get it.
@@ -86,8 +94,12 @@ class FeatureStore:
             )
         if any(name.startswith("grid") for name in columns) and not self.manifest.grid:
             raise StoreError(f"{self.uri} holds no grid: extract with --grid for this decoder")
-        if any(name.endswith(MIRRORED) for name in columns) and not self.manifest.mirrored:
+        if mirrored and not self.manifest.mirrored:
             raise StoreError(f"{self.uri} holds no mirrored images: extract with --mirrored")
+        if crops > self.manifest.crops:
+            raise StoreError(
+                f"{self.uri} holds {self.manifest.crops} crops of each image: extract with --crops {crops}"
+            )
         if captions and counts.captions == 0:
             raise StoreError(f"{self.uri} has no captions in split {split!r}")
 

@@ -18,6 +18,7 @@ from captioner.schema import (
     SplitCounts,
     StoreManifest,
     feature_rows,
+    view_names,
 )
 from captioner.store import ENCODER_WEIGHTS
 
@@ -37,14 +38,15 @@ def write_store(
     *,
     grid: bool = False,
     mirrored: bool = False,
+    crops: int = 0,
     captions_per_image: int = 3,
     files: int = 1,
     seed: int = 0,
 ) -> str:
     """A published store of ``images`` pictures per split, and one rejected picture in each, spread over ``files``.
 
-    The pooled vector of a picture is large in the channel of its animal; the grid repeats it in every cell, and
-    the mirror image of a picture has its negative.
+    The pooled vector of a picture is large in the channel of its animal; the grid repeats it in every cell. The mirror
+    image of a picture has its negative, its first crop twice the vector, its second thrice and so on.
     """
     generator = np.random.default_rng(seed)
     (root / "features").mkdir(parents=True)
@@ -67,7 +69,8 @@ def write_store(
         rows.append(
             {"image_id": f"{split}-bad", "split": split, "pooled": None, "error": "truncated"}
         )
-    schema = feature_rows(CHANNELS, grid, mirrored)
+    views = view_names(mirrored, crops)
+    schema = feature_rows(CHANNELS, grid, views)
     columns = {
         "image_id": pa.array([row["image_id"] for row in rows]),
         "split": pa.array([row["split"] for row in rows]),
@@ -80,14 +83,15 @@ def write_store(
             None if row["pooled"] is None else np.tile(row["pooled"], GRID_CELLS) for row in rows
         ]
         columns["grid"] = _tensors(cells, schema.field("grid").type)
-    if mirrored:
+    for view in views:
+        factor = -1 if view == MIRRORED else 1 + int(view.removeprefix("_crop"))
         for name in ("pooled", "grid") if grid else ("pooled",):
             kind = columns[name].type
             values = [
-                None if one is None else -np.asarray(one)
+                None if one is None else factor * np.asarray(one)
                 for one in columns[name].storage.to_pylist()
             ]
-            columns[f"{name}{MIRRORED}"] = _tensors(values, kind)
+            columns[f"{name}{view}"] = _tensors(values, kind)
     table = pa.table([columns[name] for name in schema.names], schema)
     bounds = [len(rows) * number // files for number in range(files + 1)]
     entries = []
@@ -111,6 +115,7 @@ def write_store(
         source=SourceIdentity(kind="test", uri="memory://"),
         grid=grid,
         mirrored=mirrored,
+        crops=crops,
         total=SplitCounts(**total),
         splits=splits,
         files=[

@@ -137,6 +137,7 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
             "identity": identity,
             "grid": config.grid,
             "mirrored": False,
+            "crops": 0,
             "threads": pool.threads,
         }
         watch = Watch()

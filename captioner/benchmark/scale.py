@@ -5,7 +5,7 @@ from pydantic import BaseModel
 from captioner import storage
 from captioner.config import BenchmarkScaleConfig
 from captioner.pipeline import rows_per_file
-from captioner.schema import feature_rows
+from captioner.schema import feature_rows, view_names
 from captioner.store import FeatureStore
 
 DATA_SETS = {
@@ -82,7 +82,8 @@ def benchmark_scale(config: BenchmarkScaleConfig) -> ScaleBenchmark:
     bytes_per_image = sum(info.size for info in listed) / images
     # Blocks of the pipeline make the files of a small store, ``rows_per_file`` those of a large one.
     manifest = store.manifest
-    schema = feature_rows(manifest.encoder.channels, manifest.grid, manifest.mirrored)
+    views = view_names(manifest.mirrored, manifest.crops)
+    schema = feature_rows(manifest.encoder.channels, manifest.grid, views)
     rows_now = images / len(files)
     entry = sum(len(file.model_dump_json(indent=1)) for file in files) / len(files)
     uris = [uri for split in store.manifest.splits for uri in store.image_uris(split).items()]

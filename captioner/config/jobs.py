@@ -35,6 +35,9 @@ class ExtractConfig(Config):
     """Also store the 7x7 grid of vectors (float16), for decoders that look at parts of the picture."""
     mirrored: bool = False
     """Also store the features of every image's mirror image, for augmentation in training (twice the work)."""
+    crops: Annotated[int, Field(ge=0, le=16)] = 0
+    """Also store the features of so many random crops of every image, for augmentation in training; each is as much
+    work as the image itself. With mirrored every other one is mirrored."""
     limits: ImageLimits = ImageLimits()
     max_reject_fraction: Fraction = 0.01
     """Largest fraction of unreadable images; past it the job fails and publishes nothing."""
@@ -72,7 +75,10 @@ class TrainConfig(Config):
     validation_cider: bool = False
     """Also caption the validation images greedily after every epoch, and keep the epoch of the highest CIDEr-D."""
     mirrored: bool = False
-    """Show half of the images mirrored, another half in every epoch; needs features extracted with --mirrored."""
+    """Show images mirrored, too; needs features extracted with --mirrored. An epoch shows each image once: as it is,
+    mirrored or as one of its crops, each as often as the others, in another epoch another."""
+    crops: Annotated[int, Field(ge=0, le=16)] = 0
+    """Show so many random crops of the images, too; needs features extracted with at least as many --crops."""
     self_critical: SelfCriticalConfig = SelfCriticalConfig()
     decode: DecodeConfig = DecodeConfig()
     """Kept with the model: the search that its captions are found with where nothing else is asked for."""

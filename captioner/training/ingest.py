@@ -8,7 +8,7 @@ not be resumed to the same end.
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from captioner.config import TrainConfig
 from captioner.models.base import Features
-from captioner.schema import MIRRORED
+from captioner.schema import view_names
 from captioner.store import Chunk, FeatureStore
 from captioner.text import Vocabulary
 from captioner.training.data import Batch, CaptionData
@@ -33,8 +33,6 @@ from captioner.training.plan import (
 )
 
 logger = logging.getLogger(__name__)
-
-Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 # A streaming worker holds two windows of features, the one it draws from and the one being read.
 WINDOW_BYTES = 256 * 2**20
@@ -70,19 +68,16 @@ class Resident:
 
     def batches(self, plan: Plan, epoch: int | None) -> Iterator[Batch]:
         """This worker's share of every step of ``plan(epoch)``."""
-        mirrors = any(name.endswith(MIRRORED) for name in self.columns)
-        mirror = mirrored_images(self.data, self.config, epoch) if mirrors else None
-        return self.data.batches(plan, self.rank, lambda images: self._read(images, mirror))
+        shown = shown_views(self.data, self.config, epoch)
+        return self.data.batches(plan, self.rank, lambda images: self._read(images, shown))
 
     def statistics(self, column: str) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per channel over all images (and cells), float32 [C] each."""
         return moments(iter(torch.split(self.columns[column], 512)))
 
-    def _read(self, images: list[Indices], mirror: Mask | None) -> Iterator[Features]:
+    def _read(self, images: list[Indices], shown: Indices) -> Iterator[Features]:
         for rows in images:
-            yield pick(
-                self.columns, torch.from_numpy(rows), None if mirror is None else mirror[rows]
-            )
+            yield pick(self.columns, rows, shown[rows], views(self.config))
 
 
 class Streaming:
@@ -150,9 +145,8 @@ class Streaming:
     def batches(self, plan: Plan, epoch: int | None) -> Iterator[Batch]:
         """This worker's share of every step of ``plan(epoch)``."""
         shares = [window[self.rank] for window in self.windows(epoch)]
-        mirrors = any(name.endswith(MIRRORED) for name in self.columns)
-        mirror = mirrored_images(self.data, self.config, epoch) if mirrors else None
-        return self.data.batches(plan, self.rank, lambda images: self._read(images, shares, mirror))
+        shown = shown_views(self.data, self.config, epoch)
+        return self.data.batches(plan, self.rank, lambda images: self._read(images, shares, shown))
 
     def statistics(self, column: str) -> tuple[Tensor, Tensor]:
         """As ``Resident.statistics``, from at most 2 GiB of the split, evenly spread."""
@@ -164,7 +158,7 @@ class Streaming:
         )
 
     def _read(
-        self, images: list[Indices], shares: list[list[int]], mirror: Mask | None
+        self, images: list[Indices], shares: list[list[int]], shown: Indices
     ) -> Iterator[Features]:
         place = np.full(int(self.data.image_rows.max()) + 1, -1)
         held: Indices = np.empty(0, np.int64)
@@ -180,8 +174,7 @@ class Streaming:
                     held, window = ahead.result()
                     place[held] = np.arange(len(held))
                     ahead = reader.submit(self._load, next(coming))
-                picked = torch.from_numpy(place[rows])
-                yield pick(window, picked, None if mirror is None else mirror[rows])
+                yield pick(window, place[rows], shown[rows], views(self.config))
 
     def _load(self, share: list[int]) -> tuple[Indices, dict[str, Tensor]]:
         """Rows and features of one window's chunks."""
@@ -198,25 +191,39 @@ class Streaming:
         }
 
 
-def mirrored_images(data: CaptionData, config: TrainConfig, epoch: int | None) -> Mask:
-    """Which images of a split an epoch shows mirrored: half of them, other ones in every epoch; none in validation."""
+def views(config: TrainConfig) -> tuple[str, ...]:
+    """Names of all views of an image that training shows, its own first."""
+    return ("", *view_names(config.mirrored, config.crops))
+
+
+def shown_views(data: CaptionData, config: TrainConfig, epoch: int | None) -> Indices:
+    """Which of its ``views`` an epoch shows of each image of a split, int64; in validation the image itself."""
     images = int(data.image_rows.max()) + 1
     if epoch is None:
-        return np.zeros(images, bool)
-    mask: Mask = np.random.default_rng((config.seed, epoch, 3)).random(images) < 0.5
-    return mask
+        return np.zeros(images, np.int64)
+    generator = np.random.default_rng((config.seed, epoch, 3))
+    return generator.integers(len(views(config)), size=images)
 
 
-def pick(columns: dict[str, Tensor], rows: Tensor, mirror: Mask | None) -> Features:
-    """Rows of feature columns as float32, the mirrored columns' where ``mirror`` [rows] says so."""
+def pick(
+    columns: dict[str, Tensor], rows: Indices, shown: Indices, names: Sequence[str]
+) -> Features:
+    """Rows of feature columns as float32.
+
+    Args:
+        rows: int64 [I].
+        shown: int64 [I], the place in ``names`` of the view to take of each.
+        names: what the columns of each view have after their names; "" of the images themselves.
+    """
+    parts = [(names[view], np.flatnonzero(shown == view)) for view in np.unique(shown)]
     features = {}
     for name, column in columns.items():
-        if name.endswith(MIRRORED):
+        if any(view and name.endswith(view) for view in names):
             continue
-        features[name] = column[rows].float()
-        if mirror is not None and mirror.any():
-            chosen = torch.from_numpy(mirror)
-            features[name][chosen] = columns[f"{name}{MIRRORED}"][rows[chosen]].float()
+        features[name] = torch.empty(len(rows), *column.shape[1:])
+        for view, places in parts:
+            chosen = columns[f"{name}{view}"][torch.from_numpy(rows[places])]
+            features[name][torch.from_numpy(places)] = chosen.float()
     return features
 
 
@@ -249,8 +256,8 @@ def open_split(
         StoreError: the split, a column or the captions are missing.
     """
     data = CaptionData.load(store, split, vocabulary, config.text)
-    if config.mirrored and split == "train":
-        columns += tuple(f"{name}{MIRRORED}" for name in columns)
+    if split == "train":
+        columns = tuple(f"{name}{view}" for view in views(config) for name in columns)
     size = store.manifest.splits[split].ok * sum(store.column_bytes(name) for name in columns)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = size <= memory // 2 // neighbours

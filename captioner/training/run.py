@@ -45,7 +45,6 @@ from captioner.models import build_decoder
 from captioner.models.summary import summarize
 from captioner.plots import plot_history
 from captioner.progress import MessageLog
-from captioner.schema import MIRRORED
 from captioner.store import ENCODER_WEIGHTS, FeatureStore
 from captioner.text import Vocabulary, clean
 from captioner.training.history import EpochRecord, best_epoch, read_history
@@ -99,8 +98,7 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
     """
     store = FeatureStore.open(config.features)
     columns = build_decoder(config.decoder, 5, 1).columns
-    mirrored = tuple(f"{name}{MIRRORED}" for name in columns) if config.mirrored else ()
-    store.require("train", columns + mirrored, captions=True)
+    store.require("train", columns, captions=True, mirrored=config.mirrored, crops=config.crops)
     store.require("validation", columns, captions=True)
     output = storage.Output(config.output, _identity(config, store))
     if output.complete:

@@ -20,11 +20,14 @@ import ray
 from captioner import features as extraction
 from captioner.checkpoint import CHECKPOINT
 from captioner.config import EncoderConfig, ExtractConfig, ImageLimits
+from captioner.encoder import Encoder
 from captioner.errors import SourceError, StoreError
 from captioner.features import extract
+from captioner.images import decode_image
 from captioner.schema import StoreManifest
 from captioner.sources.scenes import draw_scene
 from captioner.store import FeatureStore
+from captioner.views import other_views
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = 120
@@ -298,6 +301,32 @@ def test_full_disk_is_one_line_and_status_2(photos: Path, small_disk: Path) -> N
     assert "no space left" in lines[0].lower()
     assert "Traceback" not in errors
     assert not (small_disk / "features" / "manifest.json").exists()
+
+
+def test_other_views_are_encoded_as_pictures_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for index in range(5):
+        (tmp_path / f"photos/{index}.png").write_bytes(draw_scene(0, "train", index))
+    output = tmp_path / "out"
+    extract(settings(tmp_path / "photos", output, grid=True, mirrored=True, crops=2))
+    store = FeatureStore.open(str(output))
+    views = ("_mirrored", "_crop1", "_crop2")
+    columns = (
+        "pooled",
+        "grid",
+        *(f"{name}{view}" for view in views for name in ("pooled", "grid")),
+    )
+    table = store.load("test", columns)
+    encoder = Encoder.load(store.encoder_weights_uri, store.manifest.encoder)
+    pixels = np.stack([decode_image(draw_scene(0, "train", index)) for index in range(5)])
+    pictures = {"": pixels, **dict(other_views(pixels, table.image_ids, mirrored=True, crops=2))}
+    for view, images in pictures.items():
+        pooled, grid = encoder(images, grid=True)
+        assert grid is not None
+        for name, expected in (("pooled", pooled), ("grid", grid)):
+            found = table.columns[f"{name}{view}"].astype(np.float32)
+            np.testing.assert_allclose(found, expected.float().numpy(), rtol=2e-3, atol=2e-3)
+    assert (store.manifest.mirrored, store.manifest.crops) == (True, 2)
 
 
 def test_manifest_counts_add_up(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ LAYERS = (
     ("errors",),
     ("config", "schema"),
     ("storage", "text", "cider", "cluster", "cli", "presets", "progress"),
-    ("images", "sources", "models", "store", "model_store", "checkpoint"),
+    ("images", "views", "sources", "models", "store", "model_store", "checkpoint"),
     ("encoder", "metrics", "plots", "pipeline", "contact_sheet", "events"),
     ("features", "training", "captioning", "collection"),
     ("report_pictures",),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from captioner.config import TextConfig, TrainConfig
+from captioner.errors import StoreError
 from captioner.schema import GRID_CELLS
 from captioner.store import FeatureStore
 from captioner.text import END, PAD, START, Vocabulary, clean
@@ -267,22 +268,44 @@ def test_statistics_are_those_of_all_images(tmp_path: Path, column: str, ingest:
 
 
 @pytest.mark.parametrize("ingest", ["resident", "streaming"])
-def test_half_of_the_images_are_mirrored_another_half_in_every_epoch(
-    tmp_path: Path, ingest: str
+@pytest.mark.parametrize(("mirrored", "crops"), [(True, 0), (False, 1), (True, 2)])
+def test_an_epoch_shows_one_view_of_each_image_and_another_epoch_others(
+    tmp_path: Path, ingest: str, mirrored: bool, crops: int
 ) -> None:
-    write_store(tmp_path, {"train": 40, "validation": 9}, mirrored=True)
+    images = 60
+    store = FeatureStore.open(
+        write_store(tmp_path, {"train": images, "validation": 9}, mirrored=True, crops=3)
+    )
+    own = {split: store.load(split, ("pooled",)).columns["pooled"] for split in store.manifest.splits}  # fmt: skip
 
-    def mirrored(split: str, epoch: int | None) -> list[bool]:
-        way = opened(tmp_path, split, ingest=ingest, mirrored=True)
-        found: dict[int, bool] = {}
+    def shown(split: str, epoch: int | None) -> list[float]:
+        """By image: -1 the mirror image, 1 itself, 2 the first crop ..."""
+        way = opened(tmp_path, split, ingest=ingest, mirrored=mirrored, crops=crops)
+        found: dict[int, float] = {}
         for batch in way.batches(way.plan(epoch), epoch):
-            images = way.data.image_rows[batch.captions[:, 0]].tolist()
-            negative = (batch.features["pooled"].sum(dim=1) < 0).tolist()
-            for image, value in zip(images, negative, strict=True):
-                assert found.setdefault(image, value) == value
-        return [found[image] for image in sorted(found)]
+            for image, vector in zip(
+                way.data.image_rows[batch.captions[:, 0]].tolist(),
+                batch.features["pooled"].numpy(),
+                strict=True,
+            ):
+                factor = float(np.median(vector / own[split][image]))
+                np.testing.assert_allclose(vector, factor * own[split][image], rtol=1e-5)
+                assert found.setdefault(image, factor) == factor
+        return [round(found[image], 3) for image in sorted(found)]
 
-    assert 8 < sum(mirrored("train", 0)) < 32
-    assert mirrored("train", 0) == mirrored("train", 0) != mirrored("train", 1)
-    assert not any(mirrored("validation", None))
-    assert not any(mirrored("train", None))
+    first = shown("train", 0)
+    wanted = {1.0, *([-1.0] if mirrored else []), *(2.0 + number for number in range(crops))}
+    assert set(first) == wanted
+    for view in wanted:
+        assert 0.5 < first.count(view) * len(wanted) / images < 1.6
+    assert first == shown("train", 0) != shown("train", 1)
+    assert set(shown("validation", None)) == set(shown("train", None)) == {1.0}
+
+
+def test_views_that_are_not_there_are_named(tmp_path: Path) -> None:
+    store = FeatureStore.open(write_store(tmp_path, {"train": 3}, crops=1))
+    store.require("train", ("pooled",), captions=True, crops=1)
+    with pytest.raises(StoreError, match="holds 1 crops of each image: extract with --crops 2"):
+        store.require("train", ("pooled",), captions=True, crops=2)
+    with pytest.raises(StoreError, match="no mirrored images: extract with --mirrored"):
+        store.require("train", ("pooled",), captions=True, mirrored=True)
