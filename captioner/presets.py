@@ -93,7 +93,7 @@ def flickr8k_best() -> TrainConfig:
             warmup_steps=190,
             schedule="cosine",
         ),
-        epochs=16,
+        epochs=12,
         global_batch=160,
         patience=None,
         label_smoothing=0.1,
@@ -114,7 +114,7 @@ def flickr30k_best() -> TrainConfig:
             "features": "runs/flickr30k/features",
             "output": "runs/flickr30k/best",
             "optimizer": base.optimizer.model_copy(update={"warmup_steps": 900}),
-            "epochs": 8,
+            "epochs": 6,
         }
     )
 

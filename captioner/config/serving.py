@@ -24,7 +24,7 @@ class ServeConfig(Config):
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
     decode: DecodeOverrides = DecodeOverrides()
-    """What a request that says nothing else gets."""
+    """What a request that says nothing else gets, over each model's own search."""
     limits: ImageLimits = ImageLimits(max_bytes=16 * 2**20)
     types: Annotated[tuple[ImageType, ...], Field(min_length=1)] = ("jpeg", "png", "webp", "gif")
     """Accepted image types, recognised by content."""
