@@ -9,7 +9,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -67,6 +69,39 @@ class NGramFrequencies:
                 length += count
         norms = tuple(math.sqrt(sum(value**2 for value in order.values())) for order in weights)
         return Vector(weights, norms, length)
+
+    def agreements(
+        self, captions: Sequence[Sequence[int]]
+    ) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """``cider_d`` of each of N captions against each alone: float64 [N, N], a caption's own in its row."""
+        rarest = math.log(max(2, self.images))
+        counted = [_ngrams(caption) for caption in captions]
+        bigrams = [
+            sum(count for ngram, count in found.items() if len(ngram) == 2) for found in counted
+        ]
+        total = np.zeros((len(captions), len(captions)))
+        for order in range(1, _ORDERS + 1):
+            places: dict[NGram, int] = {}
+            for found in counted:
+                for ngram in found:
+                    if len(ngram) == order:
+                        places.setdefault(ngram, len(places))
+            counts = np.zeros((len(captions), len(places)))
+            for row, found in enumerate(counted):
+                for ngram, count in found.items():
+                    if len(ngram) == order:
+                        counts[row, places[ngram]] = count
+            rarity = np.array([rarest - math.log(self.counts.get(ngram, 1)) for ngram in places])
+            norms = np.sqrt(((counts * rarity) ** 2).sum(axis=1))
+            # The smaller of two counts is how many of 1, 2, ... both of them reach.
+            common = np.zeros_like(total)
+            for level in range(1, int(counts.max(initial=0)) + 1):
+                reached = counts >= level
+                common += (reached * rarity) @ (reached * counts * rarity).T
+            product = np.outer(norms, norms)
+            total += np.divide(common, product, out=np.zeros_like(total), where=product > 0)
+        difference = np.subtract.outer(bigrams, bigrams)
+        return 10 / _ORDERS * total * np.exp(-(difference**2) / (2 * _SIGMA**2))
 
     def pack(self) -> bytes:
         """As safetensors: ``ngrams`` int32 [N, 4], -1 after the last word; ``images`` int32 [N + 1], those that have

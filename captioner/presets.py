@@ -102,7 +102,7 @@ def flickr8k_best() -> TrainConfig:
         mirrored=True,
         crops=4,
         self_critical=SelfCriticalConfig(epochs=1),
-        decode=DecodeConfig(beam_size=5, no_repeat_ngram=3, consensus=60),
+        decode=DecodeConfig(beam_size=5, no_repeat_ngram=3, consensus=120),
     )
 
 

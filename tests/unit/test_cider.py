@@ -42,6 +42,16 @@ def test_it_is_pycocoevalcaps(split: tuple[list[Captions], Captions]) -> None:
     assert cider_d(frequencies.vector([]), [frequencies.vector(references[3][0])]) == 0.0
 
 
+def test_each_against_each_is_the_same_number(split: tuple[list[Captions], Captions]) -> None:
+    references, found = split
+    frequencies = NGramFrequencies.count(references)
+    captions = [*found, [5, 6, 5, 6, 5, 6, 5], [5, 6, 5, 6], [5, 5, 5, 5, 5], [7], []]
+    vectors = [frequencies.vector(words) for words in captions]
+    expected = [[cider_d(one, [other]) for other in vectors] for one in vectors]
+    np.testing.assert_allclose(frequencies.agreements(captions), expected, rtol=1e-9, atol=1e-12)
+    assert np.count_nonzero(expected) > 2 * len(captions)
+
+
 def test_counts_are_of_images_and_only_shared_ngrams_are_kept() -> None:
     frequencies = NGramFrequencies.count([[[4, 5, 4, 5], [4]], [[4, 5]], [[6, 7]]])
     assert frequencies == NGramFrequencies(images=3, counts={(4,): 2, (5,): 2, (4, 5): 2})

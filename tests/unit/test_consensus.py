@@ -12,10 +12,10 @@ from captioner.config import DecodeConfig, DecoderConfig
 from captioner.model_store import LoadedModel
 from captioner.models import DECODERS, build_decoder
 from captioner.models.base import Features, State
-from captioner.models.consensus import agreement, search_by_consensus
+from captioner.models.consensus import agreements, search_by_consensus
 from captioner.models.ensemble import members_of
 from captioner.models.sampling import sample
-from captioner.models.search import Hypothesis, search
+from captioner.models.search import search
 from captioner.text import END, START, UNK, Vocabulary
 
 from .test_models import CHANNELS, VOCABULARY, features
@@ -58,35 +58,97 @@ def test_the_caption_that_most_agree_with_comes_first() -> None:
 
 
 @pytest.mark.parametrize("members", [1, 2])
-def test_rank_is_score_plus_mean_cider_of_what_every_member_draws(members: int) -> None:
+def test_rank_is_score_plus_weighted_mean_cider_of_what_every_member_draws(members: int) -> None:
     torch.manual_seed(0)
     config = DecoderConfig(width=16, output_width=16, members=members)
     decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
-    # Of so small a score that the agreement decides.
-    decode = DecodeConfig(
-        beam_size=5, num_captions=5, max_length=8, consensus=9, length_penalty=3.0
-    )
+    decode = DecodeConfig(beam_size=5, num_captions=5, max_length=8, consensus=9)
     column = features(30)
     found = search_by_consensus(decoder, column, decode, RARE)
+    beams = search(decoder, column, decode)
     each = -(-9 // members)
     drawn = [
         sample(one, column, each, 8, temperature=0.8, noise=torch.Generator().manual_seed(seed))[0]
         for seed, one in enumerate(members_of(decoder))
     ]
+    newcomers = 0
     for image, hypotheses in enumerate(found):
-        others = [
-            RARE.vector([word for word in caption if word])
+        captions = [
+            tuple(word for word in caption if word)
             for tokens in drawn
             for caption in tokens[image * each : (image + 1) * each, 1:].tolist()
         ]
-        worth = [cider_d(RARE.vector((*h.tokens, END)), others) + h.score for h in hypotheses]
-        assert worth == sorted(worth, reverse=True)
+
+        def worth(
+            words: tuple[int, ...], score: float, captions: list[tuple[int, ...]] = captions
+        ) -> float:
+            others = list(captions)
+            if words in others:
+                others.remove(words)
+            return score + 4 * cider_d(RARE.vector(words), [RARE.vector(one) for one in others])
+
+        ranked = [worth((*one.tokens, END), one.score) for one in hypotheses]
+        assert ranked == sorted(ranked, reverse=True)
+        # Nothing that was found by the search, or drawn to its end, is worth more than what came first.
+        assert ranked[0] >= max(worth((*one.tokens, END), one.score) for one in beams[image]) - 1e-9
+        searched = {one.tokens for one in beams[image]}
+        newcomers += sum(one.tokens not in searched for one in hypotheses)
+        assert {(*one.tokens, END) for one in hypotheses if one.tokens not in searched} <= set(
+            captions
+        )
+    assert newcomers > 10
 
 
-def test_a_caption_that_all_captions_drawn_repeat_agrees_wholly() -> None:
-    one = Hypothesis((4, 5, 6, 7), -1.0, -0.2, None)
-    others = [RARE.vector((4, 5, 6, 7, END))] * 3
-    assert agreement(one, others, RARE) == pytest.approx(10.0)
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("kind", sorted(DECODERS))
+def test_a_drawn_caption_is_scored_as_a_search_would_have(kind: str, members: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"width": 16, "output_width": 16, "attention_width": 8, "heads": 4, "layers": 1}
+    config = DecoderConfig(kind=kind, members=members, **sizes)
+    decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
+    decode = DecodeConfig(beam_size=2, num_captions=2, max_length=2, consensus=40)
+    column = features(6)
+    # So many beams that they find every caption of at most two words.
+    wide = DecodeConfig(beam_size=32, num_captions=32, max_length=2)
+    everything = search(decoder, column, wide)
+    compared = 0
+    for image, hypotheses in enumerate(search_by_consensus(decoder, column, decode, RARE)):
+        known = {one.tokens: one for one in everything[image]}
+        for one in hypotheses:
+            if one.tokens not in known:
+                continue
+            expected = known[one.tokens]
+            compared += 1
+            assert one.log_prob == pytest.approx(expected.log_prob, rel=1e-4)
+            assert one.score == pytest.approx(expected.score, rel=1e-4)
+            assert (one.attention is None) == (expected.attention is None)
+            if expected.attention is not None:
+                torch.testing.assert_close(one.attention, expected.attention, rtol=1e-4, atol=1e-5)
+    assert compared > 3
+
+
+def test_what_was_drawn_with_repeats_or_not_to_its_end_is_not_chosen() -> None:
+    torch.manual_seed(0)
+    decoder = build_decoder(DecoderConfig(width=16, output_width=16), VOCABULARY, CHANNELS).eval()
+    decode = DecodeConfig(
+        beam_size=8, num_captions=8, max_length=6, consensus=200, no_repeat_ngram=1
+    )
+    found = search_by_consensus(decoder, features(20), decode, RARE)
+    assert all(len(set(one.tokens)) == len(one.tokens) for image in found for one in image)
+    assert all(len(one.tokens) <= 6 for image in found for one in image)
+    loose = decode.model_copy(update={"no_repeat_ngram": 0})
+    found = search_by_consensus(decoder, features(20), loose, RARE)
+    assert any(len(set(one.tokens)) < len(one.tokens) for image in found for one in image)
+
+
+def test_a_caption_is_no_witness_for_itself() -> None:
+    one, other = (4, 5, 6, 7, END), (8, 9, 10, 11, 12)
+    worth = agreements([one], [one, one, other], RARE)
+    assert worth[one] == pytest.approx(5.0)
+    assert worth[other] == pytest.approx(0.0)
+    assert agreements([one], [other] * 3, RARE)[one] == pytest.approx(0.0)
+    assert agreements([other], [one] * 3, RARE)[one] == pytest.approx(10.0)
+    assert agreements([one], [one], RARE)[one] == 0.0
 
 
 def test_the_captioner_ranks_by_consensus_when_asked() -> None:
