@@ -177,8 +177,8 @@ class DecodeConfig(Config):
     no_repeat_ngram: NGramSize = 0
     """Forbid any n-gram of this size from occurring twice in a caption; 0 allows repeats."""
     consensus: Draws = 0
-    """Captions drawn at random per image. The best of them join those of the beams, and all are ranked by their score and
-    by how well they agree (mean CIDEr-D) with what was drawn; 0: none."""
+    """Captions drawn at random per image. The best of them join those of the beams, and all are ranked by their score
+    and by how well they agree (mean CIDEr-D) with what was drawn; 0: none."""
 
     @model_validator(mode="after")
     def _captions_fit_beam(self) -> "DecodeConfig":
@@ -200,8 +200,8 @@ class DecodeOverrides(Config):
     no_repeat_ngram: NGramSize | None = None
     """Forbid any n-gram of this size from occurring twice in a caption; 0 allows repeats."""
     consensus: Draws | None = None
-    """Captions drawn at random per image. The best of them join those of the beams, and all are ranked by their score and
-    by how well they agree (mean CIDEr-D) with what was drawn; 0: none."""
+    """Captions drawn at random per image. The best of them join those of the beams, and all are ranked by their score
+    and by how well they agree (mean CIDEr-D) with what was drawn; 0: none."""
 
     @model_validator(mode="after")
     def _captions_fit_beam(self) -> "DecodeOverrides":

@@ -15,6 +15,7 @@ from captioner.config import DecoderConfig
 from captioner.models.attention import Attention, by_image
 from captioner.models.base import Decoder, Features, Standardize, State, for_captions
 from captioner.models.dropout import Dropout
+from captioner.models.lstm import LSTM
 from captioner.models.picture import PictureEncoder
 
 
@@ -37,7 +38,7 @@ class AdaptiveAttentionDecoder(Decoder):
         self.image = nn.Linear(width, width)
         self.initial = nn.Linear(width, 2 * width)
         self.embedding = nn.Embedding(vocabulary_size, width)
-        self.lstm = nn.LSTM(width, width, batch_first=True)
+        self.lstm = LSTM(width, width, batch_first=True)
         self.attention = Attention(width, config.heads)
         self.deep = nn.Linear(2 * width, width)
         self.output = nn.Linear(width, vocabulary_size)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from captioner.config import DecoderConfig
 from captioner.models.base import Decoder, Features, Standardize, State, for_captions
 from captioner.models.dropout import Dropout
+from captioner.models.lstm import LSTM
 
 
 class MergeDecoder(Decoder):
@@ -24,7 +25,7 @@ class MergeDecoder(Decoder):
         self.standardize = Standardize(channels)
         self.image = nn.Linear(channels, config.width)
         self.embedding = nn.Embedding(vocabulary_size, config.width)
-        self.lstm = nn.LSTM(config.width, config.width, batch_first=True)
+        self.lstm = LSTM(config.width, config.width, batch_first=True)
         self.dense = nn.Linear(config.width, config.output_width)
         self.output = nn.Linear(config.output_width, vocabulary_size)
         self.dropout = Dropout(config.dropout)

@@ -15,7 +15,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.train.v2._internal.execution import context as train_context
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from captioner.config import TrainConfig
@@ -120,6 +120,10 @@ class Worker:
                 self.decoder,
                 multi_avg_fn=get_ema_multi_avg_fn(config.averaging),  # type: ignore[no-untyped-call]
             )
+            # A copy's weights lie apart in memory, and cuDNN would put them together at every call.
+            for part in self.average.modules():
+                if isinstance(part, nn.RNNBase):
+                    part.flatten_parameters()
         self.optimizer = build_optimizer(config.optimizer, self.decoder)
         self.steps_per_epoch = -(-len(self.train.data) // config.global_batch)
         self.schedule = Schedule(config.optimizer, config.epochs * self.steps_per_epoch)
