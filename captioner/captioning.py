@@ -132,7 +132,7 @@ class Captioner:
         """Caption images given by their features (float32, on any device)."""
         features = {name: tensor.to(self.device) for name, tensor in features.items()}
         decode, decoder = decode or self.model.record.decode, self.model.decoder
-        if decode.consensus and decode.beam_size > 1:
+        if decode.consensus:
             found = search_by_consensus(decoder, features, decode, self.model.ngrams)
         else:
             found = search(decoder, features, decode)

@@ -97,7 +97,9 @@ class NGramFrequencies:
             common = np.zeros_like(total)
             for level in range(1, int(counts.max(initial=0)) + 1):
                 reached = counts >= level
-                common += (reached * rarity) @ (reached * counts * rarity).T
+                # By torch, whose number of threads the callers set.
+                mine = torch.from_numpy(reached * rarity)
+                common += (mine @ torch.from_numpy(reached * counts * rarity).T).numpy()
             product = np.outer(norms, norms)
             total += np.divide(common, product, out=np.zeros_like(total), where=product > 0)
         difference = np.subtract.outer(bigrams, bigrams)

@@ -96,6 +96,10 @@ class FeatureStore:
             raise StoreError(f"{self.uri} holds no grid: extract with --grid for this decoder")
         if mirrored and not self.manifest.mirrored:
             raise StoreError(f"{self.uri} holds no mirrored images: extract with --mirrored")
+        if crops and self.manifest.mirrored and not mirrored:
+            raise StoreError(
+                f"{self.uri} holds crops that are mirrored in part: train with --mirrored"
+            )
         if crops > self.manifest.crops:
             raise StoreError(
                 f"{self.uri} holds {self.manifest.crops} crops of each image: extract with --crops {crops}"

@@ -15,8 +15,8 @@ from PIL import Image
 from captioner.images import SIDE, Pixels
 from captioner.schema import MIRRORED, view_names
 
-_AREA = (0.45, 1.0)
-_RATIO = 1.22
+_AREA = (0.45, 1.0)  # share of the picture, least and most
+_RATIO = 1.22  # most of width / height, and of its inverse
 
 
 def other_views(

@@ -213,6 +213,8 @@ class DecodeOverrides(Config):
         """The search of a model whose own is ``own``. One of beam_size and num_captions given alone moves the other
         where it must."""
         given = self.model_dump(exclude_none=True)
+        if self.beam_size == 1:
+            given.setdefault("consensus", 0)  # whoever asks for one beam wants greedy search
         if self.beam_size is None:
             given["beam_size"] = max(own.beam_size, self.num_captions or 1)
         if self.num_captions is None:

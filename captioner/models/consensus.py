@@ -5,7 +5,7 @@ CIDEr-D for gain: captions drawn at random stand for those people might write, a
 of the beam search, as in Eikema and Aziz, "Sampling-Based Approximations to Minimum Bayes Risk Decoding" (2022). The
 mean over so few captions is a rough one, so a caption's own score is added to it.
 
-Shapes: B images, N captions of one image.
+Shapes: B images.
 """
 
 import numpy as np
@@ -129,7 +129,7 @@ def _score(
         for name, tensor in decoder.start(features).items()
     }
     log_probs = torch.zeros(len(flat), device=device)
-    maps: list[Tensor] = []
+    steps: list[Tensor] = []
     last = torch.full_like(tokens[:, 0], START)
     for place in range(tokens.shape[1]):
         logits, state, attention = decoder.step(last, state)
@@ -137,9 +137,10 @@ def _score(
         found = torch.log_softmax(logits.float(), dim=-1).gather(1, words.unsqueeze(1)).squeeze(1)
         log_probs += torch.where(words == PAD, 0.0, found)
         if attention is not None:
-            maps.append(attention.float())
+            steps.append(attention.float())
         # A finished caption goes on with <end>, which no decoder minds, as its words are not used.
         last = torch.where(words == PAD, END, words)
+    maps = torch.stack(steps, dim=1) if steps else None  # one for every caption, word and cell
     numbers = log_probs.tolist()
     return [
         [
@@ -147,9 +148,9 @@ def _score(
                 caption[:-1],
                 number := numbers[image * most + place],
                 number / len(caption) ** config.length_penalty,
-                torch.stack([one[image * most + place] for one in maps[: len(caption) - 1]])
-                if maps and len(caption) > 1
-                else None,
+                None
+                if maps is None or len(caption) == 1
+                else maps[image * most + place, : len(caption) - 1],
             )
             for place, caption in enumerate(some)
         ]

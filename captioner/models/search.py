@@ -25,7 +25,7 @@ class Hypothesis:
     log_prob: float
     """Natural logarithm of the probability, ``<end>`` included."""
     score: float
-    """``log_prob`` normalised by length: what captions are ranked by."""
+    """``log_prob`` normalised by length: what a search ranks captions by."""
     attention: Tensor | None
     """float32 [words, P], or None."""
 

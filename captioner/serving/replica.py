@@ -114,6 +114,7 @@ class CaptionModel:
         pixels = decode_image(self._probe_picture, limits)
         for size in {1, max_batch_size}:  # memory and kernels of both extremes
             self._run([_Item(pixels, PROBE_DECODE)] * size)
+        self._run([_Item(pixels, self._captioner.model.record.decode)])
 
     async def caption(
         self, images: list[bytes], names: list[str | None], decode: DecodeConfig, attention: bool

@@ -13,7 +13,8 @@ OWN = DecodeConfig(beam_size=4, num_captions=2, length_penalty=1.0, consensus=9)
     [
         ({}, {}),
         ({"consensus": 0, "length_penalty": 0.0}, {"consensus": 0, "length_penalty": 0.0}),
-        ({"beam_size": 1}, {"beam_size": 1, "num_captions": 1}),
+        ({"beam_size": 1}, {"beam_size": 1, "num_captions": 1, "consensus": 0}),
+        ({"beam_size": 1, "consensus": 3}, {"beam_size": 1, "num_captions": 1, "consensus": 3}),
         ({"beam_size": 3}, {"beam_size": 3}),
         ({"num_captions": 6}, {"beam_size": 6, "num_captions": 6}),
         ({"num_captions": 1}, {"num_captions": 1}),

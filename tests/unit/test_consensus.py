@@ -1,5 +1,6 @@
 """Captions ranked by how well they agree with captions drawn at random."""
 
+import itertools
 import math
 
 import pytest
@@ -8,10 +9,12 @@ from torch import Tensor, nn
 
 from captioner.captioning import Captioner
 from captioner.cider import NGramFrequencies, cider_d
-from captioner.config import DecodeConfig, DecoderConfig
+from captioner.config import DecodeConfig, DecodeOverrides, DecoderConfig
 from captioner.model_store import LoadedModel
 from captioner.models import DECODERS, build_decoder
 from captioner.models.base import Features, State
+from captioner.models.consensus import _contenders as contenders
+from captioner.models.consensus import _score as score
 from captioner.models.consensus import agreements, search_by_consensus
 from captioner.models.ensemble import members_of
 from captioner.models.sampling import sample
@@ -89,7 +92,7 @@ def test_rank_is_score_plus_weighted_mean_cider_of_what_every_member_draws(membe
 
         ranked = [worth((*one.tokens, END), one.score) for one in hypotheses]
         assert ranked == sorted(ranked, reverse=True)
-        # Nothing that was found by the search, or drawn to its end, is worth more than what came first.
+        # Nothing that the search found is worth more than what came first.
         assert ranked[0] >= max(worth((*one.tokens, END), one.score) for one in beams[image]) - 1e-9
         searched = {one.tokens for one in beams[image]}
         newcomers += sum(one.tokens not in searched for one in hypotheses)
@@ -106,25 +109,37 @@ def test_a_drawn_caption_is_scored_as_a_search_would_have(kind: str, members: in
     sizes = {"width": 16, "output_width": 16, "attention_width": 8, "heads": 4, "layers": 1}
     config = DecoderConfig(kind=kind, members=members, **sizes)
     decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
-    decode = DecodeConfig(beam_size=2, num_captions=2, max_length=2, consensus=40)
-    column = features(6)
-    # So many beams that they find every caption of at most two words.
-    wide = DecodeConfig(beam_size=32, num_captions=32, max_length=2)
-    everything = search(decoder, column, wide)
-    compared = 0
-    for image, hypotheses in enumerate(search_by_consensus(decoder, column, decode, RARE)):
-        known = {one.tokens: one for one in everything[image]}
-        for one in hypotheses:
-            if one.tokens not in known:
-                continue
-            expected = known[one.tokens]
-            compared += 1
-            assert one.log_prob == pytest.approx(expected.log_prob, rel=1e-4)
-            assert one.score == pytest.approx(expected.score, rel=1e-4)
-            assert (one.attention is None) == (expected.attention is None)
-            if expected.attention is not None:
-                torch.testing.assert_close(one.attention, expected.attention, rtol=1e-4, atol=1e-5)
-    assert compared > 3
+    decode = DecodeConfig(beam_size=4, num_captions=4)
+    column = features(4)
+    short, long = (
+        search(decoder, column, decode.model_copy(update={"max_length": words})) for words in (1, 4)
+    )
+    # Of each image another number of captions.
+    expected = [
+        [*one[:number], *other[:number]]
+        for number, (one, other) in enumerate(zip(long, short, strict=True))
+    ]
+    captions = [[(*one.tokens, END) for one in image] for image in expected]
+    scored = score(decoder, column, captions, decode)
+    assert [[one.tokens for one in image] for image in scored] == [
+        [one.tokens for one in image] for image in expected
+    ]
+    for got, one in zip(itertools.chain(*scored), itertools.chain(*expected), strict=True):
+        assert got.log_prob == pytest.approx(one.log_prob, rel=1e-4)
+        assert got.score == pytest.approx(one.score, rel=1e-4)
+        assert (got.attention is None) == (one.attention is None)
+        if one.attention is not None:
+            torch.testing.assert_close(got.attention, one.attention, rtol=1e-4, atol=1e-5)
+
+
+def test_those_that_agree_best_are_scored() -> None:
+    worth = {(word, END): float(word % 7) for word in range(4, 18)}
+    unfinished, repeating = (20, 21, 22), (23, 23, END)
+    worth |= {unfinished: 9.0, repeating: 9.0}
+    beams = {(13, END)}  # the one that agrees second best
+    assert contenders(worth, beams, 1) == [(6, END), (5, END), (12, END), (4, END), (11, END)]
+    assert contenders(worth, beams, 0)[0] == repeating
+    assert contenders({unfinished: 1.0}, set(), 0) == []
 
 
 def test_what_was_drawn_with_repeats_or_not_to_its_end_is_not_chosen() -> None:
@@ -167,8 +182,8 @@ def test_the_captioner_ranks_by_consensus_when_asked() -> None:
     found = search_by_consensus(decoder, column, asked, RARE)
     assert captions(asked) == [vocabulary.decode(list(image[0].tokens)) for image in found]
     assert captions(asked) != captions(plain)
-    greedy = {"beam_size": 1}
-    assert captions(asked.model_copy(update=greedy)) == captions(plain.model_copy(update=greedy))
+    greedy = DecodeOverrides(beam_size=1).over(asked)
+    assert captions(greedy) == captions(plain.model_copy(update={"beam_size": 1}))
 
 
 @pytest.mark.parametrize("members", [1, 3])

@@ -11,6 +11,7 @@ from captioner.errors import ModelError
 from captioner.model_store import pack_weights, unpack_weights
 from captioner.models import DECODERS, build_decoder
 from captioner.models.base import Features, Standardize
+from captioner.models.lstm import LSTM
 from captioner.models.spatial_attention import SpatialAttentionDecoder
 from captioner.text import END, PAD, START
 from captioner.training.steps import OptimizerConfig, TeacherForcing, autocast, build_optimizer
@@ -253,3 +254,20 @@ def test_bfloat16_gives_nearly_the_gradients_of_float32(kind: DecoderKind) -> No
         gradients.append(torch.cat([one.grad.flatten() for one in decoder.parameters()]))
     assert torch.cosine_similarity(*gradients, dim=0) > 0.999
     assert float(gradients[1].norm() / gradients[0].norm()) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_avx512_an_lstm_stays_in_float32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    torch.manual_seed(0)
+    lstm = LSTM(8, 8, batch_first=True)
+    inputs = torch.randn(2, 3, 8).to(dtype)
+    memory = (torch.randn(1, 2, 8).to(dtype), torch.randn(1, 2, 8).to(dtype))
+    for state in (None, memory):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs, (hidden, cell) = lstm(inputs, state)
+        expected, _ = lstm(inputs.float(), state and tuple(one.float() for one in state))
+        assert outputs.dtype == hidden.dtype == cell.dtype == torch.float32
+        assert torch.equal(outputs, expected)

@@ -309,3 +309,11 @@ def test_views_that_are_not_there_are_named(tmp_path: Path) -> None:
         store.require("train", ("pooled",), captions=True, crops=2)
     with pytest.raises(StoreError, match="no mirrored images: extract with --mirrored"):
         store.require("train", ("pooled",), captions=True, mirrored=True)
+
+
+def test_crops_that_are_mirrored_in_part_want_mirrored_training(tmp_path: Path) -> None:
+    store = FeatureStore.open(write_store(tmp_path, {"train": 3}, mirrored=True, crops=2))
+    store.require("train", ("pooled",), captions=True, mirrored=True, crops=2)
+    store.require("train", ("pooled",), captions=True)
+    with pytest.raises(StoreError, match="crops that are mirrored in part: train with --mirrored"):
+        store.require("train", ("pooled",), captions=True, crops=2)
