@@ -58,13 +58,16 @@ class NGramFrequencies:
         # One that no image has weighs as one that a single image has, so neither is kept.
         return cls(images, {ngram: count for ngram, count in counts.items() if count > 1})
 
+    def rarity(self, ngram: NGram) -> float:
+        """Its inverse document frequency, in nats."""
+        return math.log(max(2, self.images)) - math.log(self.counts.get(ngram, 1))
+
     def vector(self, caption: Sequence[int]) -> Vector:
         """A caption as the cosine sees it."""
-        rarest = math.log(max(2, self.images))
         weights: tuple[dict[NGram, float], ...] = tuple({} for _ in range(_ORDERS))
         length = 0
         for ngram, count in _ngrams(caption).items():
-            weights[len(ngram) - 1][ngram] = count * (rarest - math.log(self.counts.get(ngram, 1)))
+            weights[len(ngram) - 1][ngram] = count * self.rarity(ngram)
             if len(ngram) == 2:
                 length += count
         norms = tuple(math.sqrt(sum(value**2 for value in order.values())) for order in weights)
@@ -74,7 +77,6 @@ class NGramFrequencies:
         self, captions: Sequence[Sequence[int]]
     ) -> np.ndarray[Any, np.dtype[np.float64]]:
         """``cider_d`` of each of N captions against each alone: float64 [N, N], a caption's own in its row."""
-        rarest = math.log(max(2, self.images))
         counted = [_ngrams(caption) for caption in captions]
         bigrams = [
             sum(count for ngram, count in found.items() if len(ngram) == 2) for found in counted
@@ -91,7 +93,7 @@ class NGramFrequencies:
                 for ngram, count in found.items():
                     if len(ngram) == order:
                         counts[row, places[ngram]] = count
-            rarity = np.array([rarest - math.log(self.counts.get(ngram, 1)) for ngram in places])
+            rarity = np.array([self.rarity(ngram) for ngram in places])
             norms = np.sqrt(((counts * rarity) ** 2).sum(axis=1))
             # The smaller of two counts is how many of 1, 2, ... both of them reach.
             common = np.zeros_like(total)

@@ -71,6 +71,14 @@ def for_captions(values: Tensor, captions: int) -> Tensor:
     return values if each == 1 else values.repeat_interleave(each, dim=0)
 
 
+def start_captions(decoder: Decoder, features: Features, count: int) -> State:
+    """The state before the first word of ``count`` captions of each image, those of an image following each other."""
+    return {
+        name: tensor if name in decoder.image_state else tensor.repeat_interleave(count, dim=0)
+        for name, tensor in decoder.start(features).items()
+    }
+
+
 class Standardize(nn.Module):
     """Features to a common scale; the statistics are those of the train split.
 

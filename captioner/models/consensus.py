@@ -14,10 +14,10 @@ from torch import Tensor
 
 from captioner.cider import NGramFrequencies
 from captioner.config import DecodeConfig
-from captioner.models.base import Decoder, Features
+from captioner.models.base import Decoder, Features, start_captions
 from captioner.models.ensemble import members_of
 from captioner.models.sampling import sample
-from captioner.models.search import Hypothesis, search
+from captioner.models.search import Hypothesis, normalized, search
 from captioner.text import END, PAD, START
 
 # Drawn colder than the decoder's own distribution, whose rare words are mostly slips.
@@ -124,10 +124,7 @@ def _score(
     for row, caption in enumerate(flat):
         tokens[row, : len(caption)] = torch.tensor(caption)
     tokens = tokens.to(device)
-    state = {
-        name: tensor if name in decoder.image_state else tensor.repeat_interleave(most, dim=0)
-        for name, tensor in decoder.start(features).items()
-    }
+    state = start_captions(decoder, features, most)
     log_probs = torch.zeros(len(flat), device=device)
     steps: list[Tensor] = []
     last = torch.full_like(tokens[:, 0], START)
@@ -147,7 +144,7 @@ def _score(
             Hypothesis(
                 caption[:-1],
                 number := numbers[image * most + place],
-                number / len(caption) ** config.length_penalty,
+                normalized(number, len(caption) - 1, config.length_penalty),
                 None
                 if maps is None or len(caption) == 1
                 else maps[image * most + place, : len(caption) - 1],

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from captioner.models.base import Decoder, Features
+from captioner.models.base import Decoder, Features, start_captions
 from captioner.text import END, PAD, START, UNK
 
 
@@ -30,12 +30,7 @@ def sample(
         the captions of an image follow each other. And float32 [N * count, T - 1], the log-probability each next word
         was drawn with, 0 at the padding; gradients pass through it.
     """
-    state = decoder.start(features)
-    kept = decoder.image_state
-    state = {
-        name: tensor if name in kept else tensor.repeat_interleave(count, dim=0)
-        for name, tensor in state.items()
-    }
+    state = start_captions(decoder, features, count)
     images, device = len(next(iter(features.values()))), next(iter(features.values())).device
     last = torch.full((images * count,), START, device=device)
     open_ended = torch.ones_like(last, dtype=torch.bool)

@@ -60,6 +60,11 @@ def search(decoder: Decoder, features: Features, config: DecodeConfig) -> list[l
     return beams.results()
 
 
+def normalized(log_prob: float, words: int, penalty: float) -> float:
+    """The score of a caption of so many words and ``<end>``."""
+    return log_prob / float((words + 1) ** penalty)
+
+
 @dataclass(frozen=True)
 class _Chosen:
     """What lives on after a step."""
@@ -171,7 +176,7 @@ class _Beams:
     def _finish(
         self, image: int, words: tuple[int, ...], log_prob: float, maps: tuple[Tensor, ...]
     ) -> None:
-        score = log_prob / (len(words) + 1) ** self.config.length_penalty
+        score = normalized(log_prob, len(words), self.config.length_penalty)
         self.finished[image].append(
             Hypothesis(words, log_prob, score, torch.stack(maps).float() if maps else None)
         )
@@ -185,7 +190,7 @@ class _Beams:
             return True
         worst_kept = sorted((one.score for one in self.finished[image]), reverse=True)[wanted - 1]
         # A word more costs probability but lengthens the divisor: nothing beats going on to the longest at no cost.
-        bound: float = best_living / (self.config.max_length + 1) ** self.config.length_penalty
+        bound = normalized(best_living, self.config.max_length, self.config.length_penalty)
         return worst_kept >= bound
 
     def _forbid_repeats(self, log_probs: Tensor) -> None:
