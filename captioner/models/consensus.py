@@ -92,12 +92,13 @@ def agreements(
 def _contenders(
     worth: dict[Caption, float], beams: set[Caption], no_repeat_ngram: int
 ) -> list[Caption]:
-    """Of an image's drawn captions the finished ones that agree best and that no beam has found."""
+    """Of an image's drawn captions the finished ones with words that agree best and that no beam has found."""
     drawn = [
         caption
         for caption in worth
         if caption not in beams
-        and caption[-1:] == (END,)
+        and caption[-1] == END
+        and len(caption) > 1
         and not _repeats(caption[:-1], no_repeat_ngram)
     ]
     return sorted(drawn, key=lambda caption: -worth[caption])[:_CONTENDERS]

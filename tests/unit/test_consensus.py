@@ -135,7 +135,7 @@ def test_a_drawn_caption_is_scored_as_a_search_would_have(kind: str, members: in
 def test_those_that_agree_best_are_scored() -> None:
     worth = {(word, END): float(word % 7) for word in range(4, 18)}
     unfinished, repeating = (20, 21, 22), (23, 23, END)
-    worth |= {unfinished: 9.0, repeating: 9.0}
+    worth |= {unfinished: 9.0, repeating: 9.0, (END,): 9.5}
     beams = {(13, END)}  # the one that agrees second best
     assert contenders(worth, beams, 1) == [(6, END), (5, END), (12, END), (4, END), (11, END)]
     assert contenders(worth, beams, 0)[0] == repeating
