@@ -146,9 +146,7 @@ def _score(
                 caption[:-1],
                 number := numbers[image * most + place],
                 normalized(number, len(caption) - 1, config.length_penalty),
-                None
-                if maps is None or len(caption) == 1
-                else maps[image * most + place, : len(caption) - 1],
+                None if maps is None else maps[image * most + place, : len(caption) - 1],
             )
             for place, caption in enumerate(some)
         ]
