@@ -2,7 +2,6 @@
 
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -55,15 +54,11 @@ class EncodeImages:
             torch.set_num_threads(threads)
         self.encoder = Encoder.load(weights_uri, identity, device)
         self.grid, self.mirrored, self.crops = grid, mirrored, crops
-        # A GPU encodes faster than one thread cuts.
-        self.cutters = ThreadPoolExecutor() if device == "cuda" else None
 
     def __call__(self, rows: pa.Table, images: np.ndarray[Any, np.dtype[np.uint8]]) -> pa.Table:
         columns = self.encode(images, "")
         ids = rows["image_id"].to_pylist()
-        for name, view in other_views(
-            images, ids, mirrored=self.mirrored, crops=self.crops, threads=self.cutters
-        ):
+        for name, view in other_views(images, ids, mirrored=self.mirrored, crops=self.crops):
             columns |= self.encode(view, name)
         return pa.table(columns)
 

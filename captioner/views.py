@@ -7,7 +7,6 @@ but larger: what a caption speaks of should stay in the picture.
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
 
 import numpy as np
 from PIL import Image
@@ -20,12 +19,7 @@ _RATIO = 1.22  # most of width / height, and of its inverse
 
 
 def other_views(
-    images: Pixels,
-    image_ids: Sequence[str],
-    *,
-    mirrored: bool,
-    crops: int,
-    threads: Executor | None = None,
+    images: Pixels, image_ids: Sequence[str], *, mirrored: bool, crops: int
 ) -> Iterator[tuple[str, Pixels]]:
     """What ``view_names`` names, in its order, with the pixels.
 
@@ -34,14 +28,17 @@ def other_views(
 
     Args:
         images: uint8 RGB [N, 224, 224, 3].
-        threads: cut the crops of a batch side by side.
     """
-    cut = map if threads is None else threads.map
     for number, name in enumerate(view_names(mirrored, crops), 0 if mirrored else 1):
         if name == MIRRORED:
             yield name, np.ascontiguousarray(images[:, :, ::-1])
             continue
-        cropped = np.stack(list(cut(crop, images, image_ids, [number] * len(images))))
+        cropped = np.stack(
+            [
+                crop(pixels, image_id, number)
+                for pixels, image_id in zip(images, image_ids, strict=True)
+            ]
+        )
         if mirrored and number % 2:
             cropped = np.ascontiguousarray(cropped[:, :, ::-1])
         yield name, cropped

@@ -1,7 +1,5 @@
 """Views of a picture for augmentation: each where its name says, the same in every run."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 
@@ -62,12 +60,3 @@ def test_a_crop_is_a_large_part_of_the_picture() -> None:
         areas.append(width * height / 224**2)
     assert 0.4 < min(areas) < 0.5
     assert 0.9 < max(areas) <= 1.01
-
-
-def test_threads_cut_the_same_crops(images: Pixels) -> None:
-    alone = dict(other_views(images, IDS, mirrored=True, crops=3))
-    with ThreadPoolExecutor(3) as threads:
-        shared = dict(other_views(images, IDS, mirrored=True, crops=3, threads=threads))
-    assert list(shared) == list(alone)
-    for name, pixels in alone.items():
-        np.testing.assert_array_equal(shared[name], pixels)
