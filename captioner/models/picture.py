@@ -12,10 +12,10 @@ from captioner.models.dropout import Dropout
 from captioner.schema import GRID_SIDE
 
 
-def dense(width: int, dropout: float) -> nn.Sequential:
-    """The layer that works on each position alone."""
+def dense(width: int, inner: int, dropout: float) -> nn.Sequential:
+    """The layer that works on each position alone, ``inner`` wide within."""
     return nn.Sequential(
-        nn.Linear(width, 4 * width), nn.GELU(), Dropout(dropout), nn.Linear(4 * width, width)
+        nn.Linear(width, inner), nn.GELU(), Dropout(dropout), nn.Linear(inner, width)
     )
 
 
@@ -26,7 +26,8 @@ class PictureBlock(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.cells = Attention(width, heads)
-        self.dense = dense(width, dropout)
+        # Half of what is usual: an image has four times as many cells as a caption has words.
+        self.dense = dense(width, 2 * width, dropout)
         self.dropout = Dropout(dropout)
 
     def forward(self, values: Tensor) -> Tensor:

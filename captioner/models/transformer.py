@@ -49,7 +49,7 @@ class Block(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.words = Attention(width, heads)
         self.picture = Attention(width, heads)
-        self.dense = dense(width, dropout)
+        self.dense = dense(width, 4 * width, dropout)
         self.dropout = Dropout(dropout)
 
     def forward(self, values: Tensor, picture: Tensor, packing: Packing) -> Tensor:

@@ -168,3 +168,27 @@ def test_bad_input_is_one_line_status_2_and_publishes_nothing(
     assert message in errors[0]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rates"),
+    [
+        (["extract", "--source", "shapes", "--source-options.shapes.train", "100", "--grid",
+          "--images", "200", "--seconds", "1", "--batch-size", "16", "--encoder.layer", "layer1"],
+         ["decode_only", "model_only", "limit", "pipeline", "ratio"]),
+        (["train", "--features", "{road}/features", "--decoders", "merge", "--decoder.width", "32",
+          "--workers", "1", "--steps", "5", "--global-batch", "32"], ["runs"]),
+        (["serve", "--model", "{road}/model", "--images", "{road}/photos", "--seconds", "1",
+          "--concurrency", "1", "2"], ["limit", "best", "ratio"]),
+    ],
+    ids=["extract", "train", "serve"],
+)  # fmt: skip
+def test_benchmarks_measure_what_runs(
+    road: Path, run_job: RunJob, tmp_path: Path, arguments: list[str], rates: list[str]
+) -> None:
+    found = tmp_path / "found.json"
+    rest = [text.format(road=road) for text in arguments]
+    done = run_job("benchmark", *rest, "--json", str(found))
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    written = json.loads(found.read_text())
+    assert all(written[rate] for rate in rates)

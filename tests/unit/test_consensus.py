@@ -61,7 +61,7 @@ def test_the_caption_that_most_agree_with_comes_first() -> None:
 
 
 @pytest.mark.parametrize("members", [1, 2])
-def test_rank_is_score_plus_weighted_mean_cider_of_what_every_member_draws(members: int) -> None:
+def test_rank_is_score_plus_weighted_mean_root_of_cider_of_what_every_member_draws(members: int) -> None:
     torch.manual_seed(0)
     config = DecoderConfig(width=16, output_width=16, members=members)
     decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
@@ -88,7 +88,9 @@ def test_rank_is_score_plus_weighted_mean_cider_of_what_every_member_draws(membe
             others = list(captions)
             if words in others:
                 others.remove(words)
-            return score + 4 * cider_d(RARE.vector(words), [RARE.vector(one) for one in others])
+            vector = RARE.vector(words)
+            gains = [math.sqrt(cider_d(vector, [RARE.vector(one)])) for one in others]
+            return score + 8 * sum(gains) / len(gains)
 
         ranked = [worth((*one.tokens, END), one.score) for one in hypotheses]
         assert ranked == sorted(ranked, reverse=True)
@@ -159,10 +161,10 @@ def test_what_was_drawn_with_repeats_or_not_to_its_end_is_not_chosen() -> None:
 def test_a_caption_is_no_witness_for_itself() -> None:
     one, other = (4, 5, 6, 7, END), (8, 9, 10, 11, 12)
     worth = agreements([one], [one, one, other], RARE)
-    assert worth[one] == pytest.approx(5.0)
+    assert worth[one] == pytest.approx(math.sqrt(10.0) / 2)
     assert worth[other] == pytest.approx(0.0)
     assert agreements([one], [other] * 3, RARE)[one] == pytest.approx(0.0)
-    assert agreements([other], [one] * 3, RARE)[one] == pytest.approx(10.0)
+    assert agreements([other], [one] * 3, RARE)[one] == pytest.approx(math.sqrt(10.0))
     assert agreements([one], [one], RARE)[one] == 0.0
 
 
