@@ -61,7 +61,9 @@ def test_the_caption_that_most_agree_with_comes_first() -> None:
 
 
 @pytest.mark.parametrize("members", [1, 2])
-def test_rank_is_score_plus_weighted_mean_root_of_cider_of_what_every_member_draws(members: int) -> None:
+def test_rank_is_score_plus_weighted_mean_root_of_cider_of_what_every_member_draws(
+    members: int,
+) -> None:
     torch.manual_seed(0)
     config = DecoderConfig(width=16, output_width=16, members=members)
     decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
