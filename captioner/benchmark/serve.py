@@ -19,6 +19,8 @@ from ray import serve
 from captioner.captioning import Captioner
 from captioner.cluster import num_cpus, num_gpus, start_ray
 from captioner.config import BenchmarkServeConfig, ServeConfig
+from captioner.errors import ImageError, SourceError
+from captioner.images import decode_image
 from captioner.schema import Record
 from captioner.serving.run import deploy, url
 from captioner.sources import open_source
@@ -84,7 +86,7 @@ def benchmark_serve(config: BenchmarkServeConfig) -> ServeBenchmark:
 
     Raises:
         ModelError: the model directory is unusable.
-        SourceError: there are no images.
+        SourceError: there are no images that can be decoded.
     """
     pictures = _pictures(config)
     start_ray()
@@ -132,11 +134,23 @@ def _free_port() -> int:
 
 
 def _pictures(config: BenchmarkServeConfig) -> list[bytes]:
+    """Those of the files that the service would not refuse."""
     source = open_source(config.images, config.source_options)
     found: list[bytes] = []
+    left_out = 0
     for task in source.images().get_read_tasks(1):
         for table in task():
-            found += [data for data in table["bytes"].to_pylist() if data is not None]
+            for data in table["bytes"].to_pylist():
+                try:
+                    decode_image(data or b"")
+                except ImageError:
+                    left_out += 1
+                else:
+                    found.append(data)
+    if left_out:
+        logger.info("%d files cannot be decoded and are left out", left_out)
+    if not found:
+        raise SourceError(f"{config.images}: no file can be decoded")
     return found
 
 

@@ -178,8 +178,11 @@ def test_bad_input_is_one_line_status_2_and_publishes_nothing(
          ["decode_only", "model_only", "limit", "pipeline", "ratio"]),
         (["train", "--features", "{road}/features", "--decoders", "merge", "--decoder.width", "32",
           "--workers", "1", "--steps", "5", "--global-batch", "32"], ["rates"]),
+        # The folder holds a file that is no picture.
+        (["serve", "--model", "{road}/model", "--images", "{road}/photos", "--seconds", "1",
+          "--concurrency", "1", "2"], ["limit", "best", "ratio"]),
     ],
-    ids=["extract", "train"],
+    ids=["extract", "train", "serve"],
 )  # fmt: skip
 def test_benchmarks_measure_what_runs(
     road: Path, run_job: RunJob, tmp_path: Path, arguments: list[str], rates: list[str]
