@@ -23,8 +23,8 @@ from captioner.text import END, PAD, START
 
 # Drawn colder than the decoder's own distribution, whose rare words are mostly slips.
 _TEMPERATURE = 0.8
-# What a point of agreement is worth in the units of a score. Of 4, 8, 12 and 20 the best on Flickr8k's validation split,
-# where 12 has the same CIDEr-D and less BLEU-4; as gain CIDEr-D to the power of 0.3, 0.7, 1 and 1.5 was tried, too.
+# What a point of agreement is worth in the units of a score. Of 4, 8, 12 and 20 the best on Flickr8k's validation
+# split, where 12 has the same CIDEr-D and less BLEU-4; as gain CIDEr-D to the power of 0.3, 0.7, 1 and 1.5 was tried.
 _WEIGHT = 8.0
 # Drawn captions that are scored, which takes the whole ensemble; a caption of less agreement hardly ever wins.
 _CONTENDERS = 5
