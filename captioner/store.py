@@ -1,5 +1,6 @@
 """Reads a published feature store."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from captioner.errors import StoreError
 from captioner.schema import GRID_CELLS, SCHEMA_VERSION, SPLITS, StoreManifest
 
 ENCODER_WEIGHTS = "encoder.safetensors"
+
+# Captions read at a time where not all of them are wanted in memory.
+_CAPTIONS = 2**18
+
+Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Chunk:
 
     split: str
     files: tuple[str, ...]
-    rows: np.ndarray[Any, np.dtype[np.int64]]
+    rows: Integers
     """The images' places in the split, in the order of ids."""
 
 
@@ -208,6 +214,30 @@ class FeatureStore:
         ):
             grouped.setdefault(name, []).append(caption)
         return grouped
+
+    def caption_batches(self, split: str) -> Iterator[tuple[Integers, Integers, list[str]]]:
+        """The captions that ``captions`` returns, as they lie in the files, some at a time.
+
+        Yields:
+            int64 [N], each caption's image: its row in the split, in the order of ids; int64 [N], the caption's place
+            among those of its image; the N captions.
+
+        Raises:
+            StoreError: the split is missing or has no captions.
+        """
+        self.require(split, (), captions=True)
+        good = (pads.field("split") == split) & pads.field("error").is_null()
+        ids = self._dataset("features").to_table(columns=["image_id"], filter=good)["image_id"]
+        ids = ids.take(pc.sort_indices(ids)).combine_chunks()
+        dataset = self._dataset("captions")
+        for batch in dataset.to_batches(["image_id", "index", "caption"], batch_size=_CAPTIONS):
+            table = pa.table(batch).append_column("row", pc.index_in(batch["image_id"], ids))
+            table = table.filter(table["row"].is_valid())
+            yield (
+                table["row"].to_numpy().astype(np.int64),
+                table["index"].to_numpy().astype(np.int64),
+                table["caption"].to_pylist(),
+            )
 
     def image_uris(self, split: str) -> dict[str, str]:
         """Where each good image of a split came from, by image id (sorted)."""

@@ -40,10 +40,13 @@ def write_store(
     mirrored: bool = False,
     crops: int = 0,
     captions_per_image: int = 3,
+    uncaptioned: int = 0,
     files: int = 1,
     seed: int = 0,
 ) -> str:
     """A published store of ``images`` pictures per split, and one rejected picture in each, spread over ``files``.
+
+    The last ``uncaptioned`` pictures of each split, by id, have no captions.
 
     The pooled vector of a picture is large in the channel of its animal; the grid repeats it in every cell. The mirror
     image of a picture has its negative, its first crop twice the vector, its second thrice and so on.
@@ -61,6 +64,8 @@ def write_store(
             vector[kind] += 1 + kind
             name = f"{split}-{number:04d}"
             rows.append({"image_id": name, "split": split, "pooled": vector, "error": None})
+            if number >= count - uncaptioned:
+                continue
             endings = generator.integers(len(ENDINGS), size=captions_per_image)
             captions += [
                 {"image_id": name, "caption": caption(kind, ending), "index": index}
@@ -102,7 +107,10 @@ def write_store(
     safetensors.numpy.save_file({"weight": np.ones(3, np.float32)}, root / ENCODER_WEIGHTS)
     splits = {
         split: SplitCounts(
-            images=count + 1, ok=count, rejected=1, captions=count * captions_per_image
+            images=count + 1,
+            ok=count,
+            rejected=1,
+            captions=(count - uncaptioned) * captions_per_image,
         )
         for split, count in images.items()
     }

@@ -3,7 +3,8 @@
 Shapes: N captions of the split, I images of a batch, K captions of each, T tokens.
 """
 
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,19 +36,22 @@ class Batch:
 
 
 class CaptionData:
-    """A split's captions as tokens."""
+    """A split's captions as tokens: some 80 bytes each, as many as there are."""
 
-    def __init__(self, captions: list[list[int]], image_rows: Indices):
+    def __init__(self, captions: Iterable[Sequence[int]], image_rows: Indices):
         """
         Args:
             captions: token ids of N captions, ``<start>`` first, ``<end>`` last.
             image_rows: int64 [N], each caption's image: its row in the split, in the order of ids.
         """
-        self.lengths = np.array([len(caption) for caption in captions])
+        tokens, ends = array("i"), array("q", [0])
+        for caption in captions:
+            tokens.extend(caption)
+            ends.append(len(tokens))
+        self._tokens = np.frombuffer(tokens, np.int32)
+        self._starts = np.array(ends[:-1])
+        self.lengths = np.diff(ends)
         self.image_rows = image_rows
-        self._tokens = np.full((len(captions), int(self.lengths.max())), PAD, np.int32)
-        for row, caption in enumerate(captions):
-            self._tokens[row, : len(caption)] = caption
 
     @classmethod
     def load(
@@ -58,13 +62,20 @@ class CaptionData:
         Raises:
             StoreError: the split or its captions are missing.
         """
-        rows = {name: row for row, name in enumerate(store.image_ids(split))}
-        captions, image_rows = [], []
-        for name, texts in store.captions(split).items():
-            for caption in texts:
-                captions.append(vocabulary.encode(clean(caption, text.rules), text.max_length))
-                image_rows.append(rows[name])
-        return cls(captions, np.array(image_rows))
+        rows, places = array("q"), array("q")
+
+        def encoded() -> Iterator[list[int]]:
+            for images, numbers, captions in store.caption_batches(split):
+                rows.frombytes(images.tobytes())
+                places.frombytes(numbers.tobytes())
+                for caption in captions:
+                    yield vocabulary.encode(clean(caption, text.rules), text.max_length)
+
+        data = cls(encoded(), np.empty(0, np.int64))
+        order = np.lexsort((places, rows))
+        data.image_rows = np.frombuffer(rows, np.int64)[order]
+        data._starts, data.lengths = data._starts[order], data.lengths[order]
+        return data
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -76,8 +87,18 @@ class CaptionData:
 
     def caption(self, number: int) -> list[int]:
         """Token ids of one caption, both tags included."""
-        tokens: list[int] = self._tokens[number, : self.lengths[number]].tolist()
+        start = self._starts[number]
+        tokens: list[int] = self._tokens[start : start + self.lengths[number]].tolist()
         return tokens
+
+    def _padded(self, numbers: Indices, longest: int) -> Tensor:
+        """Captions as int64 [len(numbers), longest]; a number below 0 stands for one without words."""
+        place = np.arange(longest)
+        there = (place < self.lengths[numbers][:, None]) & (numbers >= 0)[:, None]
+        tokens = np.full(there.shape, PAD, np.int64)
+        tokens[there] = self._tokens[(self._starts[numbers][:, None] + place)[there]]
+        tokens[numbers < 0, 0] = START
+        return torch.from_numpy(tokens)
 
     def batches(self, plan: Plan, rank: int, read: Reader) -> Iterator[Batch]:
         """A worker's share of each step; every worker gets the same number of batches.
@@ -96,7 +117,4 @@ class CaptionData:
                 columns = {
                     name: column.new_zeros(1, *column.shape[1:]) for name, column in columns.items()
                 }
-            numbers = share.ravel()
-            tokens = self._tokens[numbers, :longest].astype(np.int64)
-            tokens[numbers < 0] = [START] + [PAD] * (longest - 1)
-            yield Batch(columns, torch.from_numpy(tokens), share, targets)
+            yield Batch(columns, self._padded(share.ravel(), longest), share, targets)

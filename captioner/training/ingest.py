@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 WINDOW_BYTES = 256 * 2**20
 # Statistics of a streamed split come from this many bytes of it, evenly spread.
 STATISTICS_BYTES = 2 * 2**30
+# Least chunks of each worker, where the store has as many files.
+_CHUNKS = 32
 
 
 class Resident:
@@ -81,7 +83,8 @@ class Resident:
 
 
 class Streaming:
-    """Features of a split, read from the store's files again in every epoch; memory does not grow with the store."""
+    """Features of a split, read from the store's files again in every epoch; of the whole split only the captions'
+    tokens stay in memory."""
 
     def __init__(
         self,
@@ -97,8 +100,10 @@ class Streaming:
         self.data, self.store, self.columns, self.config = data, store, columns, config
         self.rank, self.workers = rank, workers
         images = window_bytes // sum(store.column_bytes(name) for name in columns)
-        # Windows of several chunks, so that neighbours in a file do not meet in every epoch.
-        self.chunks = store.chunks(split, max(1, images // 8))
+        # Windows of several chunks, so that neighbours in a file do not meet in every epoch. And many chunks for every
+        # worker, so that none is left without one while the others go on: steps would then be of fewer captions.
+        wanted = min(images // 8, store.manifest.splits[split].ok // (_CHUNKS * workers))
+        self.chunks = store.chunks(split, max(1, wanted))
         self.per_window = max(1, images // max(len(chunk.rows) for chunk in self.chunks))
         self.chunk_of = np.empty(sum(len(chunk.rows) for chunk in self.chunks), np.int64)
         for number, chunk in enumerate(self.chunks):
@@ -160,7 +165,7 @@ class Streaming:
     def _read(
         self, images: list[Indices], shares: list[list[int]], shown: Indices
     ) -> Iterator[Features]:
-        place = np.full(int(self.data.image_rows.max()) + 1, -1)
+        place = np.full(len(self.chunk_of), -1)
         held: Indices = np.empty(0, np.int64)
         window: dict[str, Tensor] = {}
         with ThreadPoolExecutor(1) as reader:
@@ -179,16 +184,18 @@ class Streaming:
     def _load(self, share: list[int]) -> tuple[Indices, dict[str, Tensor]]:
         """Rows and features of one window's chunks."""
         chunks: list[Chunk] = [self.chunks[number] for number in share]
-        if not chunks:
-            empty = self.store.read_chunk(self.chunks[0], self.columns)
-            return np.empty(0, np.int64), {
-                name: torch.from_numpy(column[:0].copy()) for name, column in empty.items()
-            }
-        parts = [self.store.read_chunk(chunk, self.columns) for chunk in chunks]
-        return np.concatenate([chunk.rows for chunk in chunks]), {
-            name: torch.from_numpy(np.concatenate([part[name] for part in parts]))
-            for name in self.columns
-        }
+        rows = np.concatenate([self.chunks[0].rows[:0], *(chunk.rows for chunk in chunks)])
+        window: dict[str, Tensor] = {}
+        start = 0
+        # Filled chunk by chunk: a second copy of the window would be its largest expense.
+        for chunk in chunks or self.chunks[:1]:
+            for name, column in self.store.read_chunk(chunk, self.columns).items():
+                part = torch.from_numpy(column)
+                if name not in window:
+                    window[name] = part.new_empty(len(rows), *part.shape[1:])
+                window[name][start : start + len(chunk.rows)] = part[: len(rows) - start]
+            start += len(chunk.rows)
+        return rows, window
 
 
 def views(config: TrainConfig) -> tuple[str, ...]:

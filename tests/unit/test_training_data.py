@@ -41,6 +41,10 @@ def captions_in(batch: Batch) -> list[int]:
     return [int(row[1]) - 4 for row in batch.tokens if row[1] != PAD]
 
 
+def captions_in_share(batch: Batch) -> list[int]:
+    return [int(number) for number in batch.captions.ravel() if number >= 0]
+
+
 def captions_of(plan: Plan) -> list[int]:
     """Numbers of all captions of a plan, in its order."""
     numbers = np.concatenate([share.ravel() for step in plan for share in step])
@@ -210,9 +214,45 @@ def test_streaming_gives_every_caption_once_and_the_batches_of_resident_data(
             assert torch.equal(streamed.tokens, held.tokens)
             assert torch.equal(streamed.features["grid"], held.features["grid"])
             assert streamed.global_targets == held.global_targets
-            seen += [int(number) for number in streamed.captions.ravel() if number >= 0]
+            seen += captions_in_share(streamed)
     assert sorted(seen) == list(range(len(data)))
     assert len(steps) == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("epoch", [0, None])
+def test_streaming_keeps_every_worker_busy(tmp_path: Path, workers: int, epoch: int | None) -> None:
+    store = FeatureStore.open(write_store(tmp_path, {"train": 300}, files=100))
+    data = CaptionData.load(store, "train", vocabulary(store), CONFIG.text)
+    # The whole split is a small part of one window.
+    plan = Streaming(data, store, "train", ("pooled",), CONFIG, 0, workers).plan(epoch)
+    shares = np.array([[len(share) for share in step] for step in plan])
+    assert shares.sum() == len(data)
+    assert (shares.sum(axis=0) > 0.9 * len(data) / workers).all()
+    # Eight captions a step, over all workers.
+    assert len(plan) <= 1.1 * len(data) / (CONFIG.global_batch // workers * workers) + 1
+
+
+@pytest.mark.parametrize("ingest", ["resident", "streaming"])
+def test_images_without_captions_are_passed_over(tmp_path: Path, ingest: str) -> None:
+    write_store(tmp_path, {"train": 20, "validation": 3}, uncaptioned=2, files=7)
+    way = opened(tmp_path, ingest=ingest)
+    seen = [number for batch in way.batches(way.plan(0), 0) for number in captions_in_share(batch)]
+    assert sorted(seen) == list(range(18 * 3))
+
+
+def test_captions_come_in_the_order_of_images_and_of_their_places(tmp_path: Path) -> None:
+    store = FeatureStore.open(write_store(tmp_path, {"train": 30}, uncaptioned=1))
+    words = vocabulary(store)
+    data = CaptionData.load(store, "train", words, CONFIG.text)
+    rows = {name: row for row, name in enumerate(store.image_ids("train"))}
+    wanted = [
+        (rows[name], words.encode(clean(text)))
+        for name, texts in store.captions("train").items()
+        for text in texts
+    ]
+    found = [(int(row), data.caption(number)) for number, row in enumerate(data.image_rows)]
+    assert found == wanted
 
 
 def test_streaming_order_differs_between_epochs_alone(tmp_path: Path) -> None:
