@@ -1,21 +1,27 @@
-"""A contact sheet: pictures with their captions in one HTML file that needs nothing else."""
+"""A collection's captions for people to look at: a contact sheet in one HTML file, and a grid of the first pictures."""
 
 import base64
 import html
 import io
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from PIL import Image
 
 from captioner import storage
 from captioner.config import CaptionConfig
 from captioner.errors import CaptionerError
+from captioner.events import add_picture, event_file
 from captioner.images import decode_thumbnail
+from captioner.plots import caption_grid
 from captioner.schema import FileEntry
 from captioner.sources import read_image
 
-CONTACT_SHEET = "contact_sheet.html"
+CONTACT_SHEET, GRID = "contact_sheet.html", "grid.png"
+GRID_IMAGES = 16
 _SIDE = 320
 
 _PAGE = """<!doctype html>
@@ -46,6 +52,8 @@ def write_contact_sheet(
 ) -> None:
     """Write ``contact_sheet.html`` into ``output``: the first images by id, at most ``contact_sheet_images``.
 
+    ``grid.png``, also written for TensorBoard, shows the first 16 of them that are pictures.
+
     Args:
         files: the Parquet files of the captions.
         rows: image_id of every image.
@@ -59,26 +67,45 @@ def write_contact_sheet(
                 table = pa.table(batch)
                 pieces.append(table.filter(pc.is_in(table["image_id"], wanted)))
     chosen = pa.concat_tables(pieces).sort_by("image_id").to_pylist()
+    figures: list[str] = []
+    grid: list[tuple[np.ndarray[Any, np.dtype[np.uint8]], str]] = []
+    for row in chosen:
+        small = _picture(row, config)
+        figures.append(_figure(row, small))
+        if isinstance(small, Image.Image) and len(grid) < GRID_IMAGES:
+            grid.append((np.asarray(small), row["caption"]))
     page = _PAGE.format(
         title=f"Captions of {html.escape(config.images)}",
         shown=f"{len(chosen):,}",
         total=f"{len(rows):,}",
         model=html.escape(config.model),
-        figures="\n".join(_figure(row, config) for row in chosen),
+        figures="\n".join(figures),
     )
     storage.write_bytes(output.uri(CONTACT_SHEET), page.encode())
+    if grid:
+        png = caption_grid([image for image, _ in grid], [caption for _, caption in grid])
+        storage.write_bytes(output.uri(GRID), png)
+        with event_file(output, "captions") as writer:
+            add_picture(writer, "grid", png)
 
 
-def _figure(row: dict[str, str | None], config: CaptionConfig) -> str:
-    name = f"<small>{html.escape(str(row['image_id']))}</small>"
+def _picture(row: dict[str, str | None], config: CaptionConfig) -> Image.Image | str:
+    """A small picture, or why there is none."""
     if row["error"] is not None:
-        return f'<figure><p class="error">{html.escape(row["error"])}</p>{name}</figure>'
-    text = html.escape(row["caption"] or "(no words)")
-    caption = f"<figcaption>{text}{name}</figcaption>"
+        return row["error"]
     try:
-        small = decode_thumbnail(read_image(str(row["uri"])), config.limits, _SIDE)
+        return decode_thumbnail(read_image(str(row["uri"])), config.limits, _SIDE)
     except CaptionerError as error:  # removed or changed since it was captioned
-        return f'<figure><p class="error">{html.escape(str(error))}</p>{caption}</figure>'
+        return str(error)
+
+
+def _figure(row: dict[str, str | None], small: Image.Image | str) -> str:
+    caption = f"<small>{html.escape(str(row['image_id']))}</small>"
+    text = html.escape(row["caption"] or "(no words)")
+    if row["error"] is None:
+        caption = f"<figcaption>{text}{caption}</figcaption>"
+    if isinstance(small, str):
+        return f'<figure><p class="error">{html.escape(small)}</p>{caption}</figure>'
     file = io.BytesIO()
     small.save(file, "JPEG", quality=80)
     data = base64.b64encode(file.getvalue()).decode()

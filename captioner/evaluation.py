@@ -68,7 +68,7 @@ class ScoreImages:
             for name in model.decoder.columns
         }
         found = self.captioner.caption_features(features, self.decode)
-        references = [self.captions.get(str(name), []) for name in batch["image_id"]]
+        references = [self.captions[str(name)] for name in batch["image_id"]]
         image = torch.tensor([row for row, texts in enumerate(references) for _ in texts])
         text = model.record.text
         tokens = [
@@ -198,7 +198,9 @@ def _score(
     ]
     pool: PoolPlan = plan_pool(len(captions))
     logger.info("captioning %s images of split %s", f"{len(captions):,}", config.split)
-    good = (col("split") == config.split) & col("error").is_null()
+    # What has no captions cannot be scored.
+    captioned = col("image_id").is_in(list(captions))
+    good = (col("split") == config.split) & col("error").is_null() & captioned
     dataset = (
         ray.data.read_parquet(files, filesystem=filesystem)
         .select_columns(["image_id", "split", "error", *record.columns])

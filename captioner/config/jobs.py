@@ -14,6 +14,7 @@ from captioner.config.parts import (
     ImageLimits,
     OptimizerConfig,
     Positive,
+    Seed,
     SelfCriticalConfig,
     ShapesConfig,
     SourceConfig,
@@ -91,10 +92,10 @@ class TrainConfig(Config):
     """Threads of one worker on CPU; default: the node's cores, shared between the run's workers on it."""
     ingest: Literal["auto", "resident", "streaming"] = "auto"
     """How features reach a worker. resident: in memory, or in a local file mapped to it. streaming: read from the store
-    again in every epoch. auto: resident where it fits."""
+    again in every epoch, which draws other batches from the same captions. auto: resident where it fits."""
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward and backward passes; weights stay float32. auto: bfloat16 where it is fast."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, dropout and the order of captions."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Worker failures survived by restarting from the last checkpoint."""
@@ -127,7 +128,7 @@ class EvaluateConfig(Config):
     decode: DecodeOverrides = DecodeOverrides()
     batch_size: Positive = 64
     """Images per decoding batch."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the choice of pictures in the grid."""
     attention_images: Annotated[int, Field(ge=0, le=16)] = 4
     """Images whose attention is drawn word by word, where the decoder looks at places."""
@@ -147,7 +148,8 @@ class CaptionConfig(Config):
     format: Literal["parquet", "jsonl"] = "parquet"
     """parquet: files of many rows in captions/. jsonl: one file captions.jsonl, an object per line."""
     contact_sheet: bool = False
-    """Also write contact_sheet.html, small pictures with their captions in one file for a browser."""
+    """Also write contact_sheet.html, small pictures with their captions in one file for a browser, and grid.png, the
+    first 16 of them."""
     contact_sheet_images: Annotated[int, Field(ge=1, le=1000)] = 100
     """Most pictures on the contact sheet; the first by id."""
     decode: DecodeOverrides = DecodeOverrides()

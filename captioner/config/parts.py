@@ -10,6 +10,7 @@ DecoderKind = Literal[
 ]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Config(BaseModel):
@@ -40,7 +41,7 @@ class EncoderConfig(Config):
     """Last stage to run. layer4: 7x7 cells x 2048 channels. layer3: 14x14 x 1024, averaged to 7x7 for the grid."""
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the network; auto: bfloat16 where the processor has it, else float32."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the weights when weights=random."""
 
 
@@ -53,7 +54,7 @@ class ShapesConfig(Config):
     """Images in the validation split."""
     test: Positive = 200
     """Images in the test split."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the scenes."""
 
 
@@ -132,7 +133,8 @@ class OptimizerConfig(Config):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps of linear warm-up."""
     schedule: Literal["constant", "plateau", "cosine"] = "plateau"
-    """plateau: times plateau_factor after plateau_patience epochs without a better loss. cosine: to 0 at the end."""
+    """plateau: times plateau_factor after plateau_patience epochs without a better loss, or a better CIDEr-D where
+    validation_cider is on. cosine: to 0 at the end."""
     plateau_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Factor of the plateau schedule."""
     plateau_patience: Annotated[int, Field(ge=0)] = 3
@@ -178,7 +180,7 @@ class DecodeConfig(Config):
     """Forbid any n-gram of this size from occurring twice in a caption; 0 allows repeats."""
     consensus: Draws = 0
     """Captions drawn at random per image. The best of them join those of the beams, and all are ranked by their score
-    and by how well they agree (mean CIDEr-D) with what was drawn; 0: none."""
+    and by how well they agree (mean root of CIDEr-D) with what was drawn; 0: none."""
 
     @model_validator(mode="after")
     def _captions_fit_beam(self) -> "DecodeConfig":
@@ -201,7 +203,7 @@ class DecodeOverrides(Config):
     """Forbid any n-gram of this size from occurring twice in a caption; 0 allows repeats."""
     consensus: Draws | None = None
     """Captions drawn at random per image. The best of them join those of the beams, and all are ranked by their score
-    and by how well they agree (mean CIDEr-D) with what was drawn; 0: none."""
+    and by how well they agree (mean root of CIDEr-D) with what was drawn; 0: none."""
 
     @model_validator(mode="after")
     def _captions_fit_beam(self) -> "DecodeOverrides":

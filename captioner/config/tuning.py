@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from captioner.config.parts import Config, Positive, TextConfig
+from captioner.config.parts import Config, Positive, Seed, TextConfig
 
 
 class TuneConfig(Config):
@@ -34,5 +34,5 @@ class TuneConfig(Config):
     text: TextConfig = TextConfig()
     gpus_per_trial: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of a GPU for one trial, where the cluster has any."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the samples and of every trial."""

@@ -1,7 +1,6 @@
 """Learning curves."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,13 +13,14 @@ from captioner.plots.render import DPI, FAINT, GREY, INK, font, to_png
 TRAIN, VALIDATION = "#3b6fb6", "#d1603d"
 
 
-def plot_history(history: Sequence[Mapping[str, Any] | object]) -> bytes:
-    """Loss and accuracy over the epochs, side by side, with the best epoch marked; and CIDEr-D if trained for.
+def plot_history(history: Sequence[object], best_epoch: int | None = None) -> bytes:
+    """Loss and accuracy over the epochs, side by side; and CIDEr-D where captions were scored.
 
     Args:
-        history: one record per epoch, as a mapping or an object, with ``epoch``, ``train_loss``, ``validation_loss``
-            (nats per token), ``train_accuracy`` and ``validation_accuracy`` (teacher-forced, fractions). A value may
-            be None or nan; the curve has a gap there.
+        history: one record per epoch, with the attributes ``epoch``, ``train_loss``, ``validation_loss`` (nats per
+            token), ``train_accuracy`` and ``validation_accuracy`` (teacher-forced, fractions), and of CIDEr-D
+            ``train_reward`` and ``validation_cider``. A value may be None or nan; the curve has a gap there.
+        best_epoch: the ``epoch`` to mark.
 
     Returns:
         A PNG.
@@ -31,22 +31,20 @@ def plot_history(history: Sequence[Mapping[str, Any] | object]) -> bytes:
     if not history:
         raise ValueError("the history is empty")
     epochs = _column(history, "epoch")
-    validation_loss = _column(history, "validation_loss")
-    best = None if np.isnan(validation_loss).all() else int(np.nanargmin(validation_loss))
-    cider = _column(history, "validation_cider")
-    rewarded = not np.isnan(cider).all()
-    if rewarded:
-        best = int(np.nanargmax(cider))
+    best = None if best_epoch is None else int(np.flatnonzero(epochs == best_epoch)[0])
+    scored = not np.isnan(_column(history, "validation_cider")).all()
 
-    figure = Figure(figsize=(15 if rewarded else 10, 3.9), dpi=DPI, layout="constrained")
-    loss, accuracy, *more = figure.subplots(1, 3 if rewarded else 2)
+    figure = Figure(figsize=(15 if scored else 10, 3.9), dpi=DPI, layout="constrained")
+    loss, accuracy, *more = figure.subplots(1, 3 if scored else 2)
     for axes in more:
         for name, label, color in (
             ("train_reward", "train, drawn at random", TRAIN),
             ("validation_cider", "validation, greedy", VALIDATION),
         ):
-            axes.plot(epochs, _column(history, name), color=color, label=label, marker=".")
-        _dress(axes, "CIDEr-D (self-critical phase)")
+            values = _column(history, name)
+            if not np.isnan(values).all():
+                axes.plot(epochs, values, color=color, label=label, marker=".")
+        _dress(axes, "CIDEr-D")
     for axes, quantity, label in (
         (loss, "loss", "Loss (nats per token)"),
         (accuracy, "accuracy", "Accuracy (next word, teacher-forced)"),
@@ -67,11 +65,8 @@ def plot_history(history: Sequence[Mapping[str, Any] | object]) -> bytes:
     return to_png(figure)
 
 
-def _column(history: Sequence[Mapping[str, Any] | object], name: str) -> NDArray[np.float64]:
-    values = (
-        record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)
-        for record in history
-    )
+def _column(history: Sequence[object], name: str) -> NDArray[np.float64]:
+    values = (getattr(record, name) for record in history)
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 

@@ -250,6 +250,7 @@ def open_split(
     rank: int,
     workers: int,
     neighbours: int,
+    memory: int,
 ) -> Resident | Streaming:
     """A split by the way in that ``config.ingest`` asks for.
 
@@ -258,6 +259,7 @@ def open_split(
 
     Args:
         neighbours: workers on this node.
+        memory: bytes that this node, or its container, has in all.
 
     Raises:
         StoreError: the split, a column or the captions are missing.
@@ -266,7 +268,6 @@ def open_split(
     if split == "train":
         columns = tuple(f"{name}{view}" for view in views(config) for name in columns)
     size = store.manifest.splits[split].ok * sum(store.column_bytes(name) for name in columns)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = size <= memory // 2 // neighbours
     if config.ingest == "streaming":
         return Streaming(data, store, split, columns, config, rank, workers)

@@ -48,14 +48,15 @@ from captioner.progress import MessageLog
 from captioner.store import ENCODER_WEIGHTS, FeatureStore
 from captioner.text import Vocabulary, clean
 from captioner.training.history import EpochRecord, best_epoch, read_history
-from captioner.training.worker import BEST, HISTORY, train_worker
+from captioner.training.worker import BEST, HISTORY, LAST, train_worker
 
 logger = logging.getLogger(__name__)
 
 WORK, SUMMARY = "_training", "summary.txt"
 # At most so many images tell how rare an n-gram is, so that the table in the model stays small.
 NGRAM_IMAGES = 20_000
-# Where things lie, and who shares the work, changes nothing in the model.
+# Where things lie, how they reach a worker and how many share the work: a run may go on with others. (Streamed batches
+# are others than resident ones, and each worker draws its own dropout, so the weights are not the same to the bit.)
 _NO_MATTER = {
     "features",
     "output",
@@ -117,8 +118,8 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
             "-".join(str(number) for number in sorted(set(config.worker_range))),
             "s" if config.worker_range[1] > 1 else "",
         )
-        best, history = _fit(config, output, vocabulary, callbacks)
-        _publish(config, output, store, vocabulary, ngrams, best, history)
+        best, last, history = _fit(config, output, vocabulary, callbacks)
+        _publish(config, output, store, vocabulary, ngrams, best, last, history)
     result = TrainResult(output.root, history)
     logger.info(
         "%s: best epoch %d of %d, validation loss %.4f, accuracy %.4f",
@@ -166,8 +167,8 @@ def _fit(
     output: storage.Output,
     vocabulary: Vocabulary,
     callbacks: Sequence[UserCallback],
-) -> tuple[bytes, list[EpochRecord]]:
-    """Weights of the best epoch, and the history."""
+) -> tuple[bytes, bytes, list[EpochRecord]]:
+    """Weights of the best epoch and of the last, and the history."""
     gpu = num_gpus() > 0
     slots = int(num_gpus() / config.gpus_per_worker) if gpu else num_cpus()
     if slots < config.worker_range[0]:
@@ -209,10 +210,11 @@ def _fit(
         except TrainingFailedError as failure:
             raise _user_error(failure) from failure
     if result.return_value is not None:
-        raise TrainingError(result.return_value)
+        kept = f"; the epoch before is kept in {output.uri(WORK)}" if result.checkpoint else ""
+        raise TrainingError(f"{result.return_value}{kept}")
     with result.checkpoint.as_directory() as folder:
-        root = Path(folder)
-        return (root / BEST).read_bytes(), read_history((root / HISTORY).read_text())
+        best, last = ((Path(folder) / name).read_bytes() for name in (BEST, LAST))
+        return best, last, read_history((Path(folder) / HISTORY).read_text())
 
 
 @contextmanager
@@ -251,6 +253,7 @@ def _publish(
     vocabulary: Vocabulary,
     ngrams: NGramFrequencies,
     weights: bytes,
+    last: bytes,
     history: list[EpochRecord],
 ) -> None:
     record = save_model(
@@ -264,13 +267,15 @@ def _publish(
         store=store,
         training=config.model_dump(mode="json"),
     )
+    # The weights after the last step, without averaging: what another training could start from.
+    storage.write_bytes(output.uri(LAST), last)
     best = best_epoch(history)
     storage.write_bytes(output.uri("metrics.json"), best.model_dump_json(indent=1).encode())
     with storage.atomic_writer(output.uri("history.parquet")) as file:
         pq.write_table(
             pa.Table.from_pylist([epoch.model_dump() for epoch in history], HISTORY_ROWS), file
         )
-    storage.write_bytes(output.uri("curves.png"), plot_history(history))
+    storage.write_bytes(output.uri("curves.png"), plot_history(history, best.epoch))
     summary = summarize(
         build_decoder(config.decoder, len(vocabulary), store.manifest.encoder.channels)
     )
@@ -279,6 +284,7 @@ def _publish(
     files = [
         ENCODER_WEIGHTS,
         WEIGHTS,
+        LAST,
         VOCABULARY,
         NGRAMS,
         CONFIG,

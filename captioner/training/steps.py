@@ -1,11 +1,10 @@
-"""The arithmetic of training, on tensors alone: loss, optimizer, schedule, early stopping.
+"""The arithmetic of training, on tensors alone: loss, optimizer, schedule.
 
 Shapes: B captions, T tokens, O output width, V vocabulary, W next words that are not padding.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +110,7 @@ def build_optimizer(config: OptimizerConfig, decoder: nn.Module) -> torch.optim.
 
 
 class Schedule:
-    """Learning rate by step and, for ``plateau``, by validation loss. Its state is two numbers."""
+    """Learning rate by step and, for ``plateau``, by what validation says. Its state is two numbers."""
 
     def __init__(self, config: OptimizerConfig, total_steps: int):
         self.config = config
@@ -123,7 +122,7 @@ class Schedule:
         """Learning rate of a step, counted from 0; between two where workers' steps are not those of one."""
         config = self.config
         if step < config.warmup_steps:
-            return config.learning_rate * (step + 1) / config.warmup_steps
+            return config.learning_rate * min(1.0, (step + 1) / config.warmup_steps)
         if config.schedule == "cosine":
             done = (step - config.warmup_steps) / max(1, self.total_steps - config.warmup_steps)
             return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
@@ -137,15 +136,6 @@ class Schedule:
         ):
             self.factor *= self.config.plateau_factor
             self.waited = 0
-
-
-@dataclass
-class EpochSums:
-    """Sums of one epoch on one worker."""
-
-    loss: float = 0.0
-    correct: int = 0
-    words: int = 0
 
 
 def train_step(
@@ -199,6 +189,6 @@ def require_finite(
     """
     if not math.isfinite(loss):
         raise TrainingError(
-            f"{what} loss is {loss} in epoch {epoch + 1}: lower {rate} or set optimizer.clip-norm; "
-            "the checkpoint of the epoch before is kept"
+            f"{what} loss is {loss} in epoch {epoch + 1}: lower {rate} or set optimizer.clip-norm, "
+            "and give another output"
         )

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +13,8 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray._common.utils import get_system_memory
+from ray._private.utils import get_num_cpus
 from ray.train.v2._internal.execution import context as train_context
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -84,7 +85,7 @@ class Worker:
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             # Ray leaves one thread per worker; share out the node's cores.
-            share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+            share = max(1, int(get_num_cpus()) // context.get_local_world_size())
             torch.set_num_threads(config.threads_per_worker or share)
         auto = "bfloat16" if fast_bfloat16(self.device.type) else "float32"
         self.compute = auto if config.compute == "auto" else config.compute
@@ -104,6 +105,7 @@ class Worker:
                 rank=self.rank,
                 workers=self.workers,
                 neighbours=context.get_local_world_size(),
+                memory=get_system_memory(),
             )
             for split in ("train", "validation")
         )

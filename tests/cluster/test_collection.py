@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from captioner import collection, storage
 from captioner.captioning import Captioner
@@ -123,3 +124,9 @@ def test_contact_sheet_is_one_file_with_the_first_pictures(
     assert "5 of 8 images" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "<script" not in page
+    # The first five are four pictures and a file that is none.
+    grid = Image.open(tmp_path / "out/grid.png")
+    assert grid.width > 1.9 * grid.height
+    assert [file.name for file in (tmp_path / "out/tensorboard").iterdir()] == [
+        "events.out.tfevents.captions"
+    ]

@@ -81,6 +81,19 @@ def unbroken(features: str, tmp_path_factory: pytest.TempPathFactory) -> TrainRe
     return run_training(settings(features, output, num_workers=2))
 
 
+class CountWorkers(UserCallback):
+    """The number of workers of every report, noted in a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{len(metrics)}\n")
+
+
 class KillOneWorker(UserCallback):
     """SIGKILL to one training worker after a given epoch's report, once."""
 
@@ -113,11 +126,14 @@ def test_two_workers_train_as_one(features: str, tmp_path: Path) -> None:
                 epochs=5,
                 # Captions are drawn by each worker for itself, so this phase is not the same for any number of them.
                 self_critical=SelfCriticalConfig(),
-            )
+            ),
+            callbacks=[CountWorkers(tmp_path / f"{workers}.txt")],
         )
         # Elastic: the cluster has room for the second worker.
         for workers in (1, (1, 2))
     )
+    reports = [set((tmp_path / f"{workers}.txt").read_text().split()) for workers in (1, (1, 2))]
+    assert reports == [{"1"}, {"2"}]
     assert len(alone.history) == 5
     assert alone.history[-1].train_loss < 0.9 * alone.history[0].train_loss
     for one, two in zip(values(alone.history), values(together.history), strict=True):
@@ -140,6 +156,21 @@ def test_same_seed_gives_the_same_history_and_weights_even_when_a_worker_is_kill
     assert marker.read_text() == "2"
     assert values(result.history) == values(unbroken.history)
     assert weights(result) == weights(unbroken)
+
+
+@pytest.mark.long
+def test_streamed_features_train_two_workers_to_the_same_end_even_when_one_is_killed(
+    tmp_path: Path,
+) -> None:
+    features = write_store(tmp_path / "features", {"train": 25, "validation": 7}, uncaptioned=1, files=9)  # fmt: skip
+    streamed = {"num_workers": 2, "ingest": "streaming", "self_critical": SelfCriticalConfig()}
+    quiet = run_training(settings(features, tmp_path / "quiet", **streamed))
+    marker = tmp_path / "killed"
+    config = settings(features, tmp_path / "model", **streamed)
+    result = run_training(config, callbacks=[KillOneWorker(marker, epoch=2)])
+    assert marker.read_text() == "2"
+    assert values(result.history) == values(quiet.history)
+    assert weights(result) == weights(quiet)
 
 
 @pytest.mark.chaos
@@ -218,7 +249,15 @@ def test_published_weights_are_those_of_the_best_epoch(
     model = load_model(unbroken.uri)
     store, config = FeatureStore.open(features), settings(features, Path("unused"), global_batch=99)
     way = open_split(
-        store, "validation", ("pooled",), model.vocabulary, config, rank=0, workers=1, neighbours=1
+        store,
+        "validation",
+        ("pooled",),
+        model.vocabulary,
+        config,
+        rank=0,
+        workers=1,
+        neighbours=1,
+        memory=2**40,
     )
     (batch,) = way.batches(way.plan(None), None)
     with torch.no_grad():
@@ -277,7 +316,7 @@ def test_model_directory_holds_history_curves_and_events(unbroken: TrainResult) 
     assert losses == pytest.approx(history["validation_loss"].tolist())
     assert {path.name for path in root.iterdir()} == {
         "_job.json", "config.json", "curves.png", "encoder.safetensors", "history.parquet",
-        "manifest.json", "metrics.json", "ngrams.safetensors", "summary.txt",
+        "last.safetensors", "manifest.json", "metrics.json", "ngrams.safetensors", "summary.txt",
         "tensorboard", "vocab.json", "weights.safetensors",
     }  # fmt: skip
 
@@ -342,6 +381,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_good_checkp
         run_training(config)
     assert "\n" not in str(stopped.value)
     assert not (tmp_path / "model" / "manifest.json").exists()
+    assert str(stopped.value).endswith(f"kept in {tmp_path / 'model' / run.WORK}")
     kept = max((tmp_path / "model" / run.WORK / "run").glob("checkpoint_*/history.json"))
     history = json.loads(kept.read_text())
     assert f"in epoch {len(history) + 1}:" in str(stopped.value)

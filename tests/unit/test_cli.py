@@ -19,6 +19,7 @@ MINIMAL = ["--source", "shapes", "--output", "x"]
             r"--max-reject-fraction: .*less than or equal to 1 \(got 3",
         ),
         (["--limits.max-bytes", "0"], r"--limits.max-bytes: .*greater than or equal to 1 \(got 0"),
+        (["--encoder.seed", "-1"], r"--encoder.seed: .*greater than or equal to 0 \(got -1"),
         (["--batch-size", "many"], r"--batch-size.*'many'"),
         (["--colour", "red"], "--colour"),
     ],

@@ -94,15 +94,17 @@ def test_captions_of_one_image_share_what_describes_it(decoder: nn.Module) -> No
     image, tokens = features(2), captions(5, 5, 5, 5, 5, 5)
     repeated = {name: column.repeat_interleave(3, dim=0) for name, column in image.items()}
     expected = decoder(repeated, tokens)
+    start = decoder.start(image)
+    shared = {name: start[name] for name in decoder.image_state}
     state = {
-        name: tensor if name in decoder.image_state else tensor.repeat_interleave(3, dim=0)
-        for name, tensor in decoder.start(image).items()
+        name: tensor if name in shared else tensor.repeat_interleave(3, dim=0)
+        for name, tensor in start.items()
     }
     for position in range(tokens.shape[1]):
         logits, state, attention = decoder.step(tokens[:, position], state)
         torch.testing.assert_close(logits, expected[:, position], rtol=1e-4, atol=1e-5)
         assert attention is None or attention.shape == (6, CELLS)
-        assert all(len(state[name]) == 2 for name in decoder.image_state)
+        assert all(len(tensor) == 2 and state[name] is tensor for name, tensor in shared.items())
 
 
 def test_later_words_do_not_change_earlier_logits(decoder: nn.Module) -> None:
@@ -131,21 +133,6 @@ def test_every_parameter_gets_a_gradient(decoder: nn.Module, images: int) -> Non
     loss, _ = TeacherForcing(decoder.train())(features(images), captions(3, 8)[:images])
     loss.backward()
     assert [name for name, one in decoder.named_parameters() if one.grad is None] == []
-
-
-def test_steps_keep_one_row_per_image_of_what_captions_share(decoder: nn.Module) -> None:
-    image, tokens = features(2), captions(4, 4, 4, 4, 4, 4)
-    state = decoder.start(image)
-    shared = {name: state[name] for name in decoder.image_state}
-    state = {
-        name: one if name in shared else one.repeat_interleave(3, 0) for name, one in state.items()
-    }
-    repeated = {name: column.repeat_interleave(3, 0) for name, column in image.items()}
-    expected = decoder(repeated, tokens)
-    for position in range(tokens.shape[1]):
-        logits, state, _ = decoder.step(tokens[:, position], state)
-        torch.testing.assert_close(logits, expected[:, position], rtol=1e-4, atol=1e-5)
-    assert all(state[name] is one for name, one in shared.items())
 
 
 @pytest.mark.parametrize("kind", ["spatial_attention", "adaptive_attention", "transformer"])

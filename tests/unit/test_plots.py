@@ -46,24 +46,29 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return texts
 
 
-def epoch(number: int, validation_loss: float | None) -> dict[str, float | None]:
-    return {
+def epoch(number: int, validation_loss: float | None, **more: float | None) -> SimpleNamespace:
+    record = {
         "epoch": number,
         "train_loss": 4.0 / number,
         "validation_loss": validation_loss,
         "train_accuracy": 0.1 * number,
         "validation_accuracy": 0.05 * number,
+        "train_reward": None,
+        "validation_cider": None,
     }
+    return SimpleNamespace(**record | more)
 
 
-def test_history_marks_the_epoch_of_the_lowest_validation_loss(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    figures: list[Figure] = []
-    monkeypatch.setattr(
-        "captioner.plots.curves.to_png", lambda figure: figures.append(figure) or b""
-    )
-    plot_history([epoch(1, 3.0), epoch(2, 2.5), epoch(3, None), epoch(4, 2.75)])
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures with learning curves, instead of their pictures."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr("captioner.plots.curves.to_png", lambda figure: drawn.append(figure) or b"")
+    return drawn
+
+
+def test_history_marks_the_best_epoch(figures: list[Figure]) -> None:
+    plot_history([epoch(1, 3.0), epoch(2, 2.5), epoch(3, None), epoch(4, 2.75)], 2)
     (loss, accuracy) = figures[0].axes
     labels = [
         [text.get_text() for text in axes.get_legend().get_texts()] for axes in figures[0].axes
@@ -76,15 +81,32 @@ def test_history_marks_the_epoch_of_the_lowest_validation_loss(
     assert list(accuracy.lines[0].get_xdata()) == [1, 2, 3, 4]
 
 
-def test_history_takes_records_and_mappings_alike() -> None:
-    records = [epoch(1, 3.0), epoch(2, 2.5)]
-    objects = [SimpleNamespace(**record) for record in records]
-    assert plot_history(records) == plot_history(objects)
+@pytest.mark.parametrize("reward", [None, 0.4])
+def test_history_shows_scores_of_captions_where_there_are_any(
+    figures: list[Figure], reward: float | None
+) -> None:
+    # The epoch that is published is not the one of the lowest loss, nor of the highest CIDEr-D of all.
+    ciders = [0.9, 0.5, 0.7]
+    records = [
+        epoch(number, 3.0 + number, validation_cider=cider, train_reward=reward)
+        for number, cider in enumerate(ciders, 1)
+    ]
+    plot_history(records, 3)
+    *_, scores = figures[0].axes
+    assert scores.get_title(loc="left") == "CIDEr-D"
+    labels = [text.get_text() for text in scores.get_legend().get_texts()]
+    wanted = (
+        ["validation, greedy"]
+        if reward is None
+        else ["train, drawn at random", "validation, greedy"]
+    )
+    assert labels == wanted
+    marked = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert marked[-1] == "best epoch 3: 6.000"
 
 
 def test_history_of_one_epoch_without_validation_is_drawn() -> None:
-    record = epoch(1, None) | {"validation_accuracy": None}
-    assert pixels(plot_history([record])).std() > 0
+    assert pixels(plot_history([epoch(1, None, validation_accuracy=None)])).std() > 0
 
 
 def test_empty_history_is_refused() -> None:

@@ -90,6 +90,32 @@ def test_a_report_has_a_grid_extremes_and_attention(captioner: Captioner, tmp_pa
         assert len(image.convert("RGB").getcolors(2**24) or []) > 100
 
 
+def test_a_report_goes_without_photographs_that_are_gone(
+    captioner: Captioner, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    uris = [str(tmp_path / f"{number}.png") for number in range(3)]
+    references = [[text] for text in CAPTIONS]
+    scores = [0.1, 2.0, 1.0]
+    with caplog.at_level("WARNING"):
+        drawn = dict(
+            draw_report(
+                uris,
+                CAPTIONS,
+                references,
+                scores,
+                captioner,
+                DecodeConfig(beam_size=2, max_length=4),
+                attention_images=3,
+                seed=0,
+            )
+        )
+    assert len([name for name in drawn if name.startswith("attention/")]) == 1
+    assert {"grid.png", "best_and_worst.png"} < set(drawn)
+    assert "2 of the report's photographs are grey" in caplog.text
+
+
 def test_a_model_is_searched_as_it_was_trained_to_be(captioner: Captioner) -> None:
     pixels = np.random.default_rng(5).integers(0, 255, (1, 224, 224, 3), np.uint8)
     (own,) = captioner.caption_pixels(pixels)

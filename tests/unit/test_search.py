@@ -226,10 +226,6 @@ def test_the_map_of_a_word_is_that_of_the_step_that_chose_it(kind: str) -> None:
             )
 
 
-def test_no_images_have_no_captions() -> None:
-    assert search(Table(7, 5, images=1), images(), DecodeConfig()) == []
-
-
 def test_captions_are_ended_by_force_at_the_greatest_length() -> None:
     decoder = Table(9, 5, images=3)
     decoder.table[..., END] = -50.0

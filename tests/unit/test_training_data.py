@@ -63,6 +63,7 @@ def opened(
     columns: tuple[str, ...] = ("pooled",),
     rank: int = 0,
     workers: int = 1,
+    memory: int = 2**40,
     **settings: object,
 ) -> Resident | Streaming:
     if not root.joinpath("manifest.json").exists():
@@ -78,6 +79,7 @@ def opened(
         rank=rank,
         workers=workers,
         neighbours=workers,
+        memory=memory,
     )
 
 
@@ -294,6 +296,25 @@ def test_mapped_features_are_those_in_memory(tmp_path: Path) -> None:
     for name, column in held.items():
         assert isinstance(mapped[name], np.memmap)
         np.testing.assert_array_equal(mapped[name], column)
+
+
+def test_features_over_half_of_the_memory_are_mapped_from_a_file(tmp_path: Path) -> None:
+    size = 7 * 4 * CHANNELS
+    held, mapped = (opened(tmp_path, memory=memory) for memory in (2 * size, 2 * size - 1))
+    assert isinstance(held, Resident)
+    assert isinstance(mapped, Resident)
+    assert torch.equal(held.columns["pooled"], mapped.columns["pooled"])
+    maps = [
+        (int(start, 16), int(end, 16))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "train-pooled.npy" in line
+        for start, end in [line.split()[0].split("-")]
+    ]
+    inside = [
+        any(start <= way.columns["pooled"].data_ptr() < end for start, end in maps)
+        for way in (held, mapped)
+    ]
+    assert inside == [False, True]
 
 
 @pytest.mark.parametrize("ingest", ["resident", "streaming"])
