@@ -198,9 +198,10 @@ def _score(
     ]
     pool: PoolPlan = plan_pool(len(captions))
     logger.info("captioning %s images of split %s", f"{len(captions):,}", config.split)
-    # What has no captions cannot be scored.
-    captioned = col("image_id").is_in(list(captions))
-    good = (col("split") == config.split) & col("error").is_null() & captioned
+    good = (col("split") == config.split) & col("error").is_null()
+    if len(captions) < store.manifest.splits[config.split].ok:
+        # What has no captions cannot be scored. (Every read task carries the list.)
+        good &= col("image_id").is_in(list(captions))
     dataset = (
         ray.data.read_parquet(files, filesystem=filesystem)
         .select_columns(["image_id", "split", "error", *record.columns])

@@ -111,7 +111,10 @@ class FeatureStore:
                 f"{self.uri} holds {self.manifest.crops} crops of each image: extract with --crops {crops}"
             )
         if captions and counts.captions == 0:
-            raise StoreError(f"{self.uri} has no captions in split {split!r}")
+            raise self._no_captions(split)
+
+    def _no_captions(self, split: str) -> StoreError:
+        return StoreError(f"{self.uri} has no captions in split {split!r}")
 
     def load(
         self, split: str, columns: tuple[str, ...], folder: Path | None = None
@@ -191,10 +194,6 @@ class FeatureStore:
             for name in columns
         }
 
-    def image_ids(self, split: str) -> list[str]:
-        """Ids of the good images of a split, in order."""
-        return list(self.image_uris(split))
-
     def captions(self, split: str) -> dict[str, list[str]]:
         """Raw captions of the good images of a split, by image id (sorted), in their original order.
 
@@ -208,6 +207,8 @@ class FeatureStore:
         found = found.take(
             pc.sort_indices(found, [("image_id", "ascending"), ("index", "ascending")])
         )
+        if not len(found):
+            raise self._no_captions(split)
         grouped: dict[str, list[str]] = {}
         for name, caption in zip(
             found["image_id"].to_pylist(), found["caption"].to_pylist(), strict=True
@@ -229,15 +230,18 @@ class FeatureStore:
         good = (pads.field("split") == split) & pads.field("error").is_null()
         ids = self._dataset("features").to_table(columns=["image_id"], filter=good)["image_id"]
         ids = ids.take(pc.sort_indices(ids)).combine_chunks()
-        dataset = self._dataset("captions")
+        dataset, found = self._dataset("captions"), 0
         for batch in dataset.to_batches(["image_id", "index", "caption"], batch_size=_CAPTIONS):
             table = pa.table(batch).append_column("row", pc.index_in(batch["image_id"], ids))
             table = table.filter(table["row"].is_valid())
+            found += len(table)
             yield (
                 table["row"].to_numpy().astype(np.int64),
                 table["index"].to_numpy().astype(np.int64),
                 table["caption"].to_pylist(),
             )
+        if not found:
+            raise self._no_captions(split)
 
     def image_uris(self, split: str) -> dict[str, str]:
         """Where each good image of a split came from, by image id (sorted)."""

@@ -46,6 +46,8 @@ def write_store(
 ) -> str:
     """A published store of ``images`` pictures per split, and one rejected picture in each, spread over ``files``.
 
+    The rejected picture has a caption that is not counted.
+
     The last ``uncaptioned`` pictures of each split, by id, have no captions.
 
     The pooled vector of a picture is large in the channel of its animal; the grid repeats it in every cell. The mirror
@@ -74,6 +76,7 @@ def write_store(
         rows.append(
             {"image_id": f"{split}-bad", "split": split, "pooled": None, "error": "truncated"}
         )
+        captions.append({"image_id": f"{split}-bad", "caption": "Not seen.", "index": 0})
     views = view_names(mirrored, crops)
     schema = feature_rows(CHANNELS, grid, views)
     columns = {
@@ -103,7 +106,11 @@ def write_store(
     for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         entries.append(FileEntry(path=f"features/{number}.parquet", rows=end - start))
         pq.write_table(table.slice(start, end - start), root / entries[-1].path)
-    pq.write_table(pa.Table.from_pylist(captions, CAPTION_ROWS), root / "captions/0.parquet")
+    # In two files, and in no order.
+    generator.shuffle(captions)
+    for number, part in enumerate((captions[::2], captions[1::2])):
+        entries.append(FileEntry(path=f"captions/{number}.parquet", rows=len(part)))
+        pq.write_table(pa.Table.from_pylist(part, CAPTION_ROWS), root / entries[-1].path)
     safetensors.numpy.save_file({"weight": np.ones(3, np.float32)}, root / ENCODER_WEIGHTS)
     splits = {
         split: SplitCounts(
@@ -126,10 +133,7 @@ def write_store(
         crops=crops,
         total=SplitCounts(**total),
         splits=splits,
-        files=[
-            *entries,
-            FileEntry(path="captions/0.parquet", rows=len(captions)),
-        ],
+        files=entries,
     )
     (root / "manifest.json").write_text(manifest.model_dump_json())
     return str(root)

@@ -88,7 +88,8 @@ class TrainResult:
 
 
 def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> TrainResult:
-    """Train ``config.decoder`` on a feature store and publish the weights of the epoch with the lowest validation loss.
+    """Train ``config.decoder`` on a feature store; publish the weights of its best epoch (``best_epoch``) and, beside
+    them, those after the last step.
 
     Continues a killed run from its last epoch; leaves a complete model of the same settings alone.
 

@@ -84,8 +84,10 @@ class Worker:
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
-            # Ray leaves one thread per worker; share out the node's cores.
-            share = max(1, int(get_num_cpus()) // context.get_local_world_size())
+            # Ray leaves one thread per worker; share out the cores of the node, or of its container, which the driver
+            # has told about.
+            cores = int(get_num_cpus(override_docker_cpu_warning=True))
+            share = max(1, cores // context.get_local_world_size())
             torch.set_num_threads(config.threads_per_worker or share)
         auto = "bfloat16" if fast_bfloat16(self.device.type) else "float32"
         self.compute = auto if config.compute == "auto" else config.compute

@@ -247,7 +247,7 @@ def test_captions_come_in_the_order_of_images_and_of_their_places(tmp_path: Path
     store = FeatureStore.open(write_store(tmp_path, {"train": 30}, uncaptioned=1))
     words = vocabulary(store)
     data = CaptionData.load(store, "train", words, CONFIG.text)
-    rows = {name: row for row, name in enumerate(store.image_ids("train"))}
+    rows = {name: row for row, name in enumerate(store.image_uris("train"))}
     wanted = [
         (rows[name], words.encode(clean(text)))
         for name, texts in store.captions("train").items()
@@ -255,6 +255,15 @@ def test_captions_come_in_the_order_of_images_and_of_their_places(tmp_path: Path
     ]
     found = [(int(row), data.caption(number)) for number, row in enumerate(data.image_rows)]
     assert found == wanted
+
+
+def test_captions_of_rejected_images_alone_are_none(tmp_path: Path) -> None:
+    store = FeatureStore.open(write_store(tmp_path, {"train": 3}, uncaptioned=3))
+    told = store.manifest.splits["train"].model_copy(update={"captions": 1})
+    store.manifest.splits["train"] = told
+    for read in (store.captions, lambda split: list(store.caption_batches(split))):
+        with pytest.raises(StoreError, match="no captions in split 'train'"):
+            read("train")
 
 
 def test_streaming_order_differs_between_epochs_alone(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import os
 import signal
 import ray
 
-atexit.register(os.kill, os.getpid(), signal.SIGSEGV)
+atexit.register(os.kill, os.getpid(), signal.SIGKILL)
 
 def test_it():
     assert {passes}
@@ -38,6 +38,7 @@ def test_a_crash_at_exit_changes_no_verdict_of_passed_tests(tmp_path: Path, pass
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
     }
+    environment["TMPDIR"] = str(tmp_path)
     run = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
