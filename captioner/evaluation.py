@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
-from ray.data import ActorPoolStrategy
+from ray.actor import ActorHandle
+from ray.data import ActorPoolStrategy, DataContext
 from ray.data.expressions import col
 
 from captioner import storage
@@ -27,6 +28,7 @@ from captioner.errors import ModelError
 from captioner.events import add_picture, event_file
 from captioner.metrics import StandardScores, has_java, score_seed, score_standard
 from captioner.model_store import check_features_fit, load_model, load_record
+from captioner.progress import ProgressLine
 from captioner.report_pictures import draw_report
 from captioner.schema import ReportManifest
 from captioner.store import FeatureStore
@@ -54,12 +56,14 @@ class ScoreImages:
         decode: DecodeConfig,
         captions: "ray.ObjectRef[dict[str, list[str]]]",
         threads: int,
+        counter: ActorHandle,
     ):
         if not torch.cuda.is_available():
             torch.set_num_threads(threads)
         self.captioner = Captioner.load(model_uri)
         self.decode = decode
         self.captions: dict[str, list[str]] = ray.get(captions)
+        self.counter = counter
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         model = self.captioner.model
@@ -78,6 +82,7 @@ class ScoreImages:
         ]
         loss, correct, words = teacher_forcing(model.decoder, features, image, tokens)
         rows = len(found)
+        self.counter.add.remote(rows, 0)
         # Sums of the whole batch travel on its first row.
         first = np.arange(rows) == 0
         return {
@@ -202,27 +207,36 @@ def _score(
     if len(captions) < store.manifest.splits[config.split].ok:
         # What has no captions cannot be scored. (Every read task carries the list.)
         good &= col("image_id").is_in(list(captions))
-    dataset = (
-        ray.data.read_parquet(files, filesystem=filesystem)
-        .select_columns(["image_id", "split", "error", *record.columns])
-        .filter(expr=good)
-        # A read task's rows are one block, which one actor would get whole.
-        .repartition(target_num_rows_per_block=config.batch_size)
-        .map_batches(
-            ScoreImages,
-            fn_constructor_kwargs={
-                "model_uri": model_uri,
-                "decode": decode,
-                "captions": ray.put(captions),
-                "threads": pool.threads,
-            },
-            compute=ActorPoolStrategy(size=pool.size),
-            batch_size=config.batch_size,
-            num_cpus=pool.num_cpus,
-            num_gpus=pool.num_gpus or None,
-        )
-    )
-    blocks = ray.get(dataset.to_arrow_refs())
+    context = DataContext.get_current()
+    bars = context.enable_progress_bars
+    try:
+        # A log file shows nothing of Ray's bars; the line below is for both. Read when a Dataset is made.
+        context.enable_progress_bars = False
+        with ProgressLine(len(captions)) as progress:
+            dataset = (
+                ray.data.read_parquet(files, filesystem=filesystem)
+                .select_columns(["image_id", "split", "error", *record.columns])
+                .filter(expr=good)
+                # A read task's rows are one block, which one actor would get whole.
+                .repartition(target_num_rows_per_block=config.batch_size)
+                .map_batches(
+                    ScoreImages,
+                    fn_constructor_kwargs={
+                        "model_uri": model_uri,
+                        "decode": decode,
+                        "captions": ray.put(captions),
+                        "threads": pool.threads,
+                        "counter": progress.counter,
+                    },
+                    compute=ActorPoolStrategy(size=pool.size),
+                    batch_size=config.batch_size,
+                    num_cpus=pool.num_cpus,
+                    num_gpus=pool.num_gpus or None,
+                )
+            )
+            blocks = ray.get(dataset.to_arrow_refs())
+    finally:
+        context.enable_progress_bars = bars
     rows = pa.concat_tables([block for block in blocks if len(block)]).sort_by("image_id")
     if rows["image_id"].to_pylist() != sorted(captions):
         raise ModelError(

@@ -73,7 +73,7 @@ def start_counter() -> ActorHandle:
 class ProgressLine:
     """Context manager that prints the state of a ``Counter`` while a block runs.
 
-    A terminal sees one line rewritten every second, a log file a new line every ten.
+    A terminal sees one line rewritten every second, a log file a new line every ten, and a last one.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class ProgressLine:
         self._ticker = Ticker(self._show)
         self._terminal = sys.stderr.isatty()
         self._ticks = 0
+        self._closing = False
         self._first: tuple[float, int] | None = None
 
     def __enter__(self) -> "ProgressLine":
@@ -96,6 +97,7 @@ class ProgressLine:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._closing = True
         self._ticker.__exit__()
         if self._terminal:
             print(file=sys.stderr)
@@ -111,7 +113,7 @@ class ProgressLine:
         self._ticks += 1
         if self._terminal:
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-        elif self._ticks % 10 == 0:
+        elif self._closing or self._ticks % 10 == 0:
             logger.info(line)
 
     def describe(self, done: int, rejected: int, now: float) -> str:

@@ -1,6 +1,7 @@
 """Every job from S3 to S3, on a server that speaks its protocol: published once, continued when killed."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -201,8 +202,9 @@ def test_model_is_published_without_its_checkpoints(model: str) -> None:
 
 
 def test_evaluation_reads_model_features_and_pictures_from_s3(
-    model: str, features: str, bucket: str
+    model: str, features: str, bucket: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "captioner.progress")
     report = evaluate(
         EvaluateConfig(
             features=features,
@@ -212,6 +214,7 @@ def test_evaluation_reads_model_features_and_pictures_from_s3(
         )
     )
     assert report.scores["images"] == SIZES["validation"] - 1
+    assert f" of {SIZES['validation'] - 1} images" in caplog.text
     assert {"scores.json", "predictions.parquet", "grid.png", "manifest.json"} <= set(
         keys("report/")
     )
