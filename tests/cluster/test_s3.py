@@ -214,7 +214,8 @@ def test_evaluation_reads_model_features_and_pictures_from_s3(
         )
     )
     assert report.scores["images"] == SIZES["validation"] - 1
-    assert f" of {SIZES['validation'] - 1} images" in caplog.text
+    images = SIZES["validation"] - 1
+    assert f" {images} of {images} images" in caplog.text
     assert {"scores.json", "predictions.parquet", "grid.png", "manifest.json"} <= set(
         keys("report/")
     )
