@@ -9,6 +9,7 @@ from captioner.config import (
     TextConfig,
     TrainConfig,
 )
+from captioner.notebook import notebook_attention, notebook_merge
 
 
 def demo() -> TrainConfig:
@@ -18,35 +19,6 @@ def demo() -> TrainConfig:
         output="runs/demo/model",
         decoder=DecoderConfig(kind="merge", width=256, dropout=0.2),
         epochs=30,
-    )
-
-
-def seed_merge() -> TrainConfig:
-    """The notebook's merge decoder with the hyperparameters its search chose (best at epoch 7 of 50)."""
-    return TrainConfig(
-        features="runs/flickr8k/features",
-        output="runs/flickr8k/seed_merge",
-        # The notebook fed the features as they came.
-        decoder=DecoderConfig(
-            kind="merge", width=256, output_width=128, dropout=0.5, standardize="whole"
-        ),
-        text=TextConfig(rules="seed", min_count=1),
-        optimizer=OptimizerConfig(name="adam", learning_rate=1e-3, clip_norm=None),
-        epochs=50,
-        global_batch=64,
-        patience=5,
-        decode=DecodeConfig(beam_size=1),
-    )
-
-
-def seed_attention() -> TrainConfig:
-    """The notebook's attention over the decoder's own words, made causal."""
-    base = seed_merge()
-    return base.model_copy(
-        update={
-            "output": "runs/flickr8k/seed_attention",
-            "decoder": base.decoder.model_copy(update={"kind": "sequence_attention"}),
-        }
     )
 
 
@@ -74,7 +46,7 @@ def flickr8k_best() -> TrainConfig:
         output="runs/flickr8k/best",
         decoder=DecoderConfig(
             kind="adaptive_attention",
-            members=3,
+            ensemble_size=3,
             width=512,
             picture_layers=1,
             dropout=0.3,
@@ -94,11 +66,11 @@ def flickr8k_best() -> TrainConfig:
         global_batch=160,
         patience=None,
         label_smoothing=0.1,
-        averaging=0.995,
+        ema_decay=0.995,
         group_captions=True,
         mirrored=True,
         crops=4,
-        decode=DecodeConfig(beam_size=5, no_repeat_ngram=3, consensus=120),
+        decode=DecodeConfig(beam_size=5, no_repeat_ngram=3, mbr_samples=120),
     )
 
 
@@ -119,8 +91,8 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     preset.__name__: preset
     for preset in (
         demo,
-        seed_merge,
-        seed_attention,
+        notebook_merge,
+        notebook_attention,
         flickr8k_merge,
         flickr8k_best,
         flickr30k_best,

@@ -8,37 +8,27 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from captioner import notebook
 from captioner.errors import ModelError
 
-Rules = Literal["standard", "seed"]
+Rules = Literal["standard", "notebook"]
 
 PAD, START, END, UNK = 0, 1, 2, 3
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 _VERSION = 1
 
-# The characters that Keras' Tokenizer replaces by spaces by default; apostrophes and digits stay.
-_KERAS_FILTERS = str.maketrans(dict.fromkeys('!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~\t\n', " "))
 # Vanish without separating: apostrophes, and the variation selectors that follow emoji.
 _DROPPED = dict.fromkeys([*map(ord, "'\u2019\u02bc"), *range(0xFE00, 0xFE10)])
-
-
-def seed_text(caption: str) -> str:
-    """The notebook's cleaning as it really ran: lower case, words of one character dropped, punctuation kept.
-
-    The notebook counted distinct and longest captions on this text, which its tokenizer then split further.
-    """
-    return " ".join(word for word in caption.lower().split() if len(word) > 1)
 
 
 def clean(caption: str, rules: Rules = "standard") -> list[str]:
     """Words of a raw caption.
 
     ``standard``: Unicode NFKC, lower case, letters (with their combining marks) and digits kept; apostrophes vanish
-    ("dog's" becomes "dogs"), anything else separates words. ``seed``: ``seed_text``, then Keras' Tokenizer: its filter
-    characters become spaces, so words of one character come back ("t-shirt" becomes "t shirt").
+    ("dog's" becomes "dogs"), anything else separates words. ``notebook``: ``notebook.tokenize``.
     """
-    if rules == "seed":
-        return seed_text(caption).translate(_KERAS_FILTERS).split()
+    if rules == "notebook":
+        return notebook.tokenize(caption)
     text = unicodedata.normalize("NFKC", caption).translate(_DROPPED).lower()
     text = unicodedata.normalize("NFKC", text)
     kept = "".join(character if _belongs_to_word(character) else " " for character in text)
@@ -53,8 +43,8 @@ def _belongs_to_word(character: str) -> bool:
 class Vocabulary:
     """Words and their token ids: ``<pad> <start> <end> <unk>`` are 0 to 3, then words by falling count.
 
-    Under the seed's rules the notebook counts 7368 entries on Flickr8k: its words, the padding and both tags. The same
-    captions give one more here, because the notebook had no ``<unk>``.
+    The notebook counts 7368 entries on Flickr8k: its words, the padding and both tags. Its rules give one more here,
+    because it had no ``<unk>``.
     """
 
     words: tuple[str, ...]
@@ -97,10 +87,10 @@ class Vocabulary:
     def encode(self, words: Sequence[str], max_length: int | None = None) -> list[int]:
         """``<start> words <end>`` as ids; words past ``max_length`` tokens in all are cut, ``<end>`` stays.
 
-        Unknown words are ``<unk>``. Under the seed's rules they vanish, as in Keras' Tokenizer: the notebook kept every
-        train word, so nothing would ever teach ``<unk>``, and a few of them would rule the validation loss.
+        Unknown words are ``<unk>``. Under the notebook's rules they vanish, as in Keras' Tokenizer: it kept every train
+        word, so nothing would ever teach ``<unk>``, and a few of them would rule the validation loss.
         """
-        if self.rules == "seed":
+        if self.rules == "notebook":
             words = [word for word in words if word in self._ids]
         if max_length is not None:
             words = words[: max(max_length - 2, 0)]
@@ -136,6 +126,6 @@ class Vocabulary:
         words, rules = raw.get("words"), raw.get("rules")
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ModelError("vocabulary: words must be a list of strings")
-        if rules not in ("standard", "seed"):
+        if rules not in ("standard", "notebook"):
             raise ModelError(f"vocabulary: unknown rules {rules!r}")
         return cls(tuple(words), rules)

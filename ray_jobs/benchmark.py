@@ -11,20 +11,21 @@ python -m ray_jobs.benchmark scale --features runs/flickr8k/features --images-pe
 import sys
 from typing import Any
 
-from captioner import cli, storage
-from captioner.benchmark.extract import benchmark_extract
-from captioner.benchmark.resume import benchmark_resume
-from captioner.benchmark.scale import benchmark_scale
-from captioner.benchmark.serve import benchmark_serve
-from captioner.benchmark.train import benchmark_train
-from captioner.config import (
+from benchmarks.config import (
     BenchmarkExtractConfig,
     BenchmarkResumeConfig,
     BenchmarkScaleConfig,
     BenchmarkServeConfig,
     BenchmarkTrainConfig,
 )
+from benchmarks.extract import benchmark_extract
+from benchmarks.resume import benchmark_resume
+from benchmarks.scale import benchmark_scale
+from benchmarks.serve import benchmark_serve
+from benchmarks.train import benchmark_train
+from captioner import storage
 from captioner.errors import ConfigError
+from captioner.runtime import command_line
 
 STAGES = {
     "extract": (benchmark_extract, BenchmarkExtractConfig),
@@ -41,7 +42,9 @@ def main() -> None:
         return
     stage = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
     if stage not in STAGES:
-        cli.fail(str(ConfigError(f"benchmark: {stage!r} is not one of {', '.join(STAGES)}")))
+        command_line.fail(
+            str(ConfigError(f"benchmark: {stage!r} is not one of {', '.join(STAGES)}"))
+        )
     measure, config_type = STAGES[stage]
 
     def job(config: Any) -> None:
@@ -50,7 +53,7 @@ def main() -> None:
         if config.json_file:
             storage.write_bytes(config.json_file, result.model_dump_json(indent=1).encode())
 
-    cli.run(job, config_type)
+    command_line.run(job, config_type)
 
 
 if __name__ == "__main__":

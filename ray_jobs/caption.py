@@ -3,13 +3,13 @@
 python -m ray_jobs.caption --images my_photos/ --model runs/flickr8k/model --output runs/my_captions
 """
 
-from captioner import cli
-from captioner.collection import caption_collection
+from captioner.captioning.collection import caption_collection
 from captioner.config import CaptionConfig
+from captioner.runtime import command_line
 
 
 def main() -> None:
-    cli.run(caption_collection, CaptionConfig)
+    command_line.run(caption_collection, CaptionConfig)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import time
 
 import pyarrow.parquet as pq
 
-from captioner import cli, storage
-from captioner.collection import caption_collection
+from captioner import storage
+from captioner.captioning.collection import caption_collection
 from captioner.config import (
     CaptionConfig,
     DemoConfig,
@@ -18,9 +18,10 @@ from captioner.config import (
     ShapesConfig,
     SourceConfig,
 )
-from captioner.evaluation import evaluate, score_table
-from captioner.features import extract
+from captioner.evaluation.evaluate import evaluate, score_table
+from captioner.features.extract import extract
 from captioner.presets import demo as demo_training
+from captioner.runtime import command_line
 from captioner.training.run import run_training
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def demo(config: DemoConfig) -> None:
 
 
 def main() -> None:
-    cli.run(demo, DemoConfig)
+    command_line.run(demo, DemoConfig)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ python -m ray_jobs.evaluate --features runs/flickr8k/features --model runs/flick
     --split validation --output runs/flickr8k/report
 """
 
-from captioner import cli
 from captioner.config import EvaluateConfig
-from captioner.evaluation import evaluate, score_table
+from captioner.evaluation.evaluate import evaluate, score_table
+from captioner.runtime import command_line
 
 
 def main() -> None:
-    cli.run(lambda config: print(score_table(evaluate(config))), EvaluateConfig)
+    command_line.run(lambda config: print(score_table(evaluate(config))), EvaluateConfig)
 
 
 if __name__ == "__main__":

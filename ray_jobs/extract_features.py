@@ -3,13 +3,13 @@
 python -m ray_jobs.extract_features --source shapes --output runs/shapes/features --encoder.weights random
 """
 
-from captioner import cli
 from captioner.config import ExtractConfig
-from captioner.features import extract
+from captioner.features.extract import extract
+from captioner.runtime import command_line
 
 
 def main() -> None:
-    cli.run(extract, ExtractConfig)
+    command_line.run(extract, ExtractConfig)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 python -m ray_jobs.serve --model runs/flickr8k/model --port 8000
 """
 
-from captioner import cli
 from captioner.config import ServeConfig
+from captioner.runtime import command_line
 from captioner.serving.run import serve_models
 
 
 def main() -> None:
-    cli.run(serve_models, ServeConfig)
+    command_line.run(serve_models, ServeConfig)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Search hyperparameters with Ray Tune and ASHA; publish the best trial's model.
 
-python -m ray_jobs.tune --features runs/flickr8k/features --output runs/flickr8k/search --space seed --max-epochs 10
+python -m ray_jobs.tune --features runs/flickr8k/features --output runs/flickr8k/search --space notebook --max-epochs 10
 """
 
-from captioner import cli
 from captioner.config import TuneConfig
+from captioner.runtime import command_line
 from captioner.tuning.search import run_search
 
 
 def main() -> None:
-    cli.run(lambda config: print(run_search(config).table()), TuneConfig)
+    command_line.run(lambda config: print(run_search(config).table()), TuneConfig)
 
 
 if __name__ == "__main__":

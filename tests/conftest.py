@@ -74,7 +74,7 @@ def local_ray() -> Iterator[None]:
     """One real local Ray for the tests of a module; its four logical CPUs need not be four cores."""
     import ray
 
-    from captioner.cluster import start_local_ray
+    from captioner.runtime.cluster import start_local_ray
 
     start_local_ray(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:

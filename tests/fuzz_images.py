@@ -20,7 +20,7 @@ from PIL import Image
 
 from captioner.config import ImageLimits
 from captioner.errors import ImageError
-from captioner.images import decode_image
+from captioner.images.load import load_image
 
 LIMITS = ImageLimits(max_pixels=4_000_000)
 # What one process may address: a mutant whose header asks for more must be refused, not swapped in.
@@ -145,7 +145,7 @@ def fuzz(count: int, seed: int, keep: Path | None = None) -> tuple[Counter[str],
     generator = random.Random(seed)
     seeds = seed_images()
     for data in seeds.values():
-        decode_image(data)
+        load_image(data)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcomes: Counter[str] = Counter()
     slowest = 0.0
@@ -154,7 +154,7 @@ def fuzz(count: int, seed: int, keep: Path | None = None) -> tuple[Counter[str],
         data = mutate(seeds[name], seeds[other], generator)
         start = time.perf_counter()
         try:
-            pixels = decode_image(data, LIMITS)
+            pixels = load_image(data, LIMITS)
             fine = pixels.shape == (224, 224, 3) and pixels.dtype == np.uint8
             outcome = "decoded" if fine else "FAILED: wrong array"
         except ImageError as error:

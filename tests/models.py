@@ -7,14 +7,15 @@ import safetensors.torch
 import torch
 
 from captioner import storage
-from captioner.cider import NGramFrequencies
+from captioner.artifacts.feature_store import ENCODER_WEIGHTS, FeatureStore
+from captioner.artifacts.model_directory import ModelManifest, pack_weights, save_model
+from captioner.artifacts.output import Output
+from captioner.artifacts.schema import SourceIdentity, SplitCounts, StoreManifest
 from captioner.config import DecodeConfig, DecoderConfig, DecoderKind, EncoderConfig, TextConfig
-from captioner.encoder import Encoder, choose_compute, identify, load_weights
-from captioner.images import decode_image
-from captioner.model_store import ModelManifest, pack_weights, save_model
-from captioner.models import build_decoder
-from captioner.schema import SourceIdentity, SplitCounts, StoreManifest
-from captioner.store import ENCODER_WEIGHTS, FeatureStore
+from captioner.decoders import build_decoder
+from captioner.decoding.cider import NGramFrequencies
+from captioner.encoders.resnet50 import Encoder, choose_compute, identify, load_weights
+from captioner.images.load import load_image
 from captioner.text import END, Vocabulary
 from tests.pictures import picture
 
@@ -38,7 +39,7 @@ def write_model(
         torch.manual_seed(seed)
         decoder = build_decoder(config, len(vocabulary), store.manifest.encoder.channels)
     encoder = Encoder.load(store.encoder_weights_uri, store.manifest.encoder)
-    images = np.stack([decode_image(picture(number)) for number in range(8)])
+    images = np.stack([load_image(picture(number)) for number in range(8)])
     pooled, grid = encoder(images, grid=True)
     assert grid is not None
     seen = grid.float().flatten(0, 1) if "grid" in decoder.columns else pooled
@@ -46,7 +47,7 @@ def write_model(
     with torch.no_grad():
         decoder.output.weight *= 5  # decided, so that pictures and words matter
         decoder.output.bias[END] -= 1.0
-    output = storage.Output(str(root), {"test": seed})
+    output = Output(str(root), {"test": seed})
     weights = pack_weights(decoder.eval())
     record = save_model(
         output, weights=weights, vocabulary=vocabulary, ngrams=NGRAMS, decoder=config, text=TextConfig(),

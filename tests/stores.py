@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.numpy
 
-from captioner.schema import (
+from captioner.artifacts.feature_store import ENCODER_WEIGHTS
+from captioner.artifacts.schema import (
     CAPTION_ROWS,
     GRID_CELLS,
     MIRRORED,
@@ -20,7 +21,6 @@ from captioner.schema import (
     feature_rows,
     view_names,
 )
-from captioner.store import ENCODER_WEIGHTS
 
 CHANNELS = 6
 ANIMALS = ("cat", "dog", "horse", "cow", "duck", "frog")

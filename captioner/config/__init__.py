@@ -3,13 +3,6 @@
 A docstring under a field is its ``--help`` text. "Per worker" and "global" are always said of batch sizes.
 """
 
-from captioner.config.benchmark import (
-    BenchmarkExtractConfig,
-    BenchmarkResumeConfig,
-    BenchmarkScaleConfig,
-    BenchmarkServeConfig,
-    BenchmarkTrainConfig,
-)
 from captioner.config.jobs import (
     CaptionConfig,
     DemoConfig,
@@ -38,11 +31,6 @@ from captioner.config.serving import ServeConfig
 from captioner.config.tuning import TuneConfig
 
 __all__ = [
-    "BenchmarkExtractConfig",
-    "BenchmarkResumeConfig",
-    "BenchmarkScaleConfig",
-    "BenchmarkServeConfig",
-    "BenchmarkTrainConfig",
     "CaptionConfig",
     "Config",
     "DecodeConfig",

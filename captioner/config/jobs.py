@@ -68,9 +68,9 @@ class TrainConfig(Config):
     """Stop after this many epochs without a better validation loss; None trains all epochs."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability mass spread over the vocabulary in the training loss (validation never smooths)."""
-    averaging: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Decay of a moving average of the weights, by optimizer step; the averaged weights are validated and published.
-    0 averages nothing."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Decay of the exponential moving average of the weights, per optimizer step; the averaged weights are validated
+    and published. 0: no averaging."""
     group_captions: bool = False
     """Keep the captions of an image in one batch: its features are read and projected once for all of them."""
     validation_cider: bool = False

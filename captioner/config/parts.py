@@ -73,10 +73,10 @@ class SourceConfig(Config):
 class TextConfig(Config):
     """How captions become tokens."""
 
-    rules: Literal["standard", "seed"] = "standard"
-    """standard: lower-case letters and digits. seed: the notebook's own cleaning and tokenizer, for comparison."""
+    rules: Literal["standard", "notebook"] = "standard"
+    """standard: lower-case letters and digits. notebook: the notebook's own cleaning and tokenizer, for comparison."""
     min_count: Positive = 1
-    """Words seen fewer times than this in the train split become <unk>; under the seed's rules they vanish."""
+    """Words seen fewer times than this in the train split become <unk>; under the notebook's rules they vanish."""
     max_length: Annotated[int, Field(ge=3, le=202)] = 40
     """Longest caption in tokens, <start> and <end> included; longer ones are cut when training."""
 
@@ -87,9 +87,9 @@ class DecoderConfig(Config):
     kind: DecoderKind = "merge"
     """merge and sequence_attention read the pooled vector; spatial_attention, adaptive_attention and transformer the
     grid."""
-    members: Annotated[int, Field(ge=1, le=16)] = 1
-    """Networks of the kind that are trained side by side and whose word probabilities are averaged: an ensemble. The
-    training loss is the mean of theirs, so clip_norm bounds their gradients together."""
+    ensemble_size: Annotated[int, Field(ge=1, le=16)] = 1
+    """Decoders trained side by side whose word probabilities are averaged. The training loss is the mean of theirs, so
+    clip_norm bounds their gradients together."""
     standardize: Literal["channels", "whole"] = "channels"
     """channels: each channel of the features to mean 0, variance 1. whole: one factor for all of them, which keeps what
     a trained network makes large."""
@@ -162,7 +162,7 @@ Beams = Annotated[int, Field(ge=1, le=32)]
 Words = Annotated[int, Field(ge=1, le=200)]
 LengthPenalty = Annotated[float, Field(ge=0.0, le=3.0)]
 NGramSize = Annotated[int, Field(ge=0, le=10)]
-Draws = Annotated[int, Field(ge=0, le=1000)]
+Samples = Annotated[int, Field(ge=0, le=1000)]
 
 
 class DecodeConfig(Config):
@@ -178,9 +178,9 @@ class DecodeConfig(Config):
     """Scores are divided by length ** penalty; 0 ranks by plain log-probability."""
     no_repeat_ngram: NGramSize = 0
     """Forbid any n-gram of this size from occurring twice in a caption; 0 allows repeats."""
-    consensus: Draws = 0
-    """Captions drawn at random per image. The best of them join those of the beams, and all are ranked by their score
-    and by how well they agree (mean root of CIDEr-D) with what was drawn; 0: none."""
+    mbr_samples: Samples = 0
+    """Minimum-Bayes-risk decoding: captions sampled per image. The best of them join those of the beams, and all are
+    ranked by their score plus their agreement (mean root of CIDEr-D) with the samples; 0: beam search alone."""
 
     @model_validator(mode="after")
     def _captions_fit_beam(self) -> "DecodeConfig":
@@ -201,9 +201,9 @@ class DecodeOverrides(Config):
     """Scores are divided by length ** penalty; 0 ranks by plain log-probability."""
     no_repeat_ngram: NGramSize | None = None
     """Forbid any n-gram of this size from occurring twice in a caption; 0 allows repeats."""
-    consensus: Draws | None = None
-    """Captions drawn at random per image. The best of them join those of the beams, and all are ranked by their score
-    and by how well they agree (mean root of CIDEr-D) with what was drawn; 0: none."""
+    mbr_samples: Samples | None = None
+    """Minimum-Bayes-risk decoding: captions sampled per image. The best of them join those of the beams, and all are
+    ranked by their score plus their agreement (mean root of CIDEr-D) with the samples; 0: beam search alone."""
 
     @model_validator(mode="after")
     def _captions_fit_beam(self) -> "DecodeOverrides":
@@ -216,7 +216,7 @@ class DecodeOverrides(Config):
         where it must."""
         given = self.model_dump(exclude_none=True)
         if self.beam_size == 1:
-            given.setdefault("consensus", 0)  # whoever asks for one beam wants greedy search
+            given.setdefault("mbr_samples", 0)  # whoever asks for one beam wants greedy search
         if self.beam_size is None:
             given["beam_size"] = max(own.beam_size, self.num_captions or 1)
         if self.num_captions is None:

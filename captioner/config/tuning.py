@@ -14,11 +14,11 @@ class TuneConfig(Config):
     """Feature store (path or URI)."""
     output: str
     """Directory of the search (path or URI): the best trial's model in model/, trials.parquet, trials.png."""
-    space: Literal["seed", "wide"] = "seed"
-    """seed: the notebook's grid, width {128, 256, 512} x optimizer {adam, rmsprop}. wide: samples of decoder kind,
+    space: Literal["notebook", "wide"] = "notebook"
+    """notebook: the notebook's grid, width {128, 256, 512} x optimizer {adam, rmsprop}. wide: samples of decoder kind,
     width, optimizer, learning rate, dropout, label smoothing, batch and weight decay."""
     num_samples: Positive = 12
-    """Trials of the wide space; the seed's grid always has 6."""
+    """Trials of the wide space; the notebook's grid always has 6."""
     max_epochs: Positive = 10
     """Most epochs of one trial."""
     max_concurrent: Positive | None = None

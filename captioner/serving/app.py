@@ -48,7 +48,7 @@ _EXAMPLE = {
         }
     ],
     "timing": {
-        "decode_ms": 4.1,
+        "load_ms": 4.1,
         "wait_ms": 0.2,
         "model_ms": 31.5,
         "total_ms": 38.0,

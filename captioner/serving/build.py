@@ -8,9 +8,9 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from captioner import storage
-from captioner.cluster import num_cpus, num_gpus
+from captioner.artifacts.model_directory import ModelRecord, load_record
 from captioner.config import DecodeConfig, ServeConfig
-from captioner.model_store import ModelRecord, load_record
+from captioner.runtime.cluster import num_cpus, num_gpus
 from captioner.serving.ingress import CaptionApi
 from captioner.serving.messages import ModelCard
 from captioner.serving.replica import CaptionModel

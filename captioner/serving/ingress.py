@@ -76,7 +76,7 @@ class CaptionApi:
             version=found.version,
             captions=found.captions,
             timing=Timing(
-                decode_ms=round(found.decode_ms, 2),
+                load_ms=round(found.load_ms, 2),
                 wait_ms=round(found.wait_ms, 2),
                 model_ms=round(found.model_ms, 2),
                 total_ms=round(1e3 * (time.perf_counter() - started), 2),

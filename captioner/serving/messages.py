@@ -72,7 +72,7 @@ class ImageCaption(Message):
 class Timing(Message):
     """Where the time went, in milliseconds; of several images the longest."""
 
-    decode_ms: float
+    load_ms: float
     """Decoding the image."""
     wait_ms: float
     """Waiting for the model to be free."""
@@ -138,7 +138,7 @@ class Captioned(BaseModel):
 
     captions: list[ImageCaption]
     version: str
-    decode_ms: float
+    load_ms: float
     wait_ms: float
     model_ms: float
     batch_size: int

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from captioner.captioning import Candidate, Caption, Captioner
+from captioner.artifacts.schema import GRID_SIDE
+from captioner.captioning.captioner import Candidate, Caption, Captioner
 from captioner.config import DecodeConfig, ImageLimits
 from captioner.errors import CaptionerError, ImageError, ImageTooLargeError, ImageTypeError
-from captioner.images import decode_image
-from captioner.schema import GRID_SIDE
+from captioner.images.load import load_image
 from captioner.serving.messages import (
     Alternative,
     Captioned,
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 # Warm-up and health: a picture that exercises the whole path.
 PROBE_DECODE = DecodeConfig(beam_size=1, max_length=5)
-_MAX_DECODERS = 8
+_MAX_LOADERS = 8
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -109,9 +109,9 @@ class CaptionModel:
         self._captioner = Captioner.load(uri)
         self._version = self._captioner.model.record.weights_sha256[:12]
         self._batcher = Batcher(self._run, max_batch_size)
-        self._decoders = ThreadPoolExecutor(min(_MAX_DECODERS, cores), "decode")
+        self._decoders = ThreadPoolExecutor(min(_MAX_LOADERS, cores), "decode")
         self._probe_picture = _picture()
-        pixels = decode_image(self._probe_picture, limits)
+        pixels = load_image(self._probe_picture, limits)
         for size in {1, max_batch_size}:  # memory and kernels of both extremes
             self._run([_Item(pixels, PROBE_DECODE)] * size)
         self._run([_Item(pixels, self._captioner.model.record.decode)])
@@ -140,7 +140,7 @@ class CaptionModel:
                 for (caption, _, _), name in zip(answers, names, strict=True)
             ],
             version=self._version,
-            decode_ms=1e3 * (ready - started),
+            load_ms=1e3 * (ready - started),
             wait_ms=1e3 * max(0.0, max(began) - ready),
             model_ms=1e3 * (time.perf_counter() - max(began)),
             batch_size=max(size for _, _, size in answers),
@@ -158,7 +158,7 @@ class CaptionModel:
 
     def _decode(self, data: bytes) -> NDArray[np.uint8] | ImageError:
         try:
-            return decode_image(data, self._limits)
+            return load_image(data, self._limits)
         except ImageError as error:
             return error
 

@@ -11,9 +11,9 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
-from captioner.cluster import start_ray
 from captioner.config import ServeConfig
 from captioner.errors import ConfigError, ModelError
+from captioner.runtime.cluster import start_ray
 from captioner.serving import proxy
 from captioner.serving.build import build_app, describe_models
 from captioner.serving.security import GuardSettings

@@ -11,7 +11,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from captioner.config import ServeConfig
-from captioner.images import sniff_format
+from captioner.images.load import sniff_format
 from captioner.serving.messages import CaptionParameters, RequestError
 
 # Pictures by content that are none of ours, to tell "another type" from "not a picture": signature and its place.

@@ -3,6 +3,7 @@
 import posixpath
 
 from captioner import storage
+from captioner.artifacts.output import CLAIM
 from captioner.config import ImageLimits, SourceConfig
 from captioner.errors import SourceError, StoreError
 from captioner.sources.base import Source
@@ -95,9 +96,7 @@ def _list(spec: str, uri: str) -> list[storage.FileInfo] | None:
     except (StoreError, OSError) as error:
         raise SourceError(f"{spec}: {' '.join(str(error).split())}") from error
     written = [
-        posixpath.dirname(file.path)
-        for file in files
-        if posixpath.basename(file.path) == storage.CLAIM
+        posixpath.dirname(file.path) for file in files if posixpath.basename(file.path) == CLAIM
     ]
     if "" in written:
         raise SourceError(f"{spec}: written by a job of this package: not a source of images")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
 
-from captioner.schema import SourceIdentity
+from captioner.artifacts.schema import SourceIdentity
 
 if (
     TYPE_CHECKING

@@ -14,9 +14,9 @@ import ray
 from pyarrow.fs import FileSystem
 
 from captioner import storage
+from captioner.artifacts.schema import CAPTION_ROWS, SourceIdentity
 from captioner.config import ImageLimits, SourceConfig, Split
 from captioner.errors import SourceError, StoreError
-from captioner.schema import CAPTION_ROWS, SourceIdentity
 from captioner.sources.captions import (
     CaptionFile,
     looks_like_captions,

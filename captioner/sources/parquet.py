@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner import storage
+from captioner.artifacts.schema import CAPTION_ROWS, SourceIdentity
 from captioner.config import SourceConfig, Split
 from captioner.errors import SourceError, StoreError
-from captioner.schema import CAPTION_ROWS, SourceIdentity
 from captioner.sources.parquet_files import InspectedFile, open_files, read_splits
 from captioner.sources.parquet_rows import Labels, slices
 from captioner.sources.splits import hashed_split, split_in_name

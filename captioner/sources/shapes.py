@@ -5,8 +5,8 @@ from functools import partial
 
 import pyarrow as pa
 
+from captioner.artifacts.schema import CAPTION_ROWS, SPLITS, SourceIdentity
 from captioner.config import ShapesConfig
-from captioner.schema import CAPTION_ROWS, SPLITS, SourceIdentity
 from captioner.sources.scenes import draw_scene, make_scene
 from captioner.sources.tasks import Piece, PieceSource, source_rows
 

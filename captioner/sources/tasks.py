@@ -9,7 +9,7 @@ from ray.data import DataContext, Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from captioner.schema import SOURCE_ROWS
+from captioner.artifacts.schema import SOURCE_ROWS
 
 BYTES_PER_PIECE = 64 * 2**20
 

@@ -18,19 +18,14 @@ from captioner.storage.files import (
     resolve,
     write_bytes,
 )
-from captioner.storage.output import CLAIM, MANIFEST, Output, differences
 
 __all__ = [
-    "CLAIM",
-    "MANIFEST",
     "S3_ADDRESS_VARIABLES",
     "FileInfo",
-    "Output",
     "absolute",
     "atomic_writer",
     "copy_file",
     "create_exclusively",
-    "differences",
     "exists",
     "is_directory",
     "is_local",

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captioner.artifacts.feature_store import FeatureStore
 from captioner.config import TextConfig
-from captioner.models.base import Features
-from captioner.store import FeatureStore
+from captioner.decoders.base import Features
 from captioner.text import PAD, START, Vocabulary, clean
 from captioner.training.plan import Indices, Plan
 

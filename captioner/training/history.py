@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from captioner.artifacts.schema import Record
 from captioner.config import TrainConfig
-from captioner.schema import Record
 from captioner.training.data import Batch
 
 

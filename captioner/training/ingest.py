@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captioner.artifacts.feature_store import Chunk, FeatureStore
+from captioner.artifacts.schema import view_names
 from captioner.config import TrainConfig
-from captioner.models.base import Features
-from captioner.schema import view_names
-from captioner.store import Chunk, FeatureStore
+from captioner.decoders.base import Features
 from captioner.text import Vocabulary
 from captioner.training.data import Batch, CaptionData
 from captioner.training.plan import (

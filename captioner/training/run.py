@@ -27,12 +27,8 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from captioner import storage
-from captioner.cider import NGramFrequencies
-from captioner.cluster import num_cpus, num_gpus, start_ray
-from captioner.config import TrainConfig
-from captioner.errors import CaptionerError, ConfigError, StoreError, TrainingError
-from captioner.events import event_file
-from captioner.model_store import (
+from captioner.artifacts.feature_store import ENCODER_WEIGHTS, FeatureStore
+from captioner.artifacts.model_directory import (
     CONFIG,
     NGRAMS,
     VOCABULARY,
@@ -41,11 +37,16 @@ from captioner.model_store import (
     load_model,
     save_model,
 )
-from captioner.models import build_decoder
-from captioner.models.summary import summarize
+from captioner.artifacts.output import Output
+from captioner.artifacts.tensorboard import event_file
+from captioner.config import TrainConfig
+from captioner.decoders import build_decoder
+from captioner.decoders.summary import summarize
+from captioner.decoding.cider import NGramFrequencies
+from captioner.errors import CaptionerError, ConfigError, StoreError, TrainingError
 from captioner.plots import plot_history
-from captioner.progress import MessageLog
-from captioner.store import ENCODER_WEIGHTS, FeatureStore
+from captioner.runtime.cluster import num_cpus, num_gpus, start_ray
+from captioner.runtime.progress import MessageLog
 from captioner.text import Vocabulary, clean
 from captioner.training.history import EpochRecord, best_epoch, read_history
 from captioner.training.worker import BEST, HISTORY, LAST, train_worker
@@ -102,7 +103,7 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
     columns = build_decoder(config.decoder, 5, 1).columns
     store.require("train", columns, captions=True, mirrored=config.mirrored, crops=config.crops)
     store.require("validation", columns, captions=True)
-    output = storage.Output(config.output, _identity(config, store))
+    output = Output(config.output, _identity(config, store))
     if output.complete:
         logger.info("%s is complete: nothing to do", output.root)
         return TrainResult(output.root, _published_history(output))
@@ -113,7 +114,9 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
         name = config.decoder.kind
         logger.info(
             "training %s on %s captions, %s words, %s worker%s",
-            name if config.decoder.members == 1 else f"{config.decoder.members} x {name}",
+            name
+            if config.decoder.ensemble_size == 1
+            else f"{config.decoder.ensemble_size} x {name}",
             f"{store.manifest.splits['train'].captions:,}",
             f"{len(vocabulary):,}",
             "-".join(str(number) for number in sorted(set(config.worker_range))),
@@ -165,7 +168,7 @@ def _start_coordinator() -> None:
 
 def _fit(
     config: TrainConfig,
-    output: storage.Output,
+    output: Output,
     vocabulary: Vocabulary,
     callbacks: Sequence[UserCallback],
 ) -> tuple[bytes, bytes, list[EpochRecord]]:
@@ -249,7 +252,7 @@ def _user_error(failure: Exception) -> Exception:
 
 def _publish(
     config: TrainConfig,
-    output: storage.Output,
+    output: Output,
     store: FeatureStore,
     vocabulary: Vocabulary,
     ngrams: NGramFrequencies,
@@ -303,7 +306,7 @@ def _publish(
     filesystem.delete_dir(path)
 
 
-def _write_tensorboard(output: storage.Output, history: list[EpochRecord], summary: str) -> None:
+def _write_tensorboard(output: Output, history: list[EpochRecord], summary: str) -> None:
     with event_file(output, "training") as writer:
         # Markdown shows indented text as it is.
         writer.add_text("model", summary.replace("\n", "\n    ").join(["    ", ""]))
@@ -317,7 +320,7 @@ def _write_tensorboard(output: storage.Output, history: list[EpochRecord], summa
                 )
 
 
-def _published_history(output: storage.Output) -> list[EpochRecord]:
+def _published_history(output: Output) -> list[EpochRecord]:
     with storage.open_input(output.uri("history.parquet")) as file:
         rows = pq.read_table(file).to_pylist()
     if not rows:

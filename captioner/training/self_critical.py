@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from captioner.cider import NGramFrequencies, cider_d
 from captioner.config import DecodeConfig, SelfCriticalConfig
-from captioner.models.base import Decoder, Features
-from captioner.models.ensemble import members_of
-from captioner.models.sampling import sample
-from captioner.models.search import search
+from captioner.decoders.base import Decoder, Features
+from captioner.decoders.ensemble import members_of
+from captioner.decoding.beam import search
+from captioner.decoding.cider import NGramFrequencies, cider_d
+from captioner.decoding.sampling import sample
 from captioner.text import END, PAD
 from captioner.training.data import Batch, CaptionData
 from captioner.training.steps import autocast

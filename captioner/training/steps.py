@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from captioner.config import OptimizerConfig, TrainConfig
+from captioner.decoders.base import Decoder, Features
+from captioner.decoders.ensemble import Ensemble
 from captioner.errors import TrainingError
-from captioner.models.base import Decoder, Features
-from captioner.models.ensemble import Ensemble
 from captioner.text import PAD
 from captioner.training.loss import IGNORED, linear_cross_entropy
 

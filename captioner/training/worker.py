@@ -19,14 +19,14 @@ from ray.train.v2._internal.execution import context as train_context
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from captioner.artifacts.feature_store import FeatureStore
+from captioner.artifacts.model_directory import pack_weights, unpack_weights
 from captioner.config import TrainConfig
-from captioner.encoder import fast_bfloat16
+from captioner.decoders import build_decoder
+from captioner.decoders.base import Decoder, Features, Standardize
+from captioner.encoders.resnet50 import fast_bfloat16
 from captioner.errors import TrainingError
-from captioner.model_store import pack_weights, unpack_weights
-from captioner.models import build_decoder
-from captioner.models.base import Decoder, Features, Standardize
-from captioner.progress import TrainingGauges
-from captioner.store import FeatureStore
+from captioner.runtime.progress import TrainingGauges
 from captioner.text import Vocabulary
 from captioner.training.history import EpochRecord, Stopwatch, best_epoch, epoch_line, read_history
 from captioner.training.ingest import open_split
@@ -119,10 +119,10 @@ class Worker:
             TeacherForcing(self.decoder, config.label_smoothing)
         )
         self.average: AveragedModel | None = None
-        if config.averaging:
+        if config.ema_decay:
             self.average = AveragedModel(
                 self.decoder,
-                multi_avg_fn=get_ema_multi_avg_fn(config.averaging),  # type: ignore[no-untyped-call]
+                multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay),  # type: ignore[no-untyped-call]
             )
             # A copy's weights lie apart in memory, and cuDNN would put them together at every call.
             for part in self.average.modules():

@@ -14,14 +14,15 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
 from captioner import storage
-from captioner.cluster import num_cpus, num_gpus, start_ray
+from captioner.artifacts.feature_store import FeatureStore
+from captioner.artifacts.model_directory import load_model
+from captioner.artifacts.output import CLAIM, MANIFEST, Output
+from captioner.artifacts.schema import SCHEMA_VERSION, Record
 from captioner.config import TuneConfig
+from captioner.decoders import build_decoder
 from captioner.errors import TrainingError
-from captioner.model_store import load_model
-from captioner.models import build_decoder
 from captioner.plots.trials import TrialCurve, plot_trials
-from captioner.schema import SCHEMA_VERSION, Record
-from captioner.store import FeatureStore
+from captioner.runtime.cluster import num_cpus, num_gpus, start_ray
 from captioner.training.run import run_training
 from captioner.tuning.space import Hyperparameters, draw_trials, training_of
 
@@ -123,7 +124,7 @@ def run_search(config: TuneConfig) -> SearchResult:
         decoder = training_of(config, {**trials[0], "decoder": kind}, "unused", threads=1).decoder
         for split in ("train", "validation"):
             store.require(split, build_decoder(decoder, 5, 1).columns, captions=True)
-    output = storage.Output(
+    output = Output(
         config.output,
         {
             "job": "tune",
@@ -146,9 +147,7 @@ def run_search(config: TuneConfig) -> SearchResult:
         return _publish(config, output, found)
 
 
-def _run_trials(
-    config: TuneConfig, trials: list[Hyperparameters], output: storage.Output
-) -> list[Trial]:
+def _run_trials(config: TuneConfig, trials: list[Hyperparameters], output: Output) -> list[Trial]:
     slots = int(num_gpus() / config.gpus_per_trial) if num_gpus() else num_cpus()
     concurrent = min(config.max_concurrent or slots, slots, len(trials))
     trainable = _trainable(config, output.root, threads=max(1, num_cpus() // concurrent))
@@ -205,7 +204,7 @@ def _run_trials(
         number = int(parameters.pop("number"))
         frame = result.metrics_dataframe
         curve: list[tuple[int, float]] = []
-        done = storage.exists(storage.join(_trial_uri(output.root, number), storage.MANIFEST))
+        done = storage.exists(storage.join(_trial_uri(output.root, number), MANIFEST))
         if done:
             # The model's own history is whole, even where a kill swallowed some of Tune's reports.
             with storage.open_input(
@@ -251,7 +250,7 @@ def _metric(config: TuneConfig) -> tuple[str, str]:
     return ("validation_cider", "max") if config.metric == "cider" else ("validation_loss", "min")
 
 
-def _publish(config: TuneConfig, output: storage.Output, trials: list[Trial]) -> SearchResult:
+def _publish(config: TuneConfig, output: Output, trials: list[Trial]) -> SearchResult:
     metric, mode = _metric(config)
     largest = mode == "max"
     finished = [trial for trial in trials if trial.status == "finished"]
@@ -263,10 +262,10 @@ def _publish(config: TuneConfig, output: storage.Output, trials: list[Trial]) ->
     files = []
     for file in storage.list_files(source):
         # The copy becomes a model with its manifest, as everywhere the last file.
-        if file.path not in (storage.MANIFEST, storage.CLAIM):
+        if file.path not in (MANIFEST, CLAIM):
             storage.copy_file(file.uri, output.uri(MODEL, file.path))
             files.append(f"{MODEL}/{file.path}")
-    for name in (storage.CLAIM, storage.MANIFEST):
+    for name in (CLAIM, MANIFEST):
         storage.copy_file(storage.join(source, name), output.uri(MODEL, name))
         files.append(f"{MODEL}/{name}")
     load_model(output.uri(MODEL))
@@ -321,8 +320,8 @@ def _table(trials: list[Trial], metric: str, largest: bool) -> pa.Table:
     )
 
 
-def _published(output: storage.Output) -> SearchResult:
-    manifest = SearchManifest.model_validate(storage.read_json(output.uri(storage.MANIFEST)))
+def _published(output: Output) -> SearchResult:
+    manifest = SearchManifest.model_validate(storage.read_json(output.uri(MANIFEST)))
     with storage.open_input(output.uri(TRIALS)) as file:
         rows = pq.read_table(file).to_pylist()
     trials = [

@@ -4,12 +4,10 @@ from typing import Any
 
 import numpy as np
 
+from captioner import notebook
 from captioner.config import DecoderConfig, OptimizerConfig, TrainConfig, TuneConfig
 
 Hyperparameters = dict[str, str | int | float]
-
-# The widest first: the longest trials do not come last, and those that ASHA judges later meet a strong one.
-SEED_WIDTHS, SEED_OPTIMIZERS = (512, 256, 128), ("adam", "rmsprop")
 
 
 def draw_trials(config: TuneConfig, *, grid: bool) -> list[Hyperparameters]:
@@ -18,12 +16,8 @@ def draw_trials(config: TuneConfig, *, grid: bool) -> list[Hyperparameters]:
     Args:
         grid: whether the store holds the grid, which most of the wide space's decoders read.
     """
-    if config.space == "seed":
-        return [
-            {"decoder": "merge", "width": width, "optimizer": optimizer, "dropout": 0.5}
-            for width in SEED_WIDTHS
-            for optimizer in SEED_OPTIMIZERS
-        ]
+    if config.space == "notebook":
+        return [dict(trial) for trial in notebook.SEARCH_SPACE]
     generator = np.random.default_rng(config.seed)
     kinds = ["merge", "sequence_attention"]
     if grid:
@@ -59,8 +53,8 @@ def training_of(
                 "kind": trial["decoder"],
                 "width": trial["width"],
                 "dropout": trial["dropout"],
-                # As in the preset seed_merge.
-                "standardize": "whole" if config.space == "seed" else "channels",
+                # As in the preset notebook_merge.
+                "standardize": "whole" if config.space == "notebook" else "channels",
             }
         ),
         text=config.text,
@@ -70,7 +64,7 @@ def training_of(
                 "learning_rate": trial.get("learning_rate", 1e-3),
                 "weight_decay": trial.get("weight_decay", 0.0),
                 # The notebook clipped nothing.
-                "clip_norm": None if config.space == "seed" else 5.0,
+                "clip_norm": None if config.space == "notebook" else 5.0,
             }
         ),
         epochs=config.max_epochs,

@@ -11,12 +11,12 @@ import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.util.state import get_actor
 
-from captioner import cluster
+from captioner.artifacts.schema import feature_rows
 from captioner.config import EncoderConfig, ExtractConfig, ShapesConfig, SourceConfig
 from captioner.errors import ConfigError
-from captioner.features import extract
-from captioner.pipeline import rows_per_file
-from captioner.schema import feature_rows
+from captioner.features.extract import extract
+from captioner.features.pipeline import rows_per_file
+from captioner.runtime import cluster
 from tests.head import ROOT
 
 pytestmark = pytest.mark.timeout(600)
@@ -60,7 +60,7 @@ def test_a_cluster_of_one_cpu_is_refused_in_one_line(tmp_path: Path) -> None:
 def test_processes_of_a_local_ray_know_which_ray_is_theirs() -> None:
     """Ray Train's cleaner asks for the state of an actor; beside another Ray it must not ask that one, nor give up."""
     other = subprocess.Popen(
-        [sys.executable, "-c", "from captioner import cluster; cluster.start_local_ray(); print('up'); input()"],
+        [sys.executable, "-c", "from captioner.runtime.cluster import start_local_ray as s; s(); print('up'); input()"],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -10,12 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from captioner import collection, storage
-from captioner.captioning import Captioner
-from captioner.collection import caption_collection
+from captioner import storage
+from captioner.artifacts.model_directory import NGRAMS, WEIGHTS
+from captioner.captioning import collection
+from captioner.captioning.captioner import Captioner
+from captioner.captioning.collection import caption_collection
 from captioner.config import CaptionConfig, DecodeConfig, DecodeOverrides
 from captioner.errors import ModelError, StoreError
-from captioner.model_store import NGRAMS, WEIGHTS
 from tests.models import write_model
 from tests.pictures import picture
 
@@ -23,7 +24,7 @@ pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
 
 
 # The model's own search; the job asks for a few words and a second caption besides.
-OWN = DecodeConfig(beam_size=2, consensus=8)
+OWN = DecodeConfig(beam_size=2, mbr_samples=8)
 
 
 @pytest.fixture(scope="module")

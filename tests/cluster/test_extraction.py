@@ -17,17 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from captioner import features as extraction
-from captioner.checkpoint import CHECKPOINT
+from captioner.artifacts.feature_store import FeatureStore
+from captioner.artifacts.schema import StoreManifest
 from captioner.config import EncoderConfig, ExtractConfig, ImageLimits
-from captioner.encoder import Encoder
+from captioner.encoders.resnet50 import Encoder
 from captioner.errors import SourceError, StoreError
-from captioner.features import extract
-from captioner.images import decode_image
-from captioner.schema import StoreManifest
+from captioner.features import extract as extraction
+from captioner.features.extract import extract
+from captioner.features.row_marks import CHECKPOINT
+from captioner.images.load import load_image
+from captioner.images.views import other_views
 from captioner.sources.scenes import draw_scene
-from captioner.store import FeatureStore
-from captioner.views import other_views
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = 120
@@ -318,7 +318,7 @@ def test_other_views_are_encoded_as_pictures_of_their_own(tmp_path: Path) -> Non
     )
     table = store.load("test", columns)
     encoder = Encoder.load(store.encoder_weights_uri, store.manifest.encoder)
-    pixels = np.stack([decode_image(draw_scene(0, "train", index)) for index in range(5)])
+    pixels = np.stack([load_image(draw_scene(0, "train", index)) for index in range(5)])
     pictures = {"": pixels, **dict(other_views(pixels, table.image_ids, mirrored=True, crops=2))}
     for view, images in pictures.items():
         pooled, grid = encoder(images, grid=True)

@@ -18,7 +18,7 @@ from tests.processes import command_lines, descendants, listening
 # A worker of its own and the dashboard's agents make every kind of process that a job has.
 PROGRAM = """
 import json, sys, ray
-from captioner import cluster
+from captioner.runtime import cluster
 cluster.start_ray()
 ray.get(ray.remote(lambda: 1).remote())
 node = ray._private.worker._global_node

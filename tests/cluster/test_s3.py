@@ -18,9 +18,10 @@ from moto.server import ThreadedMotoServer
 from ray.cluster_utils import Cluster
 
 from captioner import storage
-from captioner.checkpoint import CHECKPOINT
-from captioner.cluster import start_ray
-from captioner.collection import caption_collection
+from captioner.artifacts.feature_store import FeatureStore
+from captioner.artifacts.model_directory import load_model
+from captioner.artifacts.output import MANIFEST, Output
+from captioner.captioning.collection import caption_collection
 from captioner.config import (
     CaptionConfig,
     DecodeOverrides,
@@ -31,11 +32,11 @@ from captioner.config import (
     TrainConfig,
 )
 from captioner.errors import StoreError
-from captioner.evaluation import evaluate
-from captioner.features import extract
-from captioner.model_store import load_model
+from captioner.evaluation.evaluate import evaluate
+from captioner.features.extract import extract
+from captioner.features.row_marks import CHECKPOINT
+from captioner.runtime.cluster import start_ray
 from captioner.sources.scenes import draw_scene, make_scene
-from captioner.store import FeatureStore
 from captioner.training.run import WORK, run_training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,7 +126,7 @@ def features(bucket: str) -> str:
         }
     )
     program = (
-        "import sys; from captioner.config import ExtractConfig; from captioner.features import extract;"
+        "import sys; from captioner.config import ExtractConfig; from captioner.features.extract import extract;"
         "extract(ExtractConfig.model_validate_json(sys.argv[1]))"
     )
     child = subprocess.Popen(
@@ -146,7 +147,7 @@ def features(bucket: str) -> str:
         time.sleep(0.05)
     child.send_signal(signal.SIGKILL)
     child.communicate()
-    assert storage.MANIFEST not in keys("features/")
+    assert MANIFEST not in keys("features/")
     before = {key.removesuffix(".parquet") for key in done}
     extract(config)
     # The first run's files are among the published ones: they were not made again.
@@ -204,7 +205,7 @@ def test_model_is_published_without_its_checkpoints(model: str) -> None:
 def test_evaluation_reads_model_features_and_pictures_from_s3(
     model: str, features: str, bucket: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "captioner.progress")
+    caplog.set_level(logging.INFO, "captioner.runtime.progress")
     report = evaluate(
         EvaluateConfig(
             features=features,
@@ -237,12 +238,12 @@ def test_collection_is_captioned_from_s3_to_s3(model: str, bucket: str) -> None:
 
 
 def test_of_two_writers_one_publishes(bucket: str) -> None:
-    first, second = (storage.Output(f"{bucket}/contested", {"job": "x"}) for _ in range(2))
+    first, second = (Output(f"{bucket}/contested", {"job": "x"}) for _ in range(2))
     first.publish(json.dumps({"writer": 1}))
     with pytest.raises(StoreError, match="another run published first"):
         second.publish(json.dumps({"writer": 2}))
     assert storage.read_json(f"{bucket}/contested/manifest.json") == {"writer": 1}
-    assert storage.Output(f"{bucket}/contested", {"job": "x"}).complete
+    assert Output(f"{bucket}/contested", {"job": "x"}).complete
 
 
 def test_missing_bucket_is_one_line(bucket: str) -> None:

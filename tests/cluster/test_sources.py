@@ -14,9 +14,9 @@ import ray
 from ray.data import DataContext
 from ray.data.checkpoint import CheckpointConfig
 
+from captioner.artifacts.schema import CAPTION_ROWS, SOURCE_ROWS
 from captioner.config import ImageLimits, ShapesConfig, SourceConfig
 from captioner.errors import SourceError
-from captioner.schema import CAPTION_ROWS, SOURCE_ROWS
 from captioner.sources import hub, open_source, read_image
 from captioner.sources.base import Source
 from captioner.sources.parquet_rows import BYTES_PER_TABLE, SLICES_PER_GROUP

@@ -19,12 +19,12 @@ import torch
 from ray.train import UserCallback
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+from captioner.artifacts.feature_store import FeatureStore
+from captioner.artifacts.model_directory import load_model
 from captioner.config import DecoderConfig, OptimizerConfig, SelfCriticalConfig, TrainConfig
 from captioner.errors import ConfigError, StoreError, TrainingError
-from captioner.model_store import load_model
-from captioner.progress import TrainingGauges
+from captioner.runtime.progress import TrainingGauges
 from captioner.serving.metrics import exposition
-from captioner.store import FeatureStore
 from captioner.text import END, START
 from captioner.training import run
 from captioner.training.history import EpochRecord
@@ -52,7 +52,7 @@ def settings(features: str, output: Path, **changes: Any) -> TrainConfig:
     base = TrainConfig(
         features=features,
         output=str(output),
-        decoder=DecoderConfig(width=16, output_width=16, dropout=0.3, members=2),
+        decoder=DecoderConfig(width=16, output_width=16, dropout=0.3, ensemble_size=2),
         optimizer=OptimizerConfig(
             learning_rate=0.02, schedule="plateau", plateau_patience=1, warmup_steps=3
         ),
@@ -62,7 +62,7 @@ def settings(features: str, output: Path, **changes: Any) -> TrainConfig:
             epochs=SELF_CRITICAL_EPOCHS, learning_rate=0.002, samples=3, global_batch=18
         ),
         patience=None,
-        averaging=0.6,
+        ema_decay=0.6,
         compute="float32",
     )
     return base.model_copy(update=changes)
@@ -276,7 +276,7 @@ def test_averaging_changes_what_is_validated_and_nothing_of_the_training(
             settings(
                 features,
                 tmp_path / f"{decay}",
-                averaging=decay,
+                ema_decay=decay,
                 epochs=2,
                 self_critical=SelfCriticalConfig(),
                 optimizer=OptimizerConfig(learning_rate=0.02, schedule="constant"),

@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from captioner.artifacts.model_directory import load_model
 from captioner.config import TuneConfig
 from captioner.errors import StoreError
-from captioner.model_store import load_model
 from captioner.tuning import search
 from captioner.tuning.search import SearchResult, run_search
 from tests.stores import write_store
@@ -128,7 +128,12 @@ def test_complete_search_is_left_alone_and_another_refused(
 @pytest.mark.chaos
 def test_killed_search_goes_on_with_the_same_trials(features: str, tmp_path: Path) -> None:
     config = settings(
-        features, tmp_path / "out", space="seed", scheduler="none", max_epochs=2, max_concurrent=2
+        features,
+        tmp_path / "out",
+        space="notebook",
+        scheduler="none",
+        max_epochs=2,
+        max_concurrent=2,
     )
     program = (
         "import sys; from captioner.config import TuneConfig; from captioner.tuning.search import run_search;"

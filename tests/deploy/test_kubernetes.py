@@ -14,8 +14,8 @@ import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from captioner import cli
 from captioner.config import ExtractConfig, ServeConfig
+from captioner.runtime import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = {"rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec",
@@ -79,7 +79,7 @@ def test_manifest_has_known_fields_and_safe_pods(name: str) -> None:
 def test_job_is_one_that_parses() -> None:
     python, option, module, *arguments = shlex.split(load("rayjob.yaml")["spec"]["entrypoint"])
     assert (python, option, module) == ("python", "-m", "ray_jobs.extract_features")
-    assert cli.parse(ExtractConfig, arguments).output.startswith("s3://")
+    assert command_line.parse(ExtractConfig, arguments).output.startswith("s3://")
 
 
 def test_service_is_one_that_ray_serve_and_the_application_accept() -> None:

@@ -16,10 +16,11 @@ from ray.dashboard.modules.metrics import templates as metrics_templates
 from ray.scripts.scripts import cli as ray_cli
 from ray.serve.scripts import cli as serve_cli
 
-from captioner import cli
+from benchmarks import config as benchmarks
 from captioner import config as settings
 from captioner.errors import ConfigError
 from captioner.presets import PRESETS
+from captioner.runtime import command_line
 from captioner.sources.scenes import draw_scene
 from tests.head import ROOT, Head
 
@@ -33,11 +34,11 @@ CONFIGS = {
     "evaluate": settings.EvaluateConfig,
     "caption": settings.CaptionConfig,
     "serve": settings.ServeConfig,
-    "benchmark extract": settings.BenchmarkExtractConfig,
-    "benchmark resume": settings.BenchmarkResumeConfig,
-    "benchmark scale": settings.BenchmarkScaleConfig,
-    "benchmark serve": settings.BenchmarkServeConfig,
-    "benchmark train": settings.BenchmarkTrainConfig,
+    "benchmark extract": benchmarks.BenchmarkExtractConfig,
+    "benchmark resume": benchmarks.BenchmarkResumeConfig,
+    "benchmark scale": benchmarks.BenchmarkScaleConfig,
+    "benchmark serve": benchmarks.BenchmarkServeConfig,
+    "benchmark train": benchmarks.BenchmarkTrainConfig,
 }
 TARGETS = {"extract": "extract_features"}
 # Real data and full size, made tiny; what is not named runs as it is written.
@@ -81,11 +82,11 @@ def parse_job(name: str, arguments: list[str]) -> object:
     config_type = CONFIGS[name]
     if arguments == ["--help"]:
         with pytest.raises(SystemExit) as stop:
-            cli.parse(config_type, arguments)
+            command_line.parse(config_type, arguments)
         assert stop.value.code == 0
         return None
     presets = PRESETS if name == "train" else None
-    return cli.parse(config_type, arguments, presets=presets)  # type: ignore[arg-type]
+    return command_line.parse(config_type, arguments, presets=presets)  # type: ignore[arg-type]
 
 
 def check_python(words: list[str]) -> None:

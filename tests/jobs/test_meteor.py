@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from captioner.metrics import score_standard
-from tests.unit.test_metrics import NLG_EVAL_HYPOTHESES, NLG_EVAL_REFERENCES
+from captioner.evaluation.scores import score_standard
+from tests.unit.test_scores import NLG_EVAL_HYPOTHESES, NLG_EVAL_REFERENCES
 
 pytestmark = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from captioner.captioning import Captioner
+from captioner.artifacts.feature_store import FeatureStore
+from captioner.captioning.captioner import Captioner
 from captioner.config import DecodeConfig
-from captioner.images import decode_image
+from captioner.images.load import load_image
 from captioner.sources import read_image
-from captioner.store import FeatureStore
 
 from .conftest import RunJob
 
@@ -73,7 +73,7 @@ def test_scores_have_the_promised_form(road: Path) -> None:
     scores = json.loads((road / "report/scores.json").read_text())
     bleu = {"bleu_1", "bleu_2", "bleu_3", "bleu_4"}
     assert bleu | {"rouge_l", "cider"} <= scores["standard"].keys()
-    assert scores["seed"].keys() == bleu
+    assert scores["notebook"].keys() == bleu
     assert scores["images"] == 16
     assert 0 < scores["loss"] < 8
     assert 0 < scores["accuracy"] < 1
@@ -123,7 +123,7 @@ def test_captioner_gives_the_same_vector_and_caption_as_the_jobs(road: Path) -> 
     uris = store.image_uris("validation")
     for position, name in enumerate(table.image_ids[:4]):
         data = read_image(uris[name])
-        pooled, grid = captioner.encoder(decode_image(data)[np.newaxis], grid=True)
+        pooled, grid = captioner.encoders.resnet50(load_image(data)[np.newaxis], grid=True)
         np.testing.assert_array_equal(pooled[0].numpy(), table.columns["pooled"][position])
         assert grid is not None
         np.testing.assert_array_equal(grid[0].numpy(), table.columns["grid"][position])
@@ -175,7 +175,7 @@ def test_bad_input_is_one_line_status_2_and_publishes_nothing(
     [
         (["extract", "--source", "shapes", "--source-options.shapes.train", "100", "--grid",
           "--images", "200", "--seconds", "1", "--batch-size", "16", "--encoder.layer", "layer3"],
-         ["decode_only", "model_only", "limit", "pipeline", "ratio"]),
+         ["load_only", "model_only", "limit", "pipeline", "ratio"]),
         (["train", "--features", "{road}/features", "--decoders", "merge", "--decoder.width", "32",
           "--workers", "1", "--steps", "5", "--global-batch", "32"], ["rates"]),
         # The folder holds a file that is no picture.

@@ -15,7 +15,7 @@ from moto.server import ThreadedMotoServer
 from ray.cluster_utils import Cluster
 
 from captioner import storage
-from captioner.cluster import start_ray
+from captioner.runtime.cluster import start_ray
 
 BUCKET = "nodes"
 # Of one worker node: an encoder or a training worker, and tasks beside it.

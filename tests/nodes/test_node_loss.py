@@ -17,8 +17,7 @@ import torch
 from ray import serve
 
 from captioner import storage
-from captioner.checkpoint import CHECKPOINT
-from captioner.collection import caption_collection
+from captioner.captioning.collection import caption_collection
 from captioner.config import (
     CaptionConfig,
     DecodeOverrides,
@@ -29,7 +28,8 @@ from captioner.config import (
     TrainConfig,
     TuneConfig,
 )
-from captioner.features import extract
+from captioner.features.extract import extract
+from captioner.features.row_marks import CHECKPOINT
 from captioner.serving.run import deploy, url
 from captioner.sources.scenes import draw_scene, make_scene
 from captioner.training.run import WORK, run_training

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from captioner.captioning import Captioner
+from captioner.captioning.captioner import Captioner
 from captioner.config import DecodeConfig
 from tests.head import ROOT, free_port
 from tests.pictures import bomb, picture

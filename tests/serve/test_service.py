@@ -15,7 +15,7 @@ import torch
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from captioner.captioning import Captioner
+from captioner.captioning.captioner import Captioner
 from captioner.config import DecodeConfig, ServeConfig
 from tests.head import ROOT
 from tests.pictures import bomb, picture

@@ -5,7 +5,7 @@ import asyncio
 import httpx
 import pytest
 
-from captioner.captioning import Captioner
+from captioner.captioning.captioner import Captioner
 from tests.pictures import picture
 from tests.serve.conftest import ARGS
 from tests.serve.service import Service

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from captioner.benchmark.scale import DATA_SETS, _bends, benchmark_scale
-from captioner.config import BenchmarkScaleConfig
+from benchmarks.config import BenchmarkScaleConfig
+from benchmarks.scale import DATA_SETS, _bends, benchmark_scale
 from captioner.errors import StoreError
 from tests.stores import write_store
 
@@ -13,9 +13,7 @@ from tests.stores import write_store
 @pytest.fixture
 def config(tmp_path: Path) -> BenchmarkScaleConfig:
     store = write_store(tmp_path / "store", {"train": 30, "validation": 10}, files=4)
-    return BenchmarkScaleConfig(
-        features=store, images_per_second=50, decoded_per_second=200, cpus=2
-    )
+    return BenchmarkScaleConfig(features=store, images_per_second=50, loaded_per_second=200, cpus=2)
 
 
 def test_sizes_follow_from_the_store_and_times_from_the_rates(config: BenchmarkScaleConfig) -> None:

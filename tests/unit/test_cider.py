@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 from pycocoevalcap.cider.cider import Cider
 
-from captioner.cider import NGramFrequencies, cider_d
+from captioner.decoding.cider import NGramFrequencies, cider_d
 from captioner.errors import ModelError
 
 Captions = list[list[int]]

@@ -2,10 +2,10 @@
 
 import pytest
 
-from captioner import cli
 from captioner.config import EvaluateConfig, ExtractConfig, TrainConfig
 from captioner.errors import ConfigError, SourceError
 from captioner.presets import PRESETS
+from captioner.runtime import command_line
 
 MINIMAL = ["--source", "shapes", "--output", "x"]
 
@@ -28,18 +28,18 @@ def test_wrong_value_names_field_value_and_rule_in_one_line(
     arguments: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        cli.parse(ExtractConfig, MINIMAL + arguments)
+        command_line.parse(ExtractConfig, MINIMAL + arguments)
     assert "\n" not in str(caught.value)
 
 
 def test_missing_argument_is_named() -> None:
     with pytest.raises(ConfigError, match="--output"):
-        cli.parse(ExtractConfig, ["--source", "shapes"])
+        command_line.parse(ExtractConfig, ["--source", "shapes"])
 
 
 def test_contradicting_values_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"num-captions: 5 must be at most beam-size 3"):
-        cli.parse(
+        command_line.parse(
             EvaluateConfig,
             ["--features", "f", "--model", "m", "--output", "o"]
             + ["--decode.num-captions", "5", "--decode.beam-size", "3"],
@@ -47,24 +47,26 @@ def test_contradicting_values_are_refused() -> None:
 
 
 def test_nested_flags_reach_their_fields() -> None:
-    config = cli.parse(ExtractConfig, [*MINIMAL, "--encoder.weights", "random", "--grid"])
+    config = command_line.parse(ExtractConfig, [*MINIMAL, "--encoder.weights", "random", "--grid"])
     assert config.encoder.weights == "random"
     assert config.grid
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_parses_and_yields_to_flags(name: str) -> None:
-    plain = cli.parse(TrainConfig, ["--preset", name], presets=PRESETS)
+    plain = command_line.parse(TrainConfig, ["--preset", name], presets=PRESETS)
     assert plain == PRESETS[name]()
-    changed = cli.parse(TrainConfig, [f"--preset={name}", "--decoder.width", "64"], presets=PRESETS)
+    changed = command_line.parse(
+        TrainConfig, [f"--preset={name}", "--decoder.width", "64"], presets=PRESETS
+    )
     assert changed == plain.model_copy(
         update={"decoder": plain.decoder.model_copy(update={"width": 64})}
     )
 
 
 def test_unknown_preset_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match="seed_merge"):
-        cli.parse(TrainConfig, ["--preset", "nothing"], presets=PRESETS)
+    with pytest.raises(ConfigError, match="notebook_merge"):
+        command_line.parse(TrainConfig, ["--preset", "nothing"], presets=PRESETS)
 
 
 def test_user_error_is_one_line_and_status_2(
@@ -75,7 +77,7 @@ def test_user_error_is_one_line_and_status_2(
 
     monkeypatch.setattr("sys.argv", ["job", *MINIMAL])
     with pytest.raises(SystemExit) as stop:
-        cli.run(job, ExtractConfig)
+        command_line.run(job, ExtractConfig)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: nothing there\n"
 
@@ -85,15 +87,18 @@ def test_help_ends_with_status_0_and_names_units(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["job", "--help"])
     with pytest.raises(SystemExit) as stop:
-        cli.run(print, ExtractConfig)
+        command_line.run(print, ExtractConfig)
     assert stop.value.code == 0
     assert "in bytes" in capsys.readouterr().out
 
 
 def test_workers_are_one_number_or_a_range_in_order() -> None:
     base = ["--features", "f", "--output", "o"]
-    assert cli.parse(TrainConfig, base).worker_range == (1, 1)
-    assert cli.parse(TrainConfig, [*base, "--num-workers", "3"]).worker_range == (3, 3)
-    assert cli.parse(TrainConfig, [*base, "--num-workers", "1", "4"]).worker_range == (1, 4)
+    assert command_line.parse(TrainConfig, base).worker_range == (1, 1)
+    assert command_line.parse(TrainConfig, [*base, "--num-workers", "3"]).worker_range == (3, 3)
+    assert command_line.parse(TrainConfig, [*base, "--num-workers", "1", "4"]).worker_range == (
+        1,
+        4,
+    )
     with pytest.raises(ConfigError, match="the first of 4 1 must not be the larger"):
-        cli.parse(TrainConfig, [*base, "--num-workers", "4", "1"])
+        command_line.parse(TrainConfig, [*base, "--num-workers", "4", "1"])

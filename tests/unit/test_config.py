@@ -5,16 +5,16 @@ from pydantic import ValidationError
 
 from captioner.config import DecodeConfig, DecodeOverrides
 
-OWN = DecodeConfig(beam_size=4, num_captions=2, length_penalty=1.0, consensus=9)
+OWN = DecodeConfig(beam_size=4, num_captions=2, length_penalty=1.0, mbr_samples=9)
 
 
 @pytest.mark.parametrize(
     ("asked", "changed"),
     [
         ({}, {}),
-        ({"consensus": 0, "length_penalty": 0.0}, {"consensus": 0, "length_penalty": 0.0}),
-        ({"beam_size": 1}, {"beam_size": 1, "num_captions": 1, "consensus": 0}),
-        ({"beam_size": 1, "consensus": 3}, {"beam_size": 1, "num_captions": 1, "consensus": 3}),
+        ({"mbr_samples": 0, "length_penalty": 0.0}, {"mbr_samples": 0, "length_penalty": 0.0}),
+        ({"beam_size": 1}, {"beam_size": 1, "num_captions": 1, "mbr_samples": 0}),
+        ({"beam_size": 1, "mbr_samples": 3}, {"beam_size": 1, "num_captions": 1, "mbr_samples": 3}),
         ({"beam_size": 3}, {"beam_size": 3}),
         ({"num_captions": 6}, {"beam_size": 6, "num_captions": 6}),
         ({"num_captions": 1}, {"num_captions": 1}),

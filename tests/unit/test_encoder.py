@@ -9,7 +9,7 @@ import torch
 from torchvision.models import resnet50
 
 from captioner.config import EncoderConfig
-from captioner.encoder import Encoder, build_network, identify, load_weights
+from captioner.encoders.resnet50 import Encoder, build_network, identify, load_weights
 from captioner.errors import ModelError
 
 RANDOM = EncoderConfig(weights="random")

@@ -9,18 +9,18 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from captioner import storage
-from captioner.captioning import Captioner
-from captioner.cider import NGramFrequencies
+from captioner.artifacts.feature_store import ENCODER_WEIGHTS, FeatureStore
+from captioner.artifacts.model_directory import ModelManifest, pack_weights, save_model
+from captioner.artifacts.output import Output
+from captioner.artifacts.schema import SourceIdentity, SplitCounts, StoreManifest
+from captioner.captioning.captioner import Captioner
 from captioner.config import DecodeConfig, DecoderConfig, EncoderConfig, TextConfig
-from captioner.encoder import identify, load_weights
-from captioner.evaluation import caption_statistics
-from captioner.model_store import ModelManifest, pack_weights, save_model
-from captioner.models import build_decoder
-from captioner.models.summary import summarize
-from captioner.report_pictures import draw_report
-from captioner.schema import SourceIdentity, SplitCounts, StoreManifest
-from captioner.store import ENCODER_WEIGHTS, FeatureStore
+from captioner.decoders import build_decoder
+from captioner.decoders.summary import summarize
+from captioner.decoding.cider import NGramFrequencies
+from captioner.encoders.resnet50 import identify, load_weights
+from captioner.evaluation.evaluate import caption_statistics
+from captioner.evaluation.pictures import draw_report
 from captioner.text import Vocabulary
 
 CAPTIONS = ["a dog runs", "two men on a hill", "a red ball"]
@@ -46,7 +46,7 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
     decoder = DecoderConfig(kind="transformer", width=16, heads=2, layers=1)
     torch.manual_seed(0)
     weights = pack_weights(build_decoder(decoder, len(vocabulary), 1024))
-    output = storage.Output(str(root / "model"), {"job": "train"})
+    output = Output(str(root / "model"), {"job": "train"})
     with output:
         record = save_model(
             output,

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from captioner.config import DecoderConfig, SelfCriticalConfig, TrainConfig
-from captioner.models import DECODERS, build_decoder
-from captioner.models.ensemble import Ensemble
-from captioner.models.sampling import sample
+from captioner.decoders import DECODERS, build_decoder
+from captioner.decoders.ensemble import Ensemble
+from captioner.decoding.sampling import sample
 from captioner.text import END, PAD, START, UNK
 from captioner.training.data import Batch, CaptionData
 from captioner.training.ingest import Resident

@@ -54,7 +54,7 @@ class Service:
             )
             for data, name in zip(upload.images, upload.names, strict=True)
         ]  # fmt: skip
-        timing = Timing(decode_ms=1, wait_ms=1, model_ms=1, total_ms=1, batch_size=1)
+        timing = Timing(load_ms=1, wait_ms=1, model_ms=1, total_ms=1, batch_size=1)
         return CaptionResponse(model=model, version="v", captions=captions, timing=timing)
 
     async def health(self) -> dict[str, str]:
@@ -110,7 +110,7 @@ def test_raw_image_is_captioned_by_the_default_model() -> None:
     body = answer.json()
     assert body["model"] == "first"
     assert [one["caption"] for one in body["captions"]] == [str(len(PICTURE))]
-    assert {"decode_ms", "wait_ms", "model_ms", "total_ms", "batch_size"} == body["timing"].keys()
+    assert {"load_ms", "wait_ms", "model_ms", "total_ms", "batch_size"} == body["timing"].keys()
     assert client.service.asked[0][2] == SEARCHES["first"]
     assert client.observed == [("/v1/captions", "POST", 200)]
 

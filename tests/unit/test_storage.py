@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from captioner import storage
+from captioner.artifacts.output import Output
 from captioner.errors import StoreError
 
 
@@ -57,38 +58,38 @@ def test_unknown_scheme_is_refused() -> None:
 
 def test_unpublished_directory_is_continued_by_the_same_job_only(tmp_path: Path) -> None:
     root = str(tmp_path / "out")
-    storage.Output(root, {"job": "x", "encoder": {"layer": "layer4"}}).close()
-    again = storage.Output(root, {"job": "x", "encoder": {"layer": "layer4"}})
+    Output(root, {"job": "x", "encoder": {"layer": "layer4"}}).close()
+    again = Output(root, {"job": "x", "encoder": {"layer": "layer4"}})
     assert again.resumed
     assert not again.complete
     again.close()
     with pytest.raises(StoreError, match=r"encoder\.layer: 'layer4' there, 'layer3' asked"):
-        storage.Output(root, {"job": "x", "encoder": {"layer": "layer3"}})
+        Output(root, {"job": "x", "encoder": {"layer": "layer3"}})
 
 
 def test_published_directory_is_complete_for_the_same_job_and_refused_to_another(
     tmp_path: Path,
 ) -> None:
     root = str(tmp_path / "out")
-    output = storage.Output(root, {"job": "x"})
+    output = Output(root, {"job": "x"})
     assert not output.complete
     output.publish(json.dumps({"done": True}))
-    assert storage.Output(root, {"job": "x"}).complete
+    assert Output(root, {"job": "x"}).complete
     with pytest.raises(StoreError, match="job: 'x' there, 'y' asked"):
-        storage.Output(root, {"job": "y"})
+        Output(root, {"job": "y"})
 
 
 def test_foreign_directory_is_never_written_into(tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_bytes(b"precious")
     with pytest.raises(StoreError, match="not empty"):
-        storage.Output(str(tmp_path), {"job": "x"})
+        Output(str(tmp_path), {"job": "x"})
     assert [entry.name for entry in tmp_path.iterdir()] == ["holiday.jpg"]
 
 
 def test_directory_being_written_by_a_live_process_is_refused_until_it_dies(tmp_path: Path) -> None:
     root = str(tmp_path / "out")
     program = (
-        "import sys; from captioner.storage import Output\n"
+        "import sys; from captioner.artifacts.output import Output\n"
         f"output = Output({root!r}, {{'job': 'x'}}); print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
@@ -100,9 +101,9 @@ def test_directory_being_written_by_a_live_process_is_refused_until_it_dies(tmp_
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(StoreError, match="being written by another process"):
-            storage.Output(root, {"job": "x"})
+            Output(root, {"job": "x"})
         holder.kill()
-    assert storage.Output(root, {"job": "x"}).resumed
+    assert Output(root, {"job": "x"}).resumed
 
 
 def test_relative_path_becomes_absolute_and_uri_stays(

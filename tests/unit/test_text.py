@@ -1,4 +1,4 @@
-"""Cleaning rules, the vocabulary, and the seed's figures on the real captions."""
+"""Cleaning rules, the vocabulary, and the notebook's figures on the real captions."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captioner.errors import ModelError
-from captioner.text import END, PAD, START, UNK, Vocabulary, clean, seed_text
+from captioner.notebook import clean_text
+from captioner.text import END, PAD, START, UNK, Vocabulary, clean
 
 FLICKR8K = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "flickr8k"
 
@@ -55,8 +56,8 @@ def test_standard_rules_keep_letters_and_digits(caption: str, words: list[str]) 
     ],
 )
 def test_seed_rules_do_what_the_notebook_did(caption: str, text: str, words: list[str]) -> None:
-    assert seed_text(caption) == text
-    assert clean(caption, "seed") == words
+    assert clean_text(caption) == text
+    assert clean(caption, "notebook") == words
 
 
 @given(st.text())
@@ -73,9 +74,9 @@ def test_clean_words_survive_encoding_and_decoding(caption: str) -> None:
 
 
 def test_seed_figures_on_the_real_captions(flickr8k_captions: list[str]) -> None:
-    texts = [seed_text(caption) for caption in flickr8k_captions]
-    words = [clean(caption, "seed") for caption in flickr8k_captions]
-    vocabulary = Vocabulary.build(words, rules="seed")
+    texts = [clean_text(caption) for caption in flickr8k_captions]
+    words = [clean(caption, "notebook") for caption in flickr8k_captions]
+    vocabulary = Vocabulary.build(words, rules="notebook")
 
     assert len(flickr8k_captions) == 30_000
     assert len(set(flickr8k_captions)) == 29_837
@@ -110,7 +111,7 @@ def test_rare_words_become_unknown() -> None:
 
 
 def test_unknown_words_vanish_under_the_seed_rules() -> None:
-    vocabulary = Vocabulary.build([["dog", "runs"]], rules="seed")
+    vocabulary = Vocabulary.build([["dog", "runs"]], rules="notebook")
     assert vocabulary.encode(["big", "dog", "slowly", "runs"], max_length=4) == [START, 4, 5, END]
 
 
@@ -128,7 +129,7 @@ def test_decoding_stops_at_end_and_leaves_out_special_tokens() -> None:
     assert vocabulary.decode([]) == ""
 
 
-@pytest.mark.parametrize("rules", ["standard", "seed"])
+@pytest.mark.parametrize("rules", ["standard", "notebook"])
 def test_json_round_trip(rules: str) -> None:
     vocabulary = Vocabulary.build([["caf\u00e9", "dog's"]], rules=rules)  # type: ignore[arg-type]
     assert Vocabulary.from_json(vocabulary.save_json()) == vocabulary

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from captioner.artifacts.feature_store import FeatureStore
+from captioner.artifacts.schema import GRID_CELLS
 from captioner.config import TextConfig, TrainConfig
 from captioner.errors import StoreError
-from captioner.schema import GRID_CELLS
-from captioner.store import FeatureStore
 from captioner.text import END, PAD, START, Vocabulary, clean
 from captioner.training.data import Batch, CaptionData
 from captioner.training.ingest import Resident, Streaming, open_split

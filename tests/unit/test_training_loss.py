@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from captioner.models.dropout import Dropout
+from captioner.decoders.dropout import Dropout
 from captioner.training import loss as module
 from captioner.training.loss import IGNORED, linear_cross_entropy
 

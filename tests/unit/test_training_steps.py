@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from captioner.config import DecoderConfig, OptimizerConfig, TrainConfig
+from captioner.decoders import build_decoder
 from captioner.errors import TrainingError
-from captioner.models import build_decoder
 from captioner.text import END, PAD, START
 from captioner.training.data import Batch, CaptionData
 from captioner.training.ingest import Resident

@@ -35,7 +35,7 @@ def test_wide_space_is_seeded_and_knows_the_store() -> None:
     assert without == {"merge", "sequence_attention"}
 
 
-@pytest.mark.parametrize("space", ["seed", "wide"])
+@pytest.mark.parametrize("space", ["notebook", "wide"])
 def test_every_trial_is_a_valid_training_run(space: str) -> None:
     config = BASE.model_copy(update={"space": space, "metric": "cider", "max_epochs": 4})
     for trial in draw_trials(config, grid=True):

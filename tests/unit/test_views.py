@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from captioner.images import Pixels, decode_image
-from captioner.schema import view_names
-from captioner.views import crop, other_views
+from captioner.artifacts.schema import view_names
+from captioner.images.load import Pixels, load_image
+from captioner.images.views import crop, other_views
 from tests.pictures import picture
 
 IDS = ["a.jpg", "b.jpg", "c.jpg"]
@@ -13,7 +13,7 @@ IDS = ["a.jpg", "b.jpg", "c.jpg"]
 
 @pytest.fixture(scope="module")
 def images() -> Pixels:
-    return np.stack([decode_image(picture(number)) for number in range(len(IDS))])
+    return np.stack([load_image(picture(number)) for number in range(len(IDS))])
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

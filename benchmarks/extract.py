@@ -1,0 +1,206 @@
+"""How fast extraction runs here, and what holds it back: each stage alone, then the pipeline, in one run."""
+
+import logging
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import safetensors.torch
+
+from benchmarks.config import BenchmarkExtractConfig
+from benchmarks.stages import load_rate, model_rate, take_sample
+from benchmarks.watch import Watch
+from captioner import storage
+from captioner.artifacts.feature_store import ENCODER_WEIGHTS
+from captioner.artifacts.output import Output
+from captioner.artifacts.schema import Record, SourceIdentity, feature_rows
+from captioner.config import ImageLimits
+from captioner.encoders.resnet50 import identify, load_weights
+from captioner.features.extract import EncodeImages, compute_on_cluster
+from captioner.features.pipeline import run_pipeline
+from captioner.runtime.cluster import num_cpus, num_gpus, plan_pool, start_ray
+from captioner.sources import open_source
+from captioner.sources.base import Source
+from captioner.sources.tasks import Piece, PieceSource
+
+logger = logging.getLogger(__name__)
+
+
+class ExtractBenchmark(Record):
+    """Rates are images per second over the whole cluster; memory is that of the driver's node."""
+
+    machine: str
+    encoder: str
+    images: int
+    batch_size: int
+    load_only: float
+    """All CPUs decoding, nothing else."""
+    model_only: float
+    """All encoder actors on images already decoded."""
+    limit: float
+    """What the pipeline could reach: the slower stage where a GPU runs the model, both sharing the cores otherwise."""
+    pipeline: float
+    """Steady rate: between a fifth and nine tenths of the images."""
+    ratio: float
+    """pipeline / limit."""
+    bottleneck: str
+    startup_seconds: float
+    """Wall time of the pipeline beyond images / steady rate."""
+    loaders_per_encoder: float
+    """CPUs that must decode to keep one encoder actor busy."""
+    spilled_bytes: int
+    peak_object_store_bytes: int
+    peak_driver_bytes: int
+    peak_encoder_bytes: int
+    """Of the largest encoder actor; resident, shared memory left out, as in the two beside it."""
+    peak_worker_bytes: int
+    """Of the largest worker that reads, decodes or writes."""
+
+    def table(self) -> str:
+        """For a terminal."""
+
+        def mebibytes(value: int) -> str:
+            return f"{value / 2**20:,.0f} MiB"
+
+        rows = [
+            ("decode only", f"{self.load_only:,.1f} images/s"),
+            ("model only", f"{self.model_only:,.1f} images/s"),
+            ("limit of both", f"{self.limit:,.1f} images/s"),
+            ("pipeline, steady", f"{self.pipeline:,.1f} images/s"),
+            ("pipeline / limit", f"{self.ratio:.2f}"),
+            ("bottleneck", self.bottleneck),
+            ("start-up", f"{self.startup_seconds:.1f} s"),
+            ("decoding CPUs per encoder", f"{self.loaders_per_encoder:.2f}"),
+            ("spilled", mebibytes(self.spilled_bytes)),
+            ("object store, peak", mebibytes(self.peak_object_store_bytes)),
+            ("driver, peak", mebibytes(self.peak_driver_bytes)),
+            ("largest encoder, peak", mebibytes(self.peak_encoder_bytes)),
+            ("largest other worker, peak", mebibytes(self.peak_worker_bytes)),
+        ]
+        lines = [f"{name:28}{value}" for name, value in rows]
+        return "\n".join([f"{self.machine}; {self.encoder}; {self.images:,} images", *lines])
+
+
+class RepeatedSource:
+    """A source's images over and over, under new ids, until there are enough."""
+
+    def __init__(self, source: Source, images: int):
+        self._source, self._images = source, images
+
+    def identity(self) -> SourceIdentity:
+        return self._source.identity()
+
+    def num_images(self) -> int:
+        return sum(piece.rows for piece in self._pieces())
+
+    def images(self) -> PieceSource:
+        return PieceSource("Repeated", self._pieces())
+
+    def captions(self) -> Iterator[pa.RecordBatch]:
+        return iter(())
+
+    def _pieces(self) -> list[Piece]:
+        pieces: list[Piece] = []
+        rows, turn = 0, 0
+        while rows < self._images:
+            for task in self._source.images().get_read_tasks(1):
+                read = partial(_renamed, task.read_fn, f"{turn:05d}/")
+                size = task.metadata.size_bytes or 0
+                pieces.append(Piece(read, task.metadata.num_rows or 0, size))
+                rows += pieces[-1].rows
+                if rows >= self._images:
+                    return pieces
+            turn += 1
+        return pieces
+
+
+def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
+    """Measure extraction with the settings of ``config``.
+
+    Raises:
+        SourceError, ModelError, ConfigError: as in extraction.
+    """
+    source = open_source(config.source, config.source_options)
+    tensors = load_weights(config.encoder)
+    start_ray()
+    pool = plan_pool(
+        config.images, size=config.num_encoders, cpus_per_actor=config.cpus_per_encoder
+    )
+    identity = identify(config.encoder, tensors, compute_on_cluster(config.encoder.compute))
+    with tempfile.TemporaryDirectory() as folder:
+        output = Output(config.scratch or f"{folder}/out", {"job": "benchmark"})
+        storage.write_bytes(output.uri(ENCODER_WEIGHTS), safetensors.torch.save(tensors))
+        options = {
+            "weights_uri": output.uri(ENCODER_WEIGHTS),
+            "identity": identity,
+            "grid": config.grid,
+            "mirrored": False,
+            "crops": 0,
+            "threads": pool.threads,
+        }
+        watch = Watch()
+        sample = take_sample(source)
+        logger.info("decoding alone, %.0f s", config.seconds)
+        decode = load_rate(sample, config.seconds)
+        logger.info("the model alone, %.0f s", config.seconds)
+        model = model_rate(sample, config.batch_size, config.seconds, options, pool)
+        logger.info("the pipeline")
+        repeated = RepeatedSource(source, config.images)
+        images = repeated.num_images()
+        started = time.perf_counter()
+        with watch:
+            run_pipeline(
+                repeated,
+                output,
+                "features",
+                feature_rows(identity.channels, config.grid),
+                EncodeImages,
+                options,
+                limits=ImageLimits(),
+                batch_size=config.batch_size,
+                pool=pool,
+                counter=watch.counter,
+            )
+        wall = time.perf_counter() - started
+        output.close()
+    steady = watch.steady(images)
+    # On GPUs the stages run side by side; on CPUs alone they take turns on the same cores.
+    gpus, cpus = num_gpus(), num_cpus()
+    limit = min(decode, model) if gpus else 1 / (1 / decode + 1 / model)
+    share = (1 / model) / (1 / decode + 1 / model)
+    return ExtractBenchmark(
+        machine=f"{cpus} CPUs, {gpus} GPUs, {platform.machine()}",
+        encoder=f"{config.encoder.name} {config.encoder.layer} {identity.compute}",
+        images=images,
+        batch_size=config.batch_size,
+        load_only=decode,
+        model_only=model,
+        limit=limit,
+        pipeline=steady,
+        ratio=steady / limit,
+        bottleneck=_bottleneck(decode, model, share, gpus > 0),
+        startup_seconds=max(0.0, wall - images / steady),
+        loaders_per_encoder=(model / pool.size) / (decode / cpus),
+        spilled_bytes=watch.spilled,
+        peak_object_store_bytes=watch.object_store,
+        peak_driver_bytes=watch.memory.driver,
+        peak_encoder_bytes=watch.memory.model_actor,
+        peak_worker_bytes=watch.memory.task_worker,
+    )
+
+
+def _bottleneck(decode: float, model: float, share: float, gpus: bool) -> str:
+    if gpus:
+        return "the model" if model <= decode else "decoding"
+    name, part = ("the model", share) if share >= 0.5 else ("decoding", 1 - share)
+    return f"{name}, {part:.0%} of the cores' work"
+
+
+def _renamed(read: Any, prefix: str) -> Iterator[pa.Table]:
+    for table in read():
+        ids = pa.compute.binary_join_element_wise(prefix, table["image_id"], "")
+        yield table.set_column(0, table.schema.field("image_id"), ids)

@@ -1,0 +1,205 @@
+"""How fast decoders train, how long they wait for data, and what data-parallel workers and streaming cost."""
+
+import logging
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import ray.train
+import torch
+from pydantic import BaseModel, ConfigDict
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from benchmarks.config import BenchmarkTrainConfig
+from captioner.artifacts.feature_store import FeatureStore
+from captioner.config import DecoderKind, TrainConfig
+from captioner.decoders import build_decoder
+from captioner.errors import ConfigError
+from captioner.runtime.cluster import num_cpus, num_gpus, start_ray
+from captioner.text import Vocabulary, clean
+from captioner.training.data import Batch
+from captioner.training.history import Stopwatch
+from captioner.training.steps import train_step
+from captioner.training.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+# Steps before the clock starts: libraries choose and compile their kernels in the first ones.
+_WARM_UP = 5
+
+
+class TrainRate(BaseModel):
+    """One decoder, one way in, one number of workers; rates are over all workers."""
+
+    model_config = ConfigDict(frozen=True)
+
+    decoder: str
+    ingest: str
+    workers: int
+    captions_per_second: float
+    steps_per_second: float
+    data_wait_fraction: float
+    """Share of the time in which the first worker waited for its batches."""
+    in_memory_captions_per_second: float
+    """The same loop over the same batches, held as tensors."""
+    peak_memory_bytes: int
+    """Of the first worker, its libraries included."""
+
+
+class TrainBenchmark(BaseModel):
+    """What ``benchmark_train`` found."""
+
+    model_config = ConfigDict(frozen=True)
+
+    cpus: int
+    gpus: int
+    vocabulary: int
+    global_batch: int
+    steps: int
+    rates: list[TrainRate]
+
+    def table(self) -> str:
+        lines = [
+            f"{self.cpus} CPUs, {self.gpus} GPUs, {self.vocabulary:,} words, global batch {self.global_batch}, "
+            f"{self.steps} steps each",
+            "",
+            f"{'decoder':20}{'ingest':11}{'workers':>8}{'captions/s':>12}{'waiting':>9}{'in memory':>11}"
+            f"{'ratio':>7}{'peak GiB':>10}",
+        ]
+        for rate in self.rates:
+            ratio = rate.captions_per_second / rate.in_memory_captions_per_second
+            lines.append(
+                f"{rate.decoder:20}{rate.ingest:11}{rate.workers:8}{rate.captions_per_second:12,.0f}"
+                f"{rate.data_wait_fraction:9.1%}{rate.in_memory_captions_per_second:11,.0f}{ratio:7.2f}"
+                f"{rate.peak_memory_bytes / 2**30:10.2f}"
+            )
+        return "\n".join(lines)
+
+
+def benchmark_train(config: BenchmarkTrainConfig) -> TrainBenchmark:
+    """Train a number of steps with every decoder, way in and number of workers asked for; nothing is published.
+
+    Raises:
+        StoreError: the features lack what a decoder reads.
+        ConfigError: the cluster is too small for the workers.
+    """
+    store = FeatureStore.open(config.features)
+    for kind in config.decoders:
+        decoder = config.decoder.model_copy(update={"kind": kind})
+        store.require("train", build_decoder(decoder, 5, 1).columns, captions=True)
+    words = (
+        clean(caption, config.text.rules)
+        for captions in store.captions("train").values()
+        for caption in captions
+    )
+    vocabulary = Vocabulary.build(words, config.text.min_count, config.text.rules)
+    start_ray()
+    there = num_gpus() or num_cpus()
+    if there < max(config.workers):
+        raise ConfigError(f"workers: {max(config.workers)} are more than the cluster's {there}")
+    rates = [
+        _measure(config, kind, ingest, workers, vocabulary)
+        for kind in config.decoders
+        for ingest in config.ingest
+        for workers in config.workers
+    ]
+    return TrainBenchmark(
+        cpus=num_cpus(),
+        gpus=num_gpus(),
+        vocabulary=len(vocabulary),
+        global_batch=config.global_batch,
+        steps=config.steps,
+        rates=rates,
+    )
+
+
+def _measure(
+    config: BenchmarkTrainConfig,
+    kind: DecoderKind,
+    ingest: Literal["resident", "streaming"],
+    workers: int,
+    vocabulary: Vocabulary,
+) -> TrainRate:
+    logger.info("measuring %s, %s, %d worker(s)", kind, ingest, workers)
+    settings = TrainConfig(
+        features=FeatureStore.open(config.features).uri,
+        output="unused",
+        decoder=config.decoder.model_copy(update={"kind": kind}),
+        text=config.text,
+        global_batch=config.global_batch,
+        group_captions=config.group_captions,
+        num_workers=workers,
+        ingest=ingest,
+    )
+    gpu = num_gpus() > 0
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TorchTrainer(
+            _measure_worker,
+            train_loop_config={
+                "config": settings.model_dump_json(),
+                "vocabulary": vocabulary.save_json(),
+                "steps": config.steps,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=gpu,
+                resources_per_worker=None if gpu else {"CPU": 1},
+            ),
+            run_config=RunConfig(name="benchmark", storage_path=str(Path(folder))),
+        )
+        found: dict[str, Any] = trainer.fit().return_value
+    return TrainRate(decoder=kind, ingest=ingest, workers=workers, **found)
+
+
+def _measure_worker(arguments: dict[str, Any]) -> dict[str, Any]:
+    worker = Worker(
+        TrainConfig.model_validate_json(arguments["config"]),
+        Vocabulary.from_json(arguments["vocabulary"]),
+        None,
+    )
+    plan = worker.train.plan(0)[: arguments["steps"] + _WARM_UP]
+    captions = sum(int((share >= 0).sum()) for step in plan[_WARM_UP:] for share in step)
+    worker.model.train()
+    batches = worker.train.batches(plan, 0)
+    for _ in range(_WARM_UP):
+        _step(worker, next(batches))
+    timer = Stopwatch(batches)
+    for batch in timer:
+        _step(worker, batch)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Read again: had they been kept in the loop above, its memory would be theirs, too.
+    held = list(worker.train.batches(plan, 0))[_WARM_UP:]
+    # Each worker read in its own time: the clock starts when all are done.
+    worker.reduce(torch.zeros(1))
+    started = time.perf_counter()
+    for batch in held:
+        _step(worker, batch)
+    in_memory = time.perf_counter() - started
+    # Everybody reports, or the others would be taken down while they still exchange gradients.
+    ray.train.report({})
+    return {
+        "captions_per_second": captions / timer.seconds,
+        "steps_per_second": len(held) / timer.seconds,
+        "data_wait_fraction": timer.waited / timer.seconds,
+        "in_memory_captions_per_second": captions / in_memory,
+        "peak_memory_bytes": peak,
+    }
+
+
+def _step(worker: Worker, batch: Batch) -> None:
+    loss, _ = train_step(
+        worker.model,
+        worker.optimizer,
+        worker.to_device(batch.features),
+        batch.tokens.to(worker.device),
+        global_targets=batch.global_targets,
+        workers=worker.workers,
+        config=worker.config,
+        compute=worker.compute,
+    )
+    if worker.device.type == "cuda":
+        # The training loop waits for every loss, too.
+        torch.cuda.synchronize(loss.device)

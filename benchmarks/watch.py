@@ -1,0 +1,100 @@
+"""What a running pipeline takes: images done, memory, object store; sampled twice a second."""
+
+import os
+import time
+from dataclasses import dataclass, field
+
+import psutil
+import ray
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+from captioner.runtime.cluster import beside_driver
+from captioner.runtime.progress import Ticker, start_counter
+
+_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Sample:
+    when: float
+    """Seconds."""
+    done: int
+    """Images."""
+
+
+@dataclass
+class Memory:
+    """Peak resident bytes, without shared memory, of processes on the driver's node."""
+
+    driver: int = 0
+    model_actor: int = 0
+    """The largest."""
+    task_worker: int = 0
+    """The largest of those that read, decode and write."""
+
+
+@dataclass
+class Watch:
+    """Context manager that samples while its block runs. Processes are those of the driver's node."""
+
+    samples: list[Sample] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
+    object_store: int = 0
+    """Peak bytes in the cluster's object store."""
+    spilled: int = 0
+    """Bytes spilled to disk meanwhile."""
+
+    def __post_init__(self) -> None:
+        self.counter = start_counter()
+        self._state = get_state_from_address(ray.get_runtime_context().gcs_address)
+        self._before = get_memory_info_reply(self._state).store_stats.spilled_bytes_total
+        raylet = _raylet_pid.options(scheduling_strategy=beside_driver()).remote()
+        self._raylet = psutil.Process(ray.get(raylet))
+        self._actors: set[int] = set()
+        self._ticker = Ticker(self._sample, _SECONDS)
+
+    def __enter__(self) -> "Watch":
+        self._ticker.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ticker.__exit__()
+        ray.kill(self.counter)
+
+    def steady(self, images: int) -> float:
+        """Images per second in the middle of a run of ``images``, between a fifth and nine tenths of them."""
+        inside = [one for one in self.samples if 0.2 * images <= one.done <= 0.9 * images]
+        if len(inside) < 2 or inside[-1].done == inside[0].done:
+            # Too few images for a middle: the whole, from the first finished batch on.
+            inside = [one for one in self.samples if one.done]
+        first, last = inside[0], inside[-1]
+        return (last.done - first.done) / max(1e-9, last.when - first.when)
+
+    def _sample(self) -> None:
+        done, _ = ray.get(self.counter.read.remote())
+        self.samples.append(Sample(time.perf_counter(), done))
+        stats = get_memory_info_reply(self._state).store_stats
+        self.object_store = max(self.object_store, stats.object_store_bytes_used)
+        self.spilled = stats.spilled_bytes_total - self._before
+        self.memory.driver = max(self.memory.driver, _resident(psutil.Process()))
+        for worker in self._raylet.children():
+            try:
+                title = worker.cmdline()[0]
+                if "_StageActor" in title:
+                    self._actors.add(worker.pid)
+                elif not title.startswith("ray::"):
+                    continue
+                kind = "model_actor" if worker.pid in self._actors else "task_worker"
+                setattr(self.memory, kind, max(getattr(self.memory, kind), _resident(worker)))
+            except (psutil.Error, IndexError):
+                continue  # it ended meanwhile
+
+
+@ray.remote(num_cpus=0)
+def _raylet_pid() -> int:
+    return os.getppid()
+
+
+def _resident(process: psutil.Process) -> int:
+    memory = process.memory_info()
+    return int(memory.rss - memory.shared)

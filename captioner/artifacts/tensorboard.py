@@ -1,0 +1,35 @@
+"""TensorBoard's event files, as part of a published directory."""
+
+import io
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from captioner import storage
+from captioner.artifacts.output import Output
+
+
+@contextmanager
+def event_file(output: Output, name: str) -> Iterator[SummaryWriter]:
+    """Write ``tensorboard/events.out.tfevents.NAME`` of ``output`` when the block ends without an error.
+
+    torch names files by clock and host, so publishing again after a kill would add a second one with the same points.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+            yield writer
+        (file,) = Path(folder).iterdir()
+        storage.write_bytes(
+            output.uri("tensorboard", f"events.out.tfevents.{name}"), file.read_bytes()
+        )
+
+
+def add_picture(writer: SummaryWriter, tag: str, png: bytes) -> None:
+    """Add a PNG file to TensorBoard's images."""
+    with Image.open(io.BytesIO(png)) as picture:
+        writer.add_image(tag, np.asarray(picture.convert("RGB")), dataformats="HWC")

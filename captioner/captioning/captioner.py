@@ -1,0 +1,147 @@
+"""The Captioner: image bytes -> captions. Evaluation, the captioning job and the service all call it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from captioner.artifacts.model_directory import LoadedModel, load_model
+from captioner.config import DecodeConfig, ImageLimits
+from captioner.decoders.base import Features
+from captioner.decoding.beam import Hypothesis, search
+from captioner.decoding.mbr import search_mbr
+from captioner.encoders.resnet50 import Encoder
+from captioner.errors import ImageError
+from captioner.images.load import load_image
+
+# Encoding and decoding run in pieces of this many images, so that memory does not grow with the caller's list.
+PIECE = 64
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One caption for an image."""
+
+    text: str
+    log_prob: float
+    """Natural logarithm of its probability, summed over the words and <end>."""
+    attention: np.ndarray[Any, np.dtype[np.float32]] | None
+    """float32 [words, P] over the 7x7 grid, row-major; None where the decoder does not look at places."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """The candidates for one image, best first."""
+
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def text(self) -> str:
+        return self.candidates[0].text
+
+    @property
+    def log_prob(self) -> float:
+        return self.candidates[0].log_prob
+
+    @property
+    def attention(self) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+        return self.candidates[0].attention
+
+    @property
+    def alternatives(self) -> tuple[Candidate, ...]:
+        return self.candidates[1:]
+
+
+class Captioner:
+    """A model ready to caption, on one device. An image's caption does not depend on what else is in its batch."""
+
+    def __init__(self, model: LoadedModel, device: str):
+        self.model = model
+        self.device = torch.device(device)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The image network; loaded when the first image comes, as who brings features needs none."""
+        model = self.model
+        return Encoder.load(model.encoder_weights_uri, model.record.encoder, str(self.device))
+
+    @classmethod
+    def load(cls, uri: str, device: str | None = None) -> "Captioner":
+        """Load a model directory; everything it needs is in it.
+
+        Args:
+            device: ``cpu``, ``cuda`` ...; default: a GPU where there is one.
+
+        Raises:
+            ModelError: the directory is incomplete or its parts do not agree.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_model(uri)
+        model.decoder.to(device)
+        return cls(model, device)
+
+    def caption(
+        self,
+        images: Sequence[bytes],
+        decode: DecodeConfig | None = None,
+        limits: ImageLimits | None = None,
+    ) -> list[Caption]:
+        """Caption encoded images (JPEG, PNG ...).
+
+        Args:
+            decode: the search; default: the model's own.
+
+        Raises:
+            ImageError: one of them is not an image that is accepted; the message says which.
+        """
+        limits = limits or ImageLimits()
+        pixels = []
+        for position, data in enumerate(images):
+            try:
+                pixels.append(load_image(data, limits))
+            except ImageError as error:
+                if len(images) == 1:
+                    raise
+                raise type(error)(f"image {position + 1} of {len(images)}: {error}") from error
+        return self.caption_pixels(np.stack(pixels), decode) if pixels else []
+
+    def caption_pixels(
+        self, images: np.ndarray[Any, np.dtype[np.uint8]], decode: DecodeConfig | None = None
+    ) -> list[Caption]:
+        """Caption decoded images, uint8 RGB [N, 224, 224, 3]."""
+        captions = []
+        for start in range(0, len(images), PIECE):
+            features = self.encode(images[start : start + PIECE])
+            captions += self.caption_features(features, decode)
+        return captions
+
+    def encode(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> Features:
+        """Features of decoded images, as the model was trained on: ``pooled`` [B, C] or ``grid`` [B, P, C]."""
+        columns = self.model.decoder.columns
+        pooled, grid = self.encoder(images, grid="grid" in columns)
+        found = {"pooled": pooled, "grid": grid}
+        # The store keeps grids in float16; the decoder computes in float32.
+        return {name: found[name].float() for name in columns}  # type: ignore[union-attr]
+
+    def caption_features(
+        self, features: Features, decode: DecodeConfig | None = None
+    ) -> list[Caption]:
+        """Caption images given by their features (float32, on any device)."""
+        features = {name: tensor.to(self.device) for name, tensor in features.items()}
+        decode, decoder = decode or self.model.record.decode, self.model.decoder
+        if decode.mbr_samples:
+            found = search_mbr(decoder, features, decode, self.model.ngrams)
+        else:
+            found = search(decoder, features, decode)
+        return [Caption(tuple(self._candidate(one) for one in image)) for image in found]
+
+    def _candidate(self, hypothesis: Hypothesis) -> Candidate:
+        attention = hypothesis.attention
+        return Candidate(
+            self.model.vocabulary.decode(list(hypothesis.tokens)),
+            hypothesis.log_prob,
+            None if attention is None else attention.cpu().numpy(),
+        )

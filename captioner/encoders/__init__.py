@@ -1,0 +1,1 @@
+"""Frozen image networks: pixels -> a pooled vector and a grid of vectors."""

@@ -1,0 +1,1 @@
+"""Scores of a model on one split, its predictions and pictures."""

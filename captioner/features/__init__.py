@@ -1,0 +1,1 @@
+"""Extraction: a source of pictures -> a feature store, on Ray Data."""

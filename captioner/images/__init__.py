@@ -1,0 +1,1 @@
+"""Encoded pictures -> pixels for an encoder, and other views of them for training."""

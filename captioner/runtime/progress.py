@@ -1,0 +1,216 @@
+"""Progress of a long Ray Data job in one readable line: images done, rate, rejected so far, time left."""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util import metrics
+
+from captioner.runtime.cluster import beside_driver
+
+logger = logging.getLogger(__name__)
+
+
+class Ticker:
+    """Context manager that calls ``tick`` every ``seconds``, on a thread of its own, and once more at the end."""
+
+    def __init__(self, tick: Callable[[], None], seconds: float = 1.0):
+        self._tick, self._seconds = tick, seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "Ticker":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._tick()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._seconds):
+            self._tick()
+
+
+@ray.remote(num_cpus=0)
+class Counter:
+    """Counts rows that the actors of a job have handled. For people to look at, never for bookkeeping: a retried
+    task counts its rows again.
+
+    Also exported, as ``ray_captioner_images_total`` and ``ray_captioner_rejected_images_total``, to whatever scrapes
+    the cluster's metrics.
+    """
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.rejected = 0
+        self._images = metrics.Counter("captioner_images_total", "Images handled")
+        self._refused = metrics.Counter("captioner_rejected_images_total", "Images rejected")
+
+    def add(self, done: int, rejected: int) -> None:
+        self.done += done
+        self.rejected += rejected
+        # Ray's counters refuse to count nothing.
+        for counter, count in ((self._images, done), (self._refused, rejected)):
+            if count:
+                counter.inc(count)
+
+    def read(self) -> tuple[int, int]:
+        return self.done, self.rejected
+
+
+def start_counter() -> ActorHandle:
+    """A ``Counter`` on the driver's node."""
+    return Counter.options(scheduling_strategy=beside_driver()).remote()  # type: ignore[attr-defined]
+
+
+class ProgressLine:
+    """Context manager that prints the state of a ``Counter`` while a block runs.
+
+    A terminal sees one line rewritten every second, a log file a new line every ten, and a last one.
+    """
+
+    def __init__(
+        self, total: int, already: int = 0, noun: str = "images", counter: ActorHandle | None = None
+    ):
+        """
+        Args:
+            counter: a Counter that the caller keeps and reads too; default: one of this line's own.
+        """
+        self.total, self.already, self.noun = total, already, noun
+        self._own = counter is None
+        self.counter: ActorHandle = start_counter() if counter is None else counter
+        self._ticker = Ticker(self._show)
+        self._terminal = sys.stderr.isatty()
+        self._ticks = 0
+        self._closing = False
+        self._first: tuple[float, int] | None = None
+
+    def __enter__(self) -> "ProgressLine":
+        self._ticker.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing = True
+        self._ticker.__exit__()
+        if self._terminal:
+            print(file=sys.stderr)
+        if self._own:
+            ray.kill(self.counter)
+
+    def _show(self) -> None:
+        try:
+            done, rejected = ray.get(self.counter.read.remote(), timeout=10)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return  # the counter's node died or is busy; the job itself is not affected
+        line = self.describe(done, rejected, time.monotonic())
+        self._ticks += 1
+        if self._terminal:
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        elif self._closing or self._ticks % 10 == 0:
+            logger.info(line)
+
+    def describe(self, done: int, rejected: int, now: float) -> str:
+        """The line for a state; the rate counts from the first finished batch, so start-up does not dilute it."""
+        parts = [f"{self.already + done:,} of {self.total:,} {self.noun}"]
+        if done and self._first is None:
+            self._first = (now, done)
+        if self._first and now > self._first[0] and done > self._first[1]:
+            rate = (done - self._first[1]) / (now - self._first[0])
+            left = max(0, self.total - self.already - done) / rate
+            parts += [f"{rate:,.1f} {self.noun}/s", f"{int(left // 60)}:{int(left % 60):02d} left"]
+        elif not done:
+            parts.append("starting")
+        if rejected:
+            parts.append(f"{rejected:,} rejected")
+        return " | ".join(parts)
+
+
+class TrainingGauges:
+    """Context manager that exports a training run's last epoch to whatever scrapes the cluster's metrics, from the
+    worker that knows it.
+
+    Values are set again and again: Ray forgets a gauge twenty seconds after it was last set, and an epoch takes longer.
+    """
+
+    NAMES = {
+        "epoch": "Epochs done",
+        "captions_per_second": "Captions trained on per second, over all workers",
+        "validation_loss": "Nats per next word under teacher forcing",
+        "data_wait_fraction": "Share of the time spent waiting for batches",
+    }
+
+    def __init__(self, run: str):
+        """
+        Args:
+            run: the model's directory, the value of the tag ``run``.
+        """
+        self._run = run
+        self._gauges = {
+            name: metrics.Gauge(f"captioner_training_{name}", text, tag_keys=("run",))
+            for name, text in self.NAMES.items()
+        }
+        self._values: dict[str, float] = {}
+        self._ticker = Ticker(self._refresh, seconds=5.0)
+
+    def __enter__(self) -> "TrainingGauges":
+        self._ticker.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ticker.__exit__()
+
+    def set(self, epoch: dict[str, Any]) -> None:
+        """Values of one epoch, by field."""
+        self._values = {name: float(epoch[name]) for name in self._gauges}
+        self._refresh()
+
+    def _refresh(self) -> None:
+        for name, value in self._values.items():
+            self._gauges[name].set(value, {"run": self._run})
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Lines that workers want shown by the driver."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def put(self, line: str) -> None:
+        self.lines.append(line)
+
+    def take(self) -> list[str]:
+        lines, self.lines = self.lines, []
+        return lines
+
+
+class MessageLog:
+    """Context manager that logs, in the driver, the lines that workers put into ``actor``."""
+
+    def __init__(self, target: logging.Logger):
+        mailbox = Mailbox.options(scheduling_strategy=beside_driver())  # type: ignore[attr-defined]
+        self.actor: ActorHandle = mailbox.remote()
+        self._target = target
+        self._ticker = Ticker(self._drain)
+
+    def __enter__(self) -> "MessageLog":
+        self._ticker.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ticker.__exit__()
+        ray.kill(self.actor)
+
+    def _drain(self) -> None:
+        try:
+            for line in ray.get(self.actor.take.remote(), timeout=10):
+                self._target.info(line)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return  # lines are for people to look at; training goes on without them

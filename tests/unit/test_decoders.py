@@ -1,0 +1,260 @@
+"""What every decoder promises, and the merge decoder's equivalence to the notebook's training rows."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from captioner.artifacts.model_directory import pack_weights, unpack_weights
+from captioner.config import DecoderConfig, DecoderKind
+from captioner.decoders import DECODERS, build_decoder
+from captioner.decoders.base import Features, Standardize
+from captioner.decoders.lstm import LSTM
+from captioner.decoders.spatial_attention import SpatialAttentionDecoder
+from captioner.errors import ModelError
+from captioner.text import END, PAD, START
+from captioner.training.steps import OptimizerConfig, TeacherForcing, autocast, build_optimizer
+
+VOCABULARY, CHANNELS, CELLS = 23, 12, 49
+
+
+KINDS = [*sorted(DECODERS), "adaptive_attention picture", "transformer picture"]
+
+
+def build(kind: str, width: int = 16) -> nn.Module:
+    """A small decoder of a kind, with picture blocks where its name says so."""
+    torch.manual_seed(0)
+    name, *picture = kind.split()
+    config = DecoderConfig(
+        kind=name,
+        width=width,
+        output_width=12,
+        attention_width=8,
+        heads=4,
+        layers=2,
+        picture_layers=2 * len(picture),
+    )
+    return build_decoder(config, VOCABULARY, CHANNELS).eval()
+
+
+@pytest.fixture(params=KINDS)
+def decoder(request: pytest.FixtureRequest) -> nn.Module:
+    return build(request.param)
+
+
+def features(images: int) -> Features:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "pooled": torch.randn(images, CHANNELS, generator=generator),
+        "grid": torch.randn(images, CELLS, CHANNELS, generator=generator),
+    }
+
+
+def captions(*lengths: int) -> Tensor:
+    """Random captions of these numbers of words, padded together."""
+    generator = torch.Generator().manual_seed(2)
+    rows = [
+        torch.cat(
+            [
+                torch.tensor([START]),
+                torch.randint(4, VOCABULARY, (length,), generator=generator),
+                torch.tensor([END]),
+            ]
+        )
+        for length in lengths
+    ]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+
+
+def test_whole_caption_loss_equals_the_seeds_prefix_rows(decoder: nn.Module) -> None:
+    image, tokens = features(1), captions(7)
+    whole, _ = TeacherForcing(decoder)(image, tokens)
+    rows = torch.tensor(0.0)
+    for end in range(1, tokens.shape[1]):
+        # One row of the notebook: the prefix alone, nothing after it, and the next word as the target.
+        logits = decoder(image, tokens[:, :end])[:, -1]
+        rows = rows + nn.functional.cross_entropy(logits, tokens[:, end], reduction="sum")
+    torch.testing.assert_close(whole, rows, rtol=1e-5, atol=1e-4)
+
+
+def test_steps_give_the_logits_of_the_whole_caption(decoder: nn.Module) -> None:
+    image, tokens = features(3), captions(5, 5, 5)
+    expected = decoder(image, tokens)
+    state = decoder.start(image)
+    for position in range(tokens.shape[1]):
+        logits, state, attention = decoder.step(tokens[:, position], state)
+        torch.testing.assert_close(logits, expected[:, position], rtol=1e-4, atol=1e-5)
+        if attention is not None:
+            assert attention.shape == (3, CELLS)
+            torch.testing.assert_close(attention.sum(dim=1), torch.ones(3))
+
+
+def test_captions_of_one_image_share_what_describes_it(decoder: nn.Module) -> None:
+    image, tokens = features(2), captions(5, 5, 5, 5, 5, 5)
+    repeated = {name: column.repeat_interleave(3, dim=0) for name, column in image.items()}
+    expected = decoder(repeated, tokens)
+    start = decoder.start(image)
+    shared = {name: start[name] for name in decoder.image_state}
+    state = {
+        name: tensor if name in shared else tensor.repeat_interleave(3, dim=0)
+        for name, tensor in start.items()
+    }
+    for position in range(tokens.shape[1]):
+        logits, state, attention = decoder.step(tokens[:, position], state)
+        torch.testing.assert_close(logits, expected[:, position], rtol=1e-4, atol=1e-5)
+        assert attention is None or attention.shape == (6, CELLS)
+        assert all(len(tensor) == 2 and state[name] is tensor for name, tensor in shared.items())
+
+
+def test_later_words_do_not_change_earlier_logits(decoder: nn.Module) -> None:
+    image, tokens = features(2), captions(6, 6)
+    changed = tokens.clone()
+    changed[:, 4:] = (changed[:, 4:] + 1) % VOCABULARY
+    torch.testing.assert_close(decoder(image, tokens)[:, :4], decoder(image, changed)[:, :4])
+    assert not torch.allclose(decoder(image, tokens)[:, 4:], decoder(image, changed)[:, 4:])
+
+
+def test_padding_changes_no_loss(decoder: nn.Module) -> None:
+    image, tokens = features(2), captions(3, 8)
+    together, _ = TeacherForcing(decoder)(image, tokens)
+    alone = sum(
+        TeacherForcing(decoder)(
+            {name: column[row : row + 1] for name, column in image.items()}, part
+        )[0]
+        for row, part in ((0, tokens[:1, :5]), (1, tokens[1:]))
+    )
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_every_parameter_gets_a_gradient(decoder: nn.Module, images: int) -> None:
+    # DDP waits for all of them, also on a worker that has no caption of the last batch.
+    loss, _ = TeacherForcing(decoder.train())(features(images), captions(3, 8)[:images])
+    loss.backward()
+    assert [name for name, one in decoder.named_parameters() if one.grad is None] == []
+
+
+@pytest.mark.parametrize("kind", ["spatial_attention", "adaptive_attention", "transformer"])
+def test_tied_embeddings_are_one_matrix_and_stay_tied_when_loaded(kind: str) -> None:
+    sizes = {"kind": kind, "width": 16, "attention_width": 8, "heads": 4, "layers": 1}
+    apart, tied, other = (
+        build_decoder(DecoderConfig(tie_embeddings=tie, **sizes), VOCABULARY, CHANNELS).eval()
+        for tie in (False, True, True)
+    )
+    counts = [sum(one.numel() for one in decoder.parameters()) for decoder in (apart, tied)]
+    assert counts[0] - counts[1] == VOCABULARY * 16
+    unpack_weights(other, pack_weights(tied))
+    assert other.output.weight is other.embedding.weight
+    torch.testing.assert_close(
+        other(features(2), captions(4, 4)), tied(features(2), captions(4, 4))
+    )
+
+
+@pytest.mark.parametrize("kind", ["spatial_attention", "adaptive_attention", "transformer"])
+def test_the_place_of_a_cell_matters_to_the_transformer_alone(kind: str) -> None:
+    torch.manual_seed(0)
+    config = DecoderConfig(kind=kind, width=16, attention_width=8, heads=4, layers=1)
+    decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
+    image, tokens = features(1), captions(4)
+    flipped = {"grid": image["grid"].flip(1)}
+    same = torch.allclose(decoder(image, tokens), decoder(flipped, tokens), rtol=1e-4, atol=1e-5)
+    assert same == (kind != "transformer")
+
+
+def test_eight_captions_can_be_learned_by_heart(decoder: nn.Module) -> None:
+    torch.manual_seed(0)
+    for module in decoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model = TeacherForcing(decoder.train())
+    optimizer = build_optimizer(OptimizerConfig(learning_rate=0.02), decoder)
+    image, tokens = features(8), captions(5, 6, 7, 8, 5, 6, 7, 8)
+    words = int((tokens[:, 1:] != PAD).sum())
+    for _ in range(150):
+        loss, correct = model(image, tokens)
+        optimizer.zero_grad()
+        (loss / words).backward()
+        optimizer.step()
+    assert int(correct) / words > 0.95
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_survive_packing_and_misfits_are_named(kind: str) -> None:
+    decoder = build(kind)
+    image, tokens = features(2), captions(4, 4)
+    expected = decoder(image, tokens)
+    packed = pack_weights(decoder)
+    for parameter in decoder.parameters():
+        nn.init.zeros_(parameter)
+    unpack_weights(decoder, packed)
+    torch.testing.assert_close(decoder(image, tokens), expected)
+    wider = build(kind, width=32)
+    shapes = wider.state_dict()
+    first = min(
+        name for name, one in decoder.state_dict().items() if one.shape != shapes[name].shape
+    )
+    with pytest.raises(ModelError, match=f"does not fit its configuration: {re.escape(first)} is "):
+        unpack_weights(wider, packed)
+
+
+def test_merge_has_the_seeds_layers() -> None:
+    decoder = build_decoder(DecoderConfig(kind="merge", width=256, output_width=128), 7368, 2048)
+    counted = sum(parameter.numel() for parameter in decoder.parameters())
+    image, words = 2048 * 256 + 256, 7368 * 256
+    lstm = 4 * (256 * 256 + 256 * 256 + 2 * 256)  # torch keeps two biases where Keras has one
+    assert counted == image + words + lstm + (256 * 128 + 128) + (128 * 7368 + 7368)
+
+
+def test_one_factor_for_all_channels_keeps_their_proportions() -> None:
+    seen = features(64)["pooled"] * torch.logspace(-2, 2, CHANNELS) + 1
+    standardize = Standardize(CHANNELS)
+    standardize.fit(seen.mean(dim=0), seen.std(dim=0, correction=0), whole=True)
+    torch.testing.assert_close(standardize(seen), seen / seen.std(correction=0))
+
+
+def test_the_rewritten_cell_is_torchs() -> None:
+    torch.manual_seed(0)
+    config = DecoderConfig(kind="spatial_attention", width=16, attention_width=8)
+    decoder = SpatialAttentionDecoder(config, VOCABULARY, CHANNELS).eval()
+    image, word = {"grid": features(3)["grid"]}, torch.randn(3, 16)
+    state = decoder.start(image)
+    weights = decoder.weights()
+    new, context, _ = decoder.look(decoder.read(word, weights), state, weights)
+    hidden, cell = decoder.lstm(torch.cat([word, context], dim=1), (state["hidden"], state["cell"]))
+    torch.testing.assert_close(new["hidden"], hidden)
+    torch.testing.assert_close(new["cell"], cell)
+
+
+@pytest.mark.parametrize("kind", sorted(DECODERS))
+def test_bfloat16_gives_nearly_the_gradients_of_float32(kind: DecoderKind) -> None:
+    torch.manual_seed(0)
+    config = DecoderConfig(kind=kind, width=32, heads=4, dropout=0.0, feature_dropout=0.0)
+    decoder = build_decoder(config, VOCABULARY, CHANNELS)
+    image, tokens = features(4), captions(5, 8, 6, 7)
+    gradients = []
+    for compute in ("float32", "bfloat16"):
+        decoder.zero_grad()
+        with autocast(torch.device("cpu"), compute):
+            loss, _ = TeacherForcing(decoder).train()(image, tokens)
+        loss.backward()
+        gradients.append(torch.cat([one.grad.flatten() for one in decoder.parameters()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+    assert float(gradients[1].norm() / gradients[0].norm()) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_avx512_an_lstm_stays_in_float32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    torch.manual_seed(0)
+    lstm = LSTM(8, 8, batch_first=True)
+    inputs = torch.randn(2, 3, 8).to(dtype)
+    memory = (torch.randn(1, 2, 8).to(dtype), torch.randn(1, 2, 8).to(dtype))
+    for state in (None, memory):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs, (hidden, cell) = lstm(inputs, state)
+        expected, _ = lstm(inputs.float(), state and tuple(one.float() for one in state))
+        assert outputs.dtype == hidden.dtype == cell.dtype == torch.float32
+        assert torch.equal(outputs, expected)
