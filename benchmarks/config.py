@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
+from captioner.config.decoding import DecodeOverrides
 from captioner.config.parts import (
     Config,
-    DecodeOverrides,
     DecoderConfig,
     DecoderKind,
     EncoderConfig,

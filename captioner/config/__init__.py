@@ -3,6 +3,7 @@
 A docstring under a field is its ``--help`` text. "Per worker" and "global" are always said of batch sizes.
 """
 
+from captioner.config.decoding import DecodeConfig, DecodeOverrides
 from captioner.config.jobs import (
     CaptionConfig,
     DemoConfig,
@@ -12,8 +13,6 @@ from captioner.config.jobs import (
 )
 from captioner.config.parts import (
     Config,
-    DecodeConfig,
-    DecodeOverrides,
     DecoderConfig,
     DecoderKind,
     EncoderConfig,

@@ -4,10 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from captioner.config.decoding import DecodeConfig, DecodeOverrides
 from captioner.config.parts import (
     Config,
-    DecodeConfig,
-    DecodeOverrides,
     DecoderConfig,
     EncoderConfig,
     Fraction,

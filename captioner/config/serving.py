@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field, model_validator
 
-from captioner.config.parts import Config, DecodeOverrides, ImageLimits, Positive
+from captioner.config.decoding import DecodeOverrides
+from captioner.config.parts import Config, ImageLimits, Positive
 
 Seconds = Annotated[float, Field(gt=0.0)]
 ImageType = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff"]

@@ -1,10 +1,11 @@
 """What clients send and get, and what travels between the deployments: plain data, importable without torch."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from captioner.config import DecodeConfig, DecodeOverrides
+from captioner.config.decoding import optional
 
 
 class Message(BaseModel):
@@ -13,17 +14,9 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class CaptionParameters(Message):
-    """What a request may ask for; everything else is as the model's card says."""
-
+class _Parameters(Message):
     model: Annotated[str | None, Field(examples=[None])] = None
     """Name of the model, as /v1/models lists them; default: its first."""
-    beam_size: Annotated[int | None, Field(ge=1, le=32, examples=[3])] = None
-    """Beams kept per image; 1 is greedy."""
-    num_captions: Annotated[int | None, Field(ge=1, le=32, examples=[3])] = None
-    """Captions per image, best first; at most beam_size."""
-    max_length: Annotated[int | None, Field(ge=1, le=200, examples=[30])] = None
-    """Longest caption, in words."""
     attention: bool = False
     """Also return where the model looked for each word; null from models that look at no places."""
 
@@ -33,10 +26,19 @@ class CaptionParameters(Message):
         Raises:
             ValidationError: num_captions is larger than beam_size, both given.
         """
-        asked = DecodeOverrides(
-            beam_size=self.beam_size, num_captions=self.num_captions, max_length=self.max_length
-        )
-        return asked.over(default)
+        return DecodeOverrides(**self.model_dump(exclude={"model", "attention"})).over(default)
+
+
+if TYPE_CHECKING:
+    CaptionParameters = _Parameters
+else:
+    CaptionParameters = create_model(
+        "CaptionParameters",
+        __base__=_Parameters,
+        __module__=__name__,
+        __doc__="What a request may ask for; everything else is as the model's card says.",
+        **optional(DecodeConfig, "beam_size", "num_captions", "max_length"),
+    )
 
 
 class Alternative(Message):

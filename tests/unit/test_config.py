@@ -27,11 +27,14 @@ def test_what_is_asked_for_goes_over_the_models_own_search(
     assert DecodeOverrides(**asked).over(OWN) == OWN.model_copy(update=changed)
 
 
-def test_every_setting_of_a_search_can_be_asked_for() -> None:
+def test_every_setting_of_a_search_can_be_asked_for_within_the_same_limits() -> None:
     assert DecodeOverrides.model_fields.keys() == DecodeConfig.model_fields.keys()
-    for name, field in DecodeOverrides.model_fields.items():
-        assert field.description == DecodeConfig.model_fields[name].description
-        assert field.default is None
+    asked = DecodeOverrides.model_json_schema()["properties"]
+    for name, own in DecodeConfig.model_json_schema()["properties"].items():
+        limits = {key: own[key] for key in own.keys() - {"title", "description", "default"}}
+        assert asked[name]["anyOf"] == [limits, {"type": "null"}]
+        assert asked[name]["description"] == own["description"]
+        assert asked[name]["default"] is None
 
 
 def test_more_captions_than_beams_are_refused_at_once() -> None:

@@ -492,8 +492,11 @@ def test_openapi_describes_answers_and_errors_with_examples() -> None:
     document = Client().ask("GET", "/openapi.json").json()
     post = document["paths"]["/v1/captions"]["post"]
     assert {"200", "400", "401", "408", "413", "415", "422", "503"} == post["responses"].keys()
-    names = {parameter["name"] for parameter in post["parameters"]}
-    assert names == {"model", "beam_size", "num_captions", "max_length", "attention"}
+    parameters = {parameter["name"]: parameter["schema"] for parameter in post["parameters"]}
+    assert parameters.keys() == {"model", "beam_size", "num_captions", "max_length", "attention"}
+    beams = DecodeConfig.model_json_schema()["properties"]["beam_size"]
+    assert parameters["beam_size"]["anyOf"][0]["maximum"] == beams["maximum"]
+    assert parameters["beam_size"]["description"] == beams["description"]
     for status, response in post["responses"].items():
         example = response["content"]["application/json"]["example"]
         assert ("captions" if status == "200" else "error") in example

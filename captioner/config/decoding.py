@@ -1,0 +1,84 @@
+"""The search for a caption, each setting written once: what a model has, and what a job or a request may ask for."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, Field, create_model, model_validator
+
+from captioner.config.parts import Config
+
+Beams = Annotated[int, Field(ge=1, le=32)]
+
+
+class DecodeConfig(Config):
+    """Search for the caption."""
+
+    beam_size: Beams = 3
+    """Beams kept per image; 1 is greedy."""
+    num_captions: Beams = 1
+    """Captions returned per image, best first; at most beam_size."""
+    max_length: Annotated[int, Field(ge=1, le=200)] = 30
+    """Longest caption, in words."""
+    length_penalty: Annotated[float, Field(ge=0.0, le=3.0)] = 0.7
+    """Scores are divided by length ** penalty; 0 ranks by plain log-probability."""
+    no_repeat_ngram: Annotated[int, Field(ge=0, le=10)] = 0
+    """Forbid any n-gram of this size from occurring twice in a caption; 0 allows repeats."""
+    mbr_samples: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Minimum-Bayes-risk decoding: captions sampled per image. The best of them join those of the beams, and all are
+    ranked by their score plus their agreement (mean root of CIDEr-D) with the samples; 0: beam search alone."""
+
+    @model_validator(mode="after")
+    def _captions_fit_beam(self) -> "DecodeConfig":
+        _check_fit(self.num_captions, self.beam_size)
+        return self
+
+
+def optional(model: type[BaseModel], *names: str) -> dict[str, Any]:
+    """Fields of ``model``, all or those named, for ``create_model``: same limits and help, None where not given."""
+    return {
+        name: (
+            Annotated[field.annotation, *field.metadata] | None,
+            Field(None, description=field.description, examples=[field.default]),
+        )
+        for name, field in model.model_fields.items()
+        if not names or name in names
+    }
+
+
+class _Overrides(Config):
+    if TYPE_CHECKING:
+
+        def __init__(self, **settings: float | None) -> None: ...
+
+    @model_validator(mode="after")
+    def _captions_fit_beam(self) -> "_Overrides":
+        given = self.model_dump(exclude_none=True)
+        if given.keys() >= {"num_captions", "beam_size"}:
+            _check_fit(given["num_captions"], given["beam_size"])
+        return self
+
+    def over(self, own: DecodeConfig) -> DecodeConfig:
+        """The search of a model whose own is ``own``. One of beam_size and num_captions given alone moves the other
+        where it must."""
+        given = self.model_dump(exclude_none=True)
+        if given.get("beam_size") == 1:
+            given.setdefault("mbr_samples", 0)  # whoever asks for one beam wants greedy search
+        given.setdefault("beam_size", max(own.beam_size, given.get("num_captions", 1)))
+        given.setdefault("num_captions", min(own.num_captions, given["beam_size"]))
+        return DecodeConfig(**own.model_dump() | given)
+
+
+if TYPE_CHECKING:
+    DecodeOverrides = _Overrides
+else:
+    DecodeOverrides = create_model(
+        "DecodeOverrides",
+        __base__=_Overrides,
+        __module__=__name__,
+        __doc__="Search for the caption; what is left out is as the model was trained to be searched.",
+        **optional(DecodeConfig),
+    )
+
+
+def _check_fit(num_captions: int, beam_size: int) -> None:
+    if num_captions > beam_size:
+        raise ValueError(f"num_captions: {num_captions} must be at most beam_size {beam_size}")
