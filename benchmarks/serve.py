@@ -13,7 +13,6 @@ from contextlib import contextmanager
 import aiohttp
 import numpy as np
 import ray
-import torch
 from ray import serve
 
 from benchmarks.config import BenchmarkServeConfig
@@ -23,6 +22,7 @@ from captioner.config import ServeConfig
 from captioner.errors import ImageError, SourceError
 from captioner.images.load import load_image
 from captioner.runtime.cluster import num_cpus, num_gpus, start_ray
+from captioner.runtime.device import prepare_device
 from captioner.serving.run import deploy, url
 from captioner.sources import open_source
 
@@ -160,9 +160,7 @@ class _Alone:
     """The Captioner in a process like a replica's, with nothing around it."""
 
     def __init__(self, config: BenchmarkServeConfig):
-        if not torch.cuda.is_available():
-            torch.set_num_threads(num_cpus())
-        self.captioner = Captioner.load(config.model)
+        self.captioner = Captioner.load(config.model, prepare_device())
         self.decode = config.decode.over(self.captioner.model.record.decode)
         self.config = config
 

@@ -14,8 +14,9 @@ from captioner.artifacts.schema import SourceIdentity, SplitCounts, StoreManifes
 from captioner.config import DecodeConfig, DecoderConfig, DecoderKind, EncoderConfig, TextConfig
 from captioner.decoders import build_decoder
 from captioner.decoding.cider import NGramFrequencies
-from captioner.encoders.resnet50 import Encoder, choose_compute, identify, load_weights
+from captioner.encoders.resnet50 import Encoder, identify, load_weights
 from captioner.images.load import load_image
+from captioner.runtime.device import choose_compute
 from captioner.text import END, Vocabulary
 from tests.pictures import picture
 

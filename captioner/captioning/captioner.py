@@ -16,6 +16,7 @@ from captioner.decoding.mbr import search_mbr
 from captioner.encoders.resnet50 import Encoder
 from captioner.errors import ImageError
 from captioner.images.load import load_image
+from captioner.runtime.device import choose_device
 
 # Encoding and decoding run in pieces of this many images, so that memory does not grow with the caller's list.
 PIECE = 64
@@ -78,7 +79,7 @@ class Captioner:
         Raises:
             ModelError: the directory is incomplete or its parts do not agree.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or choose_device()
         model = load_model(uri)
         model.decoder.to(device)
         return cls(model, device)

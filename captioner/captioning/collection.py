@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from captioner import storage
 from captioner.artifacts.model_directory import load_model
@@ -20,6 +19,7 @@ from captioner.config import CaptionConfig, DecodeConfig
 from captioner.features.pipeline import run_pipeline
 from captioner.features.row_marks import finish_rows, forget_checkpoint, list_data_files
 from captioner.runtime.cluster import plan_pool, start_ray
+from captioner.runtime.device import prepare_device
 from captioner.sources import open_source
 
 logger = logging.getLogger(__name__)
@@ -31,9 +31,7 @@ class CaptionImages:
     """Pipeline stage: images -> ``caption``, ``log_prob`` and ``alternatives`` columns."""
 
     def __init__(self, model_uri: str, decode: DecodeConfig, threads: int):
-        if not torch.cuda.is_available():
-            torch.set_num_threads(threads)
-        self.captioner = Captioner.load(model_uri)
+        self.captioner = Captioner.load(model_uri, prepare_device(threads=threads))
         self.decode = decode
 
     def __call__(self, rows: pa.Table, images: np.ndarray[Any, np.dtype[np.uint8]]) -> pa.Table:

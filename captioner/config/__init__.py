@@ -12,6 +12,7 @@ from captioner.config.jobs import (
     TrainConfig,
 )
 from captioner.config.parts import (
+    Compute,
     Config,
     DecoderConfig,
     DecoderKind,
@@ -31,6 +32,7 @@ from captioner.config.tuning import TuneConfig
 
 __all__ = [
     "CaptionConfig",
+    "Compute",
     "Config",
     "DecodeConfig",
     "DecodeOverrides",

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from captioner.config.decoding import DecodeConfig, DecodeOverrides
 from captioner.config.parts import (
+    Compute,
     Config,
     DecoderConfig,
     EncoderConfig,
@@ -92,7 +93,7 @@ class TrainConfig(Config):
     ingest: Literal["auto", "resident", "streaming"] = "auto"
     """How features reach a worker. resident: in memory, or in a local file mapped to it. streaming: read from the store
     again in every epoch, which draws other batches from the same captions. auto: resident where it fits."""
-    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    compute: Literal["auto"] | Compute = "auto"
     """Arithmetic of the forward and backward passes; weights stay float32. auto: bfloat16 where it is fast."""
     seed: Seed = 0
     """Seed of weights, dropout and the order of captions."""

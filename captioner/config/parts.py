@@ -8,6 +8,7 @@ Split = Literal["train", "validation", "test"]
 DecoderKind = Literal[
     "merge", "sequence_attention", "spatial_attention", "adaptive_attention", "transformer"
 ]
+Compute = Literal["float32", "bfloat16"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -39,7 +40,7 @@ class EncoderConfig(Config):
     """IMAGENET1K_V2, IMAGENET1K_V1, random (seeded), or a .safetensors or .pth file (path or URI)."""
     layer: Literal["layer4", "layer3"] = "layer4"
     """Last stage to run. layer4: 7x7 cells x 2048 channels. layer3: 14x14 x 1024, averaged to 7x7 for the grid."""
-    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    compute: Literal["auto"] | Compute = "auto"
     """Arithmetic of the network; auto: bfloat16 where the processor has it, else float32."""
     seed: Seed = 0
     """Seed of the weights when weights=random."""

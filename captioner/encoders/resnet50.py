@@ -12,7 +12,7 @@ from collections import OrderedDict
 from pickle import (
     UnpicklingError,  # what torch.load(weights_only=True) raises on anything but tensors
 )
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from captioner import storage
 from captioner.artifacts.schema import GRID_CELLS, GRID_SIDE, EncoderIdentity
-from captioner.config import EncoderConfig
+from captioner.config import Compute, EncoderConfig
 from captioner.errors import ModelError
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ PREPROCESSING = {
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 Tensors = dict[str, Tensor]
-Compute = Literal["float32", "bfloat16"]
 
 
 def build_network(name: str, layer: str) -> nn.Sequential:
@@ -148,20 +147,6 @@ def identify(config: EncoderConfig, tensors: Tensors, compute: Compute) -> Encod
         compute=compute,
         channels=CHANNELS[config.layer],
     )
-
-
-def fast_bfloat16(device: str) -> bool:
-    """Whether the device multiplies bfloat16 in hardware (AMX or AVX512-BF16; compute capability 8 on)."""
-    if device.startswith("cuda"):
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-
-
-def choose_compute(requested: Literal["auto"] | Compute, device: str) -> Compute:
-    """The requested arithmetic, or for ``auto`` the fast one of the device."""
-    if requested != "auto":
-        return requested
-    return "bfloat16" if fast_bfloat16(device) else "float32"
 
 
 # Images per forward pass on a CPU: 45 images/s and core against 31 for 32 of them. The largest activation is then below

@@ -32,6 +32,7 @@ from captioner.errors import ModelError
 from captioner.evaluation.pictures import draw_report
 from captioner.evaluation.scores import StandardScores, has_java, score_standard
 from captioner.runtime.cluster import PoolPlan, plan_pool, start_ray
+from captioner.runtime.device import prepare_device
 from captioner.runtime.progress import ProgressLine
 from captioner.text import clean
 from captioner.training.steps import teacher_forcing
@@ -59,9 +60,7 @@ class ScoreImages:
         threads: int,
         counter: ActorHandle,
     ):
-        if not torch.cuda.is_available():
-            torch.set_num_threads(threads)
-        self.captioner = Captioner.load(model_uri)
+        self.captioner = Captioner.load(model_uri, prepare_device(threads=threads))
         self.decode = decode
         self.captions: dict[str, list[str]] = ray.get(captions)
         self.counter = counter

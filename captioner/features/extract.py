@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import safetensors.torch
-import torch
 
 from captioner import storage
 from captioner.artifacts.feature_store import ENCODER_WEIGHTS, FeatureStore
@@ -23,12 +22,13 @@ from captioner.artifacts.schema import (
     feature_rows,
     view_names,
 )
-from captioner.config import ExtractConfig
-from captioner.encoders.resnet50 import Compute, Encoder, choose_compute, identify, load_weights
+from captioner.config import Compute, ExtractConfig
+from captioner.encoders.resnet50 import Encoder, identify, load_weights
 from captioner.features.pipeline import run_pipeline
 from captioner.features.row_marks import finish_rows, forget_checkpoint, list_data_files
 from captioner.images.views import other_views
 from captioner.runtime.cluster import PoolPlan, num_gpus, plan_pool, start_ray
+from captioner.runtime.device import choose_compute, prepare_device
 from captioner.sources import open_source
 from captioner.sources.base import Source
 
@@ -50,10 +50,7 @@ class EncodeImages:
         crops: int,
         threads: int,
     ):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
-            torch.set_num_threads(threads)
-        self.encoder = Encoder.load(weights_uri, identity, device)
+        self.encoder = Encoder.load(weights_uri, identity, prepare_device(threads=threads))
         self.grid, self.mirrored, self.crops = grid, mirrored, crops
 
     def __call__(self, rows: pa.Table, images: np.ndarray[Any, np.dtype[np.uint8]]) -> pa.Table:

@@ -15,10 +15,10 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
-from ray._private.utils import get_num_cpus
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from captioner.errors import ConfigError
+from captioner.runtime.device import num_cores
 from captioner.storage import S3_ADDRESS_VARIABLES
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def start_local_ray(**options: Any) -> None:
     Args:
         options: passed on to ``ray.init``; by default a logical CPU for each core, but two at least.
     """
-    options.setdefault("num_cpus", max(LEAST_CPUS, int(get_num_cpus())))
+    options.setdefault("num_cpus", max(LEAST_CPUS, num_cores()))
     if os.environ.get("RAY_AUTH_MODE", "token") == "token":
         _create_token()
     port = os.environ.get(ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE) or _free_port()

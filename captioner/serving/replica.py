@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,6 @@ from io import BytesIO
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -21,6 +19,7 @@ from captioner.captioning.captioner import Candidate, Caption, Captioner
 from captioner.config import DecodeConfig, ImageLimits
 from captioner.errors import CaptionerError, ImageError, ImageTooLargeError, ImageTypeError
 from captioner.images.load import load_image
+from captioner.runtime.device import num_cores, prepare_device
 from captioner.serving.messages import (
     Alternative,
     Captioned,
@@ -101,15 +100,11 @@ class CaptionModel:
     def __init__(
         self, name: str, uri: str, limits: ImageLimits, max_batch_size: int, threads: int | None
     ):
-        cores = len(os.sched_getaffinity(0))
-        if not torch.cuda.is_available():
-            # Ray would leave one thread to an actor that reserves one CPU.
-            torch.set_num_threads(threads or cores)
         self._name, self._limits = name, limits
-        self._captioner = Captioner.load(uri)
+        self._captioner = Captioner.load(uri, prepare_device(threads=threads))
         self._version = self._captioner.model.record.weights_sha256[:12]
         self._batcher = Batcher(self._run, max_batch_size)
-        self._decoders = ThreadPoolExecutor(min(_MAX_LOADERS, cores), "decode")
+        self._decoders = ThreadPoolExecutor(min(_MAX_LOADERS, num_cores()), "decode")
         self._probe_picture = _picture()
         pixels = load_image(self._probe_picture, limits)
         for size in {1, max_batch_size}:  # memory and kernels of both extremes

@@ -13,8 +13,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray._common.utils import get_system_memory
-from ray._private.utils import get_num_cpus
 from ray.train.v2._internal.execution import context as train_context
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -24,8 +22,8 @@ from captioner.artifacts.model_directory import pack_weights, unpack_weights
 from captioner.config import TrainConfig
 from captioner.decoders import build_decoder
 from captioner.decoders.base import Decoder, Features, Standardize
-from captioner.encoders.resnet50 import fast_bfloat16
 from captioner.errors import TrainingError
+from captioner.runtime.device import choose_compute, memory_bytes, prepare_device
 from captioner.runtime.progress import TrainingGauges
 from captioner.text import Vocabulary
 from captioner.training.history import EpochRecord, Stopwatch, best_epoch, epoch_line, read_history
@@ -83,14 +81,12 @@ class Worker:
         self.config, self.messages = config, messages
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        if self.device.type == "cpu":
-            # Ray leaves one thread per worker; share out the cores of the node, or of its container, which the driver
-            # has told about.
-            cores = int(get_num_cpus(override_docker_cpu_warning=True))
-            share = max(1, cores // context.get_local_world_size())
-            torch.set_num_threads(config.threads_per_worker or share)
-        auto = "bfloat16" if fast_bfloat16(self.device.type) else "float32"
-        self.compute = auto if config.compute == "auto" else config.compute
+        prepare_device(
+            self.device.type,
+            threads=config.threads_per_worker,
+            processes=context.get_local_world_size(),
+        )
+        self.compute = choose_compute(config.compute, self.device.type)
         store = FeatureStore.open(config.features)
         torch.manual_seed(config.seed)
         self.decoder = build_decoder(
@@ -107,7 +103,7 @@ class Worker:
                 rank=self.rank,
                 workers=self.workers,
                 neighbours=context.get_local_world_size(),
-                memory=get_system_memory(),
+                memory=memory_bytes(),
             )
             for split in ("train", "validation")
         )

@@ -30,7 +30,7 @@ def no_ray_left() -> Iterator[None]:
 
 def test_a_machine_of_one_core_gets_two_logical_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster, "get_num_cpus", lambda: 1)
+    monkeypatch.setattr(cluster, "num_cores", lambda: 1)
     cluster.start_ray()
     assert cluster.num_cpus() == 2
     # Actors for both, and yet room for a task and for Ray Data's filter.

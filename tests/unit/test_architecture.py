@@ -35,7 +35,8 @@ ROOMS = (
     "serving",
 )
 WITH_RAY = (
-    "captioner.runtime",
+    "captioner.runtime.cluster",
+    "captioner.runtime.progress",
     "captioner.sources",
     "captioner.features",
     "captioner.training.worker",
