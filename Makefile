@@ -9,6 +9,7 @@ INSTALLED := $(VENV)/requirements.installed
 PYTEST := $(PYTHON) -m pytest
 # Two files of tests at a time, where no clock is watched and no Ray is started.
 TWO := --numprocesses=2 --dist=loadfile
+NO_RAY := tests/unit tests/deploy
 
 # Where `ray dashboard cluster.yaml` or `kubectl port-forward` brings a cluster's dashboard.
 ADDRESS ?= http://127.0.0.1:8265
@@ -74,15 +75,20 @@ submit-serve: $(INSTALLED) ## The same for the service, which stays when its job
 dashboard: $(INSTALLED) ## TensorBoard on this machine: make dashboard RUN=runs/flickr8k/search
 	$(PYTHON) -m tensorboard.main --logdir $(or $(RUN),runs) --host 127.0.0.1
 
-test: lint type $(if $(ALL),test-serve) ## Check style and types, then run the quick tests; every test with ALL=1
-	$(PYTEST) $(TWO) --durations=5 tests/unit
-	$(PYTEST) --durations=10 $(if $(ALL),,-m "not chaos and not long") tests/cluster tests/jobs tests/deploy $(if $(ALL),tests/nodes)
+# K is an expression of pytest's -k: what matches runs, wherever it is and however long it takes, and nothing else.
+test: $(if $(K),$(INSTALLED),lint type $(if $(ALL),test-serve)) ## Check style and types, then run the quick tests; every test with ALL=1, the matching ones with K=expression
+ifdef K
+	$(PYTEST) --durations=5 -k "$(K)" tests
+else
+	$(PYTEST) $(TWO) --durations=5 $(NO_RAY)
+	$(PYTEST) --durations=10 $(if $(ALL),,-m "not chaos and not long") tests/cluster tests/jobs $(if $(ALL),tests/nodes)
+endif
 
 test-chaos: $(INSTALLED) ## Run the tests that kill drivers, workers and nodes, and others that take minutes
 	$(PYTEST) --durations=10 -m "chaos or long" tests
 
 test-unit: $(INSTALLED) ## Run the tests that need no Ray
-	$(PYTEST) $(TWO) --durations=5 tests/unit
+	$(PYTEST) $(TWO) --durations=5 $(NO_RAY)
 
 test-cluster: $(INSTALLED) ## Run the tests that start a local Ray, those that kill its processes too
 	$(PYTEST) --durations=10 tests/cluster

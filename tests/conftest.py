@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+TESTS = Path(__file__).resolve().parent
+SHARED = TESTS.parents[1] / "shared"
 
 # Read by Ray when it is first imported, and inherited by every child process of a test.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -52,12 +53,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark everything in tests/cluster, tests/jobs, tests/serve and tests/nodes by its folder."""
+    """Mark every test by its folder; those that kill nodes take minutes too."""
     for item in items:
-        folder = item.path.parent.name
-        if folder in ("cluster", "jobs", "serve"):
-            item.add_marker(folder)
-        elif folder == "nodes":
+        if not item.path.is_relative_to(TESTS):
+            continue  # of a test that runs pytest itself
+        folder = item.path.relative_to(TESTS).parts[0]
+        item.add_marker(folder)
+        if folder == "nodes":
             item.add_marker("chaos")
 
 
