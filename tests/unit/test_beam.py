@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from captioner.config import DecodeConfig, DecoderConfig
-from captioner.decoders import DECODERS, build_decoder
+from captioner.config import DecodeConfig
 from captioner.decoders.base import Features, State
 from captioner.decoding.beam import search
 from captioner.text import END, PAD, START, UNK
-
-from .test_decoders import CELLS, CHANNELS, VOCABULARY, features
+from tests.decoders import ATTENDING, CELLS, KINDS, features, small_decoder
 
 
 class Table(nn.Module):
@@ -178,13 +176,9 @@ def test_no_ngram_is_repeated_where_that_is_forbidden() -> None:
     assert not any(repeats(found[0].tokens) for found in bound)
 
 
-@pytest.mark.parametrize("kind", sorted(DECODERS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_caption_does_not_depend_on_its_batch(kind: str) -> None:
-    torch.manual_seed(4)
-    config = DecoderConfig(
-        kind=kind, width=16, output_width=12, attention_width=8, heads=4, layers=2
-    )
-    decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
+    decoder = small_decoder(kind, layers=2, seed=4)
     with torch.no_grad():
         # Sharper than fresh weights, which leave every word about equally likely.
         decoder.output.weight.mul_(20)
@@ -199,18 +193,16 @@ def test_a_caption_does_not_depend_on_its_batch(kind: str) -> None:
             [one.log_prob for one in together[row]], abs=1e-4
         )
         for one in alone:
-            if kind in ("merge", "sequence_attention") or not one.tokens:
+            if kind not in ATTENDING or not one.tokens:
                 assert one.attention is None
             else:
                 assert one.attention.shape == (len(one.tokens), CELLS)
                 torch.testing.assert_close(one.attention.sum(dim=1), torch.ones(len(one.tokens)))
 
 
-@pytest.mark.parametrize("kind", ["spatial_attention", "adaptive_attention", "transformer"])
+@pytest.mark.parametrize("kind", ATTENDING)
 def test_the_map_of_a_word_is_that_of_the_step_that_chose_it(kind: str) -> None:
-    torch.manual_seed(5)
-    config = DecoderConfig(kind=kind, width=16, attention_width=8, heads=4, layers=2)
-    decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
+    decoder = small_decoder(kind, layers=2, seed=5)
     with torch.no_grad():
         decoder.output.weight.mul_(10)
         decoder.output.bias[END] = -5.0

@@ -7,64 +7,34 @@ import torch
 from torch import Tensor, nn
 
 from captioner.artifacts.model_directory import pack_weights, unpack_weights
-from captioner.config import DecoderConfig, DecoderKind
-from captioner.decoders import DECODERS, build_decoder
-from captioner.decoders.base import Features, Standardize
+from captioner.decoders.base import Standardize
 from captioner.decoders.lstm import LSTM
-from captioner.decoders.spatial_attention import SpatialAttentionDecoder
 from captioner.errors import ModelError
-from captioner.text import END, PAD, START
+from captioner.text import PAD
 from captioner.training.steps import OptimizerConfig, TeacherForcing, autocast, build_optimizer
+from tests.decoders import (
+    ATTENDING,
+    CELLS,
+    CHANNELS,
+    KINDS,
+    VOCABULARY,
+    captions,
+    features,
+    small_decoder,
+)
 
-VOCABULARY, CHANNELS, CELLS = 23, 12, 49
-
-
-KINDS = [*sorted(DECODERS), "adaptive_attention picture", "transformer picture"]
+EVERY = [*KINDS, "adaptive_attention picture", "transformer picture"]
 
 
 def build(kind: str, width: int = 16) -> nn.Module:
-    """A small decoder of a kind, with picture blocks where its name says so."""
-    torch.manual_seed(0)
+    """A decoder of two layers, with picture blocks where its name says so."""
     name, *picture = kind.split()
-    config = DecoderConfig(
-        kind=name,
-        width=width,
-        output_width=12,
-        attention_width=8,
-        heads=4,
-        layers=2,
-        picture_layers=2 * len(picture),
-    )
-    return build_decoder(config, VOCABULARY, CHANNELS).eval()
+    return small_decoder(name, width=width, layers=2, picture_layers=2 * len(picture))
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=EVERY)
 def decoder(request: pytest.FixtureRequest) -> nn.Module:
     return build(request.param)
-
-
-def features(images: int) -> Features:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "pooled": torch.randn(images, CHANNELS, generator=generator),
-        "grid": torch.randn(images, CELLS, CHANNELS, generator=generator),
-    }
-
-
-def captions(*lengths: int) -> Tensor:
-    """Random captions of these numbers of words, padded together."""
-    generator = torch.Generator().manual_seed(2)
-    rows = [
-        torch.cat(
-            [
-                torch.tensor([START]),
-                torch.randint(4, VOCABULARY, (length,), generator=generator),
-                torch.tensor([END]),
-            ]
-        )
-        for length in lengths
-    ]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
 
 
 def test_whole_caption_loss_equals_the_seeds_prefix_rows(decoder: nn.Module) -> None:
@@ -135,12 +105,11 @@ def test_every_parameter_gets_a_gradient(decoder: nn.Module, images: int) -> Non
     assert [name for name, one in decoder.named_parameters() if one.grad is None] == []
 
 
-@pytest.mark.parametrize("kind", ["spatial_attention", "adaptive_attention", "transformer"])
+@pytest.mark.parametrize("kind", ATTENDING)
 def test_tied_embeddings_are_one_matrix_and_stay_tied_when_loaded(kind: str) -> None:
-    sizes = {"kind": kind, "width": 16, "attention_width": 8, "heads": 4, "layers": 1}
     apart, tied, other = (
-        build_decoder(DecoderConfig(tie_embeddings=tie, **sizes), VOCABULARY, CHANNELS).eval()
-        for tie in (False, True, True)
+        small_decoder(kind, tie_embeddings=tie, seed=seed)
+        for seed, tie in enumerate((False, True, True))
     )
     counts = [sum(one.numel() for one in decoder.parameters()) for decoder in (apart, tied)]
     assert counts[0] - counts[1] == VOCABULARY * 16
@@ -151,11 +120,9 @@ def test_tied_embeddings_are_one_matrix_and_stay_tied_when_loaded(kind: str) -> 
     )
 
 
-@pytest.mark.parametrize("kind", ["spatial_attention", "adaptive_attention", "transformer"])
+@pytest.mark.parametrize("kind", ATTENDING)
 def test_the_place_of_a_cell_matters_to_the_transformer_alone(kind: str) -> None:
-    torch.manual_seed(0)
-    config = DecoderConfig(kind=kind, width=16, attention_width=8, heads=4, layers=1)
-    decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
+    decoder = small_decoder(kind)
     image, tokens = features(1), captions(4)
     flipped = {"grid": image["grid"].flip(1)}
     same = torch.allclose(decoder(image, tokens), decoder(flipped, tokens), rtol=1e-4, atol=1e-5)
@@ -179,7 +146,7 @@ def test_eight_captions_can_be_learned_by_heart(decoder: nn.Module) -> None:
     assert int(correct) / words > 0.95
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_weights_survive_packing_and_misfits_are_named(kind: str) -> None:
     decoder = build(kind)
     image, tokens = features(2), captions(4, 4)
@@ -198,12 +165,20 @@ def test_weights_survive_packing_and_misfits_are_named(kind: str) -> None:
         unpack_weights(wider, packed)
 
 
-def test_merge_has_the_seeds_layers() -> None:
-    decoder = build_decoder(DecoderConfig(kind="merge", width=256, output_width=128), 7368, 2048)
-    counted = sum(parameter.numel() for parameter in decoder.parameters())
-    image, words = 2048 * 256 + 256, 7368 * 256
-    lstm = 4 * (256 * 256 + 256 * 256 + 2 * 256)  # torch keeps two biases where Keras has one
-    assert counted == image + words + lstm + (256 * 128 + 128) + (128 * 7368 + 7368)
+def test_merge_computes_what_the_notebooks_layers_compute() -> None:
+    decoder = small_decoder("merge")
+    weights = decoder.state_dict()
+    lstm = nn.LSTM(16, 16, batch_first=True)
+    lstm.load_state_dict({name: weights[f"lstm.{name}"] for name, _ in lstm.named_parameters()})
+
+    def dense(name: str, inputs: Tensor) -> Tensor:
+        return nn.functional.linear(inputs, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    pooled, tokens = features(2)["pooled"], captions(4, 6)
+    image = dense("image", pooled).relu().unsqueeze(1)
+    outputs, _ = lstm(torch.cat([image, weights["embedding.weight"][tokens]], dim=1))
+    expected = dense("output", dense("dense", outputs[:, 1:] + image).relu())
+    torch.testing.assert_close(decoder({"pooled": pooled}, tokens), expected)
 
 
 def test_one_factor_for_all_channels_keeps_their_proportions() -> None:
@@ -214,9 +189,7 @@ def test_one_factor_for_all_channels_keeps_their_proportions() -> None:
 
 
 def test_the_rewritten_cell_is_torchs() -> None:
-    torch.manual_seed(0)
-    config = DecoderConfig(kind="spatial_attention", width=16, attention_width=8)
-    decoder = SpatialAttentionDecoder(config, VOCABULARY, CHANNELS).eval()
+    decoder = small_decoder("spatial_attention")
     image, word = {"grid": features(3)["grid"]}, torch.randn(3, 16)
     state = decoder.start(image)
     weights = decoder.weights()
@@ -226,11 +199,9 @@ def test_the_rewritten_cell_is_torchs() -> None:
     torch.testing.assert_close(new["cell"], cell)
 
 
-@pytest.mark.parametrize("kind", sorted(DECODERS))
-def test_bfloat16_gives_nearly_the_gradients_of_float32(kind: DecoderKind) -> None:
-    torch.manual_seed(0)
-    config = DecoderConfig(kind=kind, width=32, heads=4, dropout=0.0, feature_dropout=0.0)
-    decoder = build_decoder(config, VOCABULARY, CHANNELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_gives_nearly_the_gradients_of_float32(kind: str) -> None:
+    decoder = small_decoder(kind, width=32, dropout=0.0, feature_dropout=0.0)
     image, tokens = features(4), captions(5, 8, 6, 7)
     gradients = []
     for compute in ("float32", "bfloat16"):

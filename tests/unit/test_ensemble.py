@@ -5,29 +5,18 @@ import torch
 from torch import nn
 
 from captioner.artifacts.model_directory import pack_weights, unpack_weights
-from captioner.config import DecodeConfig, DecoderConfig
-from captioner.decoders import DECODERS, build_decoder
+from captioner.config import DecodeConfig
 from captioner.decoders.ensemble import Ensemble
 from captioner.decoding.beam import search
 from captioner.errors import ModelError
 from captioner.training.steps import TeacherForcing
-
-from .test_decoders import CELLS, CHANNELS, VOCABULARY, captions, features
+from tests.decoders import CELLS, KINDS, VOCABULARY, captions, features, small_decoder
 
 
 def member(kind: str, seed: int = 0, vocabulary: int = VOCABULARY) -> nn.Module:
-    torch.manual_seed(seed)
-    config = DecoderConfig(
-        kind=kind,
-        width=16,
-        output_width=12,
-        attention_width=8,
-        heads=4,
-        layers=2,
-        dropout=0.0,
-        feature_dropout=0.0,
+    decoder = small_decoder(
+        kind, seed=seed, vocabulary=vocabulary, layers=2, dropout=0.0, feature_dropout=0.0
     )
-    decoder = build_decoder(config, vocabulary, CHANNELS).eval()
     with torch.no_grad():
         # Sharper than fresh weights, so that the mean of probabilities is far from that of logits.
         decoder.output.weight.mul_(5)
@@ -36,7 +25,7 @@ def member(kind: str, seed: int = 0, vocabulary: int = VOCABULARY) -> nn.Module:
 
 @pytest.fixture
 def ensemble() -> Ensemble:
-    return Ensemble([member(kind) for kind in sorted(DECODERS)]).eval()
+    return Ensemble([member(kind) for kind in KINDS]).eval()
 
 
 def test_a_word_has_the_mean_of_the_members_probabilities(ensemble: Ensemble) -> None:
@@ -106,16 +95,14 @@ def test_every_member_gets_gradients(ensemble: Ensemble, images: int) -> None:
 
 
 def test_members_are_built_with_weights_of_their_own() -> None:
-    config = DecoderConfig(kind="merge", width=16, output_width=12, ensemble_size=3)
-    built = build_decoder(config, VOCABULARY, CHANNELS)
+    built, again = (small_decoder(ensemble_size=3, seed=seed) for seed in range(2))
     assert isinstance(built, Ensemble)
     weights = [one.output.weight for one in built.members]
     assert len(weights) == 3
     assert not torch.equal(weights[0], weights[1])
-    again = build_decoder(config, VOCABULARY, CHANNELS)
     unpack_weights(again, pack_weights(built))
     image, tokens = {"pooled": features(2)["pooled"]}, captions(3, 8)
-    torch.testing.assert_close(again.eval()(image, tokens), built.eval()(image, tokens))
+    torch.testing.assert_close(again(image, tokens), built(image, tokens))
 
 
 def test_members_of_different_vocabularies_are_refused() -> None:

@@ -9,19 +9,15 @@ from torch import Tensor, nn
 
 from captioner.artifacts.model_directory import LoadedModel
 from captioner.captioning.captioner import Captioner
-from captioner.config import DecodeConfig, DecodeOverrides, DecoderConfig
-from captioner.decoders import DECODERS, build_decoder
+from captioner.config import DecodeConfig, DecodeOverrides
 from captioner.decoders.base import Features, State
 from captioner.decoders.ensemble import members_of
-from captioner.decoding.beam import search
+from captioner.decoding.beam import Hypothesis, search
 from captioner.decoding.cider import NGramFrequencies, cider_d
-from captioner.decoding.mbr import _contenders as contenders
-from captioner.decoding.mbr import _score as score
 from captioner.decoding.mbr import agreements, search_mbr
 from captioner.decoding.sampling import sample
 from captioner.text import END, START, UNK, Vocabulary
-
-from .test_decoders import CHANNELS, VOCABULARY, features
+from tests.decoders import ATTENDING, KINDS, VOCABULARY, features, small_decoder
 
 RARE = NGramFrequencies(images=100, counts={})
 MODE = (4, 5, 6, 7)
@@ -64,9 +60,7 @@ def test_the_caption_that_most_agree_with_comes_first() -> None:
 def test_rank_is_score_plus_weighted_mean_root_of_cider_of_what_every_member_draws(
     members: int,
 ) -> None:
-    torch.manual_seed(0)
-    config = DecoderConfig(width=16, output_width=16, ensemble_size=members)
-    decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
+    decoder = small_decoder(ensemble_size=members)
     decode = DecodeConfig(beam_size=5, num_captions=5, max_length=8, mbr_samples=9)
     column = features(30)
     found = search_mbr(decoder, column, decode, RARE)
@@ -84,71 +78,69 @@ def test_rank_is_score_plus_weighted_mean_root_of_cider_of_what_every_member_dra
             for caption in tokens[image * each : (image + 1) * each, 1:].tolist()
         ]
 
-        def worth(
-            words: tuple[int, ...], score: float, captions: list[tuple[int, ...]] = captions
-        ) -> float:
+        def agreement(words: tuple[int, ...], captions: list[tuple[int, ...]] = captions) -> float:
             others = list(captions)
             if words in others:
                 others.remove(words)
             vector = RARE.vector(words)
-            gains = [math.sqrt(cider_d(vector, [RARE.vector(one)])) for one in others]
-            return score + 8 * sum(gains) / len(gains)
+            return sum(math.sqrt(cider_d(vector, [RARE.vector(one)])) for one in others) / len(
+                others
+            )
 
-        ranked = [worth((*one.tokens, END), one.score) for one in hypotheses]
+        def worth(one: Hypothesis) -> float:
+            return one.score + 8 * agreement((*one.tokens, END))
+
+        ranked = [worth(one) for one in hypotheses]
         assert ranked == sorted(ranked, reverse=True)
         # Nothing that the search found is worth more than what came first.
-        assert ranked[0] >= max(worth((*one.tokens, END), one.score) for one in beams[image]) - 1e-9
-        searched = {one.tokens for one in beams[image]}
-        newcomers += sum(one.tokens not in searched for one in hypotheses)
-        assert {(*one.tokens, END) for one in hypotheses if one.tokens not in searched} <= set(
-            captions
-        )
+        assert ranked[0] >= max(map(worth, beams[image])) - 1e-9
+        searched = {(*one.tokens, END) for one in beams[image]}
+        new = {(*one.tokens, END) for one in hypotheses} - searched
+        newcomers += len(new)
+        # Of those drawn to their end that no beam has found, the five that agree best compete.
+        finished = {one for one in captions if len(one) > 1 and one[-1] == END} - searched
+        least = sorted(map(agreement, finished), reverse=True)[:5]
+        assert new <= finished
+        assert all(agreement(one) >= least[-1] - 1e-9 for one in new)
     assert newcomers > 10
 
 
 @pytest.mark.parametrize("members", [1, 2])
-@pytest.mark.parametrize("kind", sorted(DECODERS))
-def test_a_drawn_caption_is_scored_as_a_search_would_have(kind: str, members: int) -> None:
-    torch.manual_seed(0)
-    sizes = {"width": 16, "output_width": 16, "attention_width": 8, "heads": 4, "layers": 1}
-    config = DecoderConfig(kind=kind, ensemble_size=members, **sizes)
-    decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
-    decode = DecodeConfig(beam_size=4, num_captions=4)
-    column = features(4)
-    short, long = (
-        search(decoder, column, decode.model_copy(update={"max_length": words})) for words in (1, 4)
-    )
-    # Of each image another number of captions.
-    expected = [
-        [*one[:number], *other[:number]]
-        for number, (one, other) in enumerate(zip(long, short, strict=True))
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_caption_that_was_drawn_is_described_as_one_that_was_searched(
+    kind: str, members: int
+) -> None:
+    decoder = small_decoder(kind, ensemble_size=members)
+    column = features(6)
+    decode = DecodeConfig(beam_size=4, num_captions=4, max_length=5, mbr_samples=40)
+    found = search_mbr(decoder, column, decode, RARE)
+    beams = search(decoder, column, decode)
+    drawn = [
+        (image, one)
+        for image, hypotheses in enumerate(found)
+        for one in hypotheses
+        if one.tokens not in {other.tokens for other in beams[image]}
     ]
-    captions = [[(*one.tokens, END) for one in image] for image in expected]
-    scored = score(decoder, column, captions, decode)
-    assert [[one.tokens for one in image] for image in scored] == [
-        [one.tokens for one in image] for image in expected
-    ]
-    for got, one in zip(itertools.chain(*scored), itertools.chain(*expected), strict=True):
-        assert got.log_prob == pytest.approx(one.log_prob, rel=1e-4)
-        assert got.score == pytest.approx(one.score, rel=1e-4)
-        assert (got.attention is None) == (one.attention is None)
-        if one.attention is not None:
-            torch.testing.assert_close(got.attention, one.attention, rtol=1e-4, atol=1e-5)
-
-
-def test_those_that_agree_best_are_scored() -> None:
-    worth = {(word, END): float(word % 7) for word in range(4, 18)}
-    unfinished, repeating = (20, 21, 22), (23, 23, END)
-    worth |= {unfinished: 9.0, repeating: 9.0, (END,): 9.5}
-    beams = {(13, END)}  # the one that agrees second best
-    assert contenders(worth, beams, 1) == [(6, END), (5, END), (12, END), (4, END), (11, END)]
-    assert contenders(worth, beams, 0)[0] == repeating
-    assert contenders({unfinished: 1.0}, set(), 0) == []
+    assert len({len(one.tokens) for _, one in drawn}) > 1
+    for image, one in drawn:
+        state = decoder.start({name: rows[image : image + 1] for name, rows in column.items()})
+        log_prob, maps = 0.0, []
+        for last, word in itertools.pairwise((START, *one.tokens, END)):
+            logits, state, attention = decoder.step(torch.tensor([last]), state)
+            log_prob += float(torch.log_softmax(logits[0], dim=-1)[word])
+            maps.append(attention)
+        assert one.log_prob == pytest.approx(log_prob, rel=1e-4)
+        penalty = (len(one.tokens) + 1) ** decode.length_penalty
+        assert one.score == pytest.approx(one.log_prob / penalty, rel=1e-5)
+        if kind in ATTENDING:
+            torch.testing.assert_close(one.attention, torch.cat(maps[:-1]), rtol=1e-4, atol=1e-5)
+        else:
+            assert one.attention is None
 
 
 def test_what_was_drawn_with_repeats_or_not_to_its_end_is_not_chosen() -> None:
-    torch.manual_seed(0)
-    decoder = build_decoder(DecoderConfig(width=16, output_width=16), VOCABULARY, CHANNELS).eval()
+    decoder = small_decoder()
     decode = DecodeConfig(
         beam_size=8, num_captions=8, max_length=6, mbr_samples=200, no_repeat_ngram=1
     )
@@ -171,9 +163,7 @@ def test_a_caption_is_no_witness_for_itself() -> None:
 
 
 def test_the_captioner_ranks_by_consensus_when_asked() -> None:
-    torch.manual_seed(0)
-    config = DecoderConfig(width=16, output_width=16)
-    decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
+    decoder = small_decoder()
     vocabulary = Vocabulary.build([[f"w{number}" for number in range(VOCABULARY - UNK - 1)]])
     captioner = Captioner(LoadedModel("", None, vocabulary, decoder, RARE), "cpu")
     plain = DecodeConfig(beam_size=5, max_length=8)
@@ -190,28 +180,27 @@ def test_the_captioner_ranks_by_consensus_when_asked() -> None:
     assert captions(greedy) == captions(plain.model_copy(update={"beam_size": 1}))
 
 
+def captioned(decoder: nn.Module, decode: DecodeConfig, rows: slice) -> list[list[tuple[int, ...]]]:
+    """Captions of some of five images."""
+    some = {name: tensor[rows] for name, tensor in features(5).items()}
+    return [[one.tokens for one in image] for image in search_mbr(decoder, some, decode, RARE)]
+
+
 @pytest.mark.parametrize("members", [1, 3])
-@pytest.mark.parametrize("kind", sorted(DECODERS))
-def test_a_caption_does_not_depend_on_its_batch(
-    kind: str, members: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(1)
-    sizes = {"width": 16, "output_width": 16, "attention_width": 8, "heads": 4, "layers": 1}
-    config = DecoderConfig(kind=kind, ensemble_size=members, **sizes)
-    decoder = build_decoder(config, VOCABULARY, CHANNELS).eval()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_caption_does_not_depend_on_its_batch(kind: str, members: int) -> None:
+    decoder = small_decoder(kind, ensemble_size=members, seed=1)
     decode = DecodeConfig(beam_size=4, num_captions=4, max_length=8, mbr_samples=7)
-    column = features(5)
+    together = captioned(decoder, decode, slice(None))
+    assert captioned(decoder, decode, slice(None)) == together
+    assert [captioned(decoder, decode, slice(row, row + 1))[0] for row in range(5)] == together
 
-    def caption(rows: slice) -> list[list[tuple[int, ...]]]:
-        some = {name: tensor[rows] for name, tensor in column.items()}
-        found = search_mbr(decoder, some, decode, RARE)
-        return [[one.tokens for one in image] for image in found]
 
-    together = caption(slice(None))
-    assert caption(slice(None)) == together
-    assert [caption(slice(row, row + 1))[0] for row in range(5)] == together
-    monkeypatch.setattr("captioner.decoding.mbr._ROWS", 1)
-    assert caption(slice(None)) == together
+def test_more_captions_than_are_drawn_at_once_are_drawn_in_several_goes() -> None:
+    decoder = small_decoder(seed=1)
+    decode = DecodeConfig(beam_size=4, num_captions=4, max_length=4, mbr_samples=260)
+    together = captioned(decoder, decode, slice(None))
+    assert [captioned(decoder, decode, slice(row, row + 1))[0] for row in range(5)] == together
 
 
 def test_shared_numbers_draw_from_the_tempered_distribution() -> None:
