@@ -1,15 +1,14 @@
 """The processor that a network runs on: which one, how many cores and how much memory a container leaves, what is fast.
 
 Limits are those of Linux control groups, versions 1 and 2: a container's quota is in neither ``os.cpu_count()`` nor the
-affinity of its processes.
+affinity of its processes. Torch, which takes seconds to load, is imported where it is asked: processes that only load
+pictures and write tables come here for their cores.
 """
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from captioner.config import Compute
 
@@ -18,6 +17,8 @@ _ROOT = Path("/")
 
 def choose_device() -> str:
     """``cuda`` where there is a GPU, else ``cpu``."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -34,6 +35,8 @@ def prepare_device(
     Returns:
         the device.
     """
+    import torch
+
     device = device or choose_device()
     if device == "cpu":
         torch.set_num_threads(threads or max(1, num_cores() // processes))
@@ -100,6 +103,8 @@ def _read(file: Path) -> str:
 
 def fast_bfloat16(device: str) -> bool:
     """Whether the device multiplies bfloat16 in hardware (AMX or AVX512-BF16; compute capability 8 on)."""
+    import torch
+
     if device.startswith("cuda"):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

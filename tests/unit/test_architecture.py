@@ -157,11 +157,19 @@ def test_checker_finds_each_violation(tmp_path: Path, path: str, text: str, comp
     assert complaint in found[0]
 
 
-def test_settings_load_without_ray_and_torch() -> None:
-    program = (
-        "import sys, captioner, captioner.config, captioner.errors\n"
-        "print(sorted({'ray', 'torch', 'matplotlib', 'pandas', 'pyarrow'} & set(sys.modules)))"
-    )
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        (
+            "captioner, captioner.config, captioner.errors",
+            {"ray", "torch", "matplotlib", "pandas", "pyarrow"},
+        ),
+        # Of processes that load pictures, of which a node has one for each of its cores.
+        ("captioner.features.pipeline, captioner.sources", {"torch", "torchvision", "matplotlib"}),
+    ],
+)
+def test_what_every_process_loads_loads_fast(modules: str, heavy: set[str]) -> None:
+    program = f"import sys, {modules}\nprint(sorted({heavy} & set(sys.modules)))"
     child = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
