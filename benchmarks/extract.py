@@ -1,10 +1,9 @@
-"""How fast extraction runs here, and what holds it back: each stage alone, then the pipeline, in one run."""
+"""How fast extraction runs here, and what limits it: loading alone, the encoder alone, then the pipeline."""
 
 import logging
-import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,12 +11,13 @@ import pyarrow as pa
 import safetensors.torch
 
 from benchmarks.config import BenchmarkExtractConfig
+from benchmarks.measurement import Measurement, Row
 from benchmarks.stages import load_rate, model_rate, take_sample
 from benchmarks.watch import Watch
 from captioner import storage
 from captioner.artifacts.feature_store import ENCODER_WEIGHTS
 from captioner.artifacts.output import Output
-from captioner.artifacts.schema import Record, SourceIdentity, feature_rows
+from captioner.artifacts.schema import SourceIdentity, feature_rows
 from captioner.config import ImageLimits
 from captioner.encoders.resnet50 import identify, load_weights
 from captioner.features.extract import EncodeImages, compute_on_cluster
@@ -30,19 +30,28 @@ from captioner.sources.tasks import Piece, PieceSource
 logger = logging.getLogger(__name__)
 
 
-class ExtractBenchmark(Record):
+class ExtractBenchmark(Measurement):
     """Rates are images per second over the whole cluster; memory is that of the driver's node."""
 
-    machine: str
+    cpus: int
+    gpus: int
+    """Of the cluster."""
     encoder: str
+    compute: str
+    """float32 or bfloat16."""
+    encoders: int
+    """Encoder actors."""
+    threads: int
+    """Of each encoder actor, on CPUs."""
+    grid: bool
     images: int
     batch_size: int
     load_only: float
-    """All CPUs decoding, nothing else."""
+    """All CPUs loading images, nothing else."""
     model_only: float
-    """All encoder actors on images already decoded."""
+    """All encoder actors on images already loaded."""
     limit: float
-    """What the pipeline could reach: the slower stage where a GPU runs the model, both sharing the cores otherwise."""
+    """What the pipeline could reach: the slower stage where GPUs encode, both sharing the cores otherwise."""
     pipeline: float
     """Steady rate: between a fifth and nine tenths of the images."""
     ratio: float
@@ -51,14 +60,14 @@ class ExtractBenchmark(Record):
     startup_seconds: float
     """Wall time of the pipeline beyond images / steady rate."""
     loaders_per_encoder: float
-    """CPUs that must decode to keep one encoder actor busy."""
+    """CPUs that must load to keep one encoder actor busy."""
     spilled_bytes: int
     peak_object_store_bytes: int
     peak_driver_bytes: int
     peak_encoder_bytes: int
-    """Of the largest encoder actor; resident, shared memory left out, as in the two beside it."""
+    """Of the largest encoder actor; resident without shared memory, as for the driver and the workers."""
     peak_worker_bytes: int
-    """Of the largest worker that reads, decodes or writes."""
+    """Of the largest worker that reads, loads or writes."""
 
     def table(self) -> str:
         """For a terminal."""
@@ -67,14 +76,14 @@ class ExtractBenchmark(Record):
             return f"{value / 2**20:,.0f} MiB"
 
         rows = [
-            ("decode only", f"{self.load_only:,.1f} images/s"),
-            ("model only", f"{self.model_only:,.1f} images/s"),
+            ("loading only", f"{self.load_only:,.1f} images/s"),
+            ("encoder only", f"{self.model_only:,.1f} images/s"),
             ("limit of both", f"{self.limit:,.1f} images/s"),
             ("pipeline, steady", f"{self.pipeline:,.1f} images/s"),
             ("pipeline / limit", f"{self.ratio:.2f}"),
             ("bottleneck", self.bottleneck),
             ("start-up", f"{self.startup_seconds:.1f} s"),
-            ("decoding CPUs per encoder", f"{self.loaders_per_encoder:.2f}"),
+            ("loading CPUs per encoder", f"{self.loaders_per_encoder:.2f}"),
             ("spilled", mebibytes(self.spilled_bytes)),
             ("object store, peak", mebibytes(self.peak_object_store_bytes)),
             ("driver, peak", mebibytes(self.peak_driver_bytes)),
@@ -82,7 +91,11 @@ class ExtractBenchmark(Record):
             ("largest other worker, peak", mebibytes(self.peak_worker_bytes)),
         ]
         lines = [f"{name:28}{value}" for name, value in rows]
-        return "\n".join([f"{self.machine}; {self.encoder}; {self.images:,} images", *lines])
+        head = f"{self.cpus} CPUs, {self.gpus} GPUs; {self.encoder} {self.compute}; {self.images:,} images"
+        return "\n".join([head, *lines])
+
+    def rows(self) -> Sequence[Row]:
+        return [self.model_dump()]
 
 
 class RepeatedSource:
@@ -144,9 +157,9 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
         }
         watch = Watch()
         sample = take_sample(source)
-        logger.info("decoding alone, %.0f s", config.seconds)
-        decode = load_rate(sample, config.seconds)
-        logger.info("the model alone, %.0f s", config.seconds)
+        logger.info("loading alone, %.0f s", config.seconds)
+        loading = load_rate(sample, config.seconds)
+        logger.info("the encoder alone, %.0f s", config.seconds)
         model = model_rate(sample, config.batch_size, config.seconds, options, pool)
         logger.info("the pipeline")
         repeated = RepeatedSource(source, config.images)
@@ -170,21 +183,26 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
     steady = watch.steady(images)
     # On GPUs the stages run side by side; on CPUs alone they take turns on the same cores.
     gpus, cpus = num_gpus(), num_cpus()
-    limit = min(decode, model) if gpus else 1 / (1 / decode + 1 / model)
-    share = (1 / model) / (1 / decode + 1 / model)
+    limit = min(loading, model) if gpus else 1 / (1 / loading + 1 / model)
+    share = (1 / model) / (1 / loading + 1 / model)
     return ExtractBenchmark(
-        machine=f"{cpus} CPUs, {gpus} GPUs, {platform.machine()}",
-        encoder=f"{config.encoder.name} {config.encoder.layer} {identity.compute}",
+        cpus=cpus,
+        gpus=gpus,
+        encoder=f"{config.encoder.name} {config.encoder.layer}",
+        compute=identity.compute,
+        encoders=pool.size,
+        threads=pool.threads,
+        grid=config.grid,
         images=images,
         batch_size=config.batch_size,
-        load_only=decode,
+        load_only=loading,
         model_only=model,
         limit=limit,
         pipeline=steady,
         ratio=steady / limit,
-        bottleneck=_bottleneck(decode, model, share, gpus > 0),
+        bottleneck=_bottleneck(loading, model, share, gpus > 0),
         startup_seconds=max(0.0, wall - images / steady),
-        loaders_per_encoder=(model / pool.size) / (decode / cpus),
+        loaders_per_encoder=(model / pool.size) / (loading / cpus),
         spilled_bytes=watch.spilled,
         peak_object_store_bytes=watch.object_store,
         peak_driver_bytes=watch.memory.driver,
@@ -193,10 +211,10 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
     )
 
 
-def _bottleneck(decode: float, model: float, share: float, gpus: bool) -> str:
+def _bottleneck(loading: float, model: float, share: float, gpus: bool) -> str:
     if gpus:
-        return "the model" if model <= decode else "decoding"
-    name, part = ("the model", share) if share >= 0.5 else ("decoding", 1 - share)
+        return "encoder" if model <= loading else "loading"
+    name, part = ("encoder", share) if share >= 0.5 else ("loading", 1 - share)
     return f"{name}, {part:.0%} of the cores' work"
 
 

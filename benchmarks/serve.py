@@ -2,12 +2,11 @@
 
 import asyncio
 import logging
-import platform
 import random
 import socket
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import aiohttp
@@ -16,6 +15,7 @@ import ray
 from ray import serve
 
 from benchmarks.config import BenchmarkServeConfig
+from benchmarks.measurement import Measurement, Row
 from captioner.artifacts.schema import Record
 from captioner.captioning.captioner import Captioner
 from captioner.config import ServeConfig
@@ -32,27 +32,28 @@ _WARM_UP = 0.2  # of the time of a measurement
 
 
 class Load(Record):
-    """The service under one load. Latencies are those of the clients, in milliseconds."""
+    """The service under one load. Latencies are those of the clients."""
 
     clients: int
     """Clients that each send one picture after another; 0: pictures sent at random times, at half the best rate."""
-    rate: float
-    """Images per second."""
-    p50: float
-    p95: float
-    p99: float
-    batch: float
-    """Mean images in the forward pass of a request."""
+    images_per_second: float
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    mean_batch: float
+    """Images in the forward pass of a request."""
     refused: int
 
 
-class ServeBenchmark(Record):
+class ServeBenchmark(Measurement):
     """Rates are images per second."""
 
-    machine: str
-    model: str
+    cpus: int
+    gpus: int
+    max_batch_size: int
     limit: float
-    """Of the Captioner alone, on batches of ``max_batch_size`` with decoding, measured before and after the service."""
+    """Of the Captioner alone, on batches of ``max_batch_size``, loading included; measured before and after the
+    service."""
     limits: list[float]
     loads: list[Load]
     half: Load
@@ -68,18 +69,22 @@ class ServeBenchmark(Record):
         names = ("images/s", "of limit", "p50 ms", "p95 ms", "p99 ms", "batch", "503")
         head = f"{'clients':>12}" + "".join(f"{name:>10}" for name in names)
         rows = [
-            f"{one.clients or 'half load':>12}{one.rate:>10.1f}{one.rate / self.limit:>10.2f}{one.p50:>10.0f}"
-            f"{one.p95:>10.0f}{one.p99:>10.0f}{one.batch:>10.1f}{one.refused:>10}"
+            f"{one.clients or 'half load':>12}{one.images_per_second:>10.1f}{one.images_per_second / self.limit:>10.2f}"
+            f"{one.p50_ms:>10.0f}{one.p95_ms:>10.0f}{one.p99_ms:>10.0f}{one.mean_batch:>10.1f}{one.refused:>10}"
             for one in [*self.loads, self.half]
         ]
         return "\n".join(
             [
-                f"{self.machine}; {self.model}; limit {self.limit:.1f} images/s in one process",
+                f"{self.cpus} CPUs, {self.gpus} GPUs; limit {self.limit:.1f} images/s in one process",
                 head,
                 *rows,
                 f"best / limit {self.ratio:.2f}; p99 at half load / single {self.half_p99_over_single:.2f}",
             ]
         )
+
+    def rows(self) -> Sequence[Row]:
+        around = self.model_dump(include={"cpus", "gpus", "max_batch_size", "limit"})
+        return [around | one.model_dump() for one in [*self.loads, self.half]]
 
 
 def benchmark_serve(config: BenchmarkServeConfig) -> ServeBenchmark:
@@ -87,11 +92,11 @@ def benchmark_serve(config: BenchmarkServeConfig) -> ServeBenchmark:
 
     Raises:
         ModelError: the model directory is unusable.
-        SourceError: there are no images that can be decoded.
+        SourceError: there are no images that can be loaded.
     """
     pictures = _pictures(config)
     start_ray()
-    machine = f"{num_cpus()} CPUs, {num_gpus()} GPUs, {platform.machine()}"
+    cpus, gpus = num_cpus(), num_gpus()
     logger.info("the Captioner alone")
     limits = [_limit(config, pictures)]
     settings = ServeConfig(
@@ -107,23 +112,24 @@ def benchmark_serve(config: BenchmarkServeConfig) -> ServeBenchmark:
         for clients in config.concurrency:
             logger.info("%d clients", clients)
             loads.append(asyncio.run(_closed(address, pictures, clients, config.seconds)))
-        best = max(one.rate for one in loads)
+        best = max(one.images_per_second for one in loads)
         logger.info("half load")
         half = asyncio.run(_open(address, pictures, best / 2, 2 * config.seconds))
     logger.info("the Captioner alone, again")
     limits.append(_limit(config, pictures))
     limit = statistics.mean(limits)
-    single = min(loads, key=lambda one: one.clients).p50
+    single = min(loads, key=lambda one: one.clients).p50_ms
     return ServeBenchmark(
-        machine=machine,
-        model=config.model,
+        cpus=cpus,
+        gpus=gpus,
+        max_batch_size=config.max_batch_size,
         limit=limit,
         limits=limits,
         loads=loads,
         half=half,
         best=best,
         ratio=best / limit,
-        half_p99_over_single=half.p99 / single,
+        half_p99_over_single=half.p99_ms / single,
     )
 
 
@@ -149,9 +155,9 @@ def _pictures(config: BenchmarkServeConfig) -> list[bytes]:
                 else:
                     found.append(data)
     if left_out:
-        logger.info("%d files cannot be decoded and are left out", left_out)
+        logger.info("%d files cannot be loaded and are left out", left_out)
     if not found:
-        raise SourceError(f"{config.images}: no file can be decoded")
+        raise SourceError(f"{config.images}: no image can be loaded")
     return found
 
 
@@ -231,11 +237,11 @@ class _Watch:
         p50, p95, p99 = (float(one) for one in np.percentile(self.latencies, (50, 95, 99)))
         return Load(
             clients=clients,
-            rate=self.finished / self.seconds,
-            p50=p50,
-            p95=p95,
-            p99=p99,
-            batch=statistics.mean(self.batches),
+            images_per_second=self.finished / self.seconds,
+            p50_ms=p50,
+            p95_ms=p95,
+            p99_ms=p99,
+            mean_batch=statistics.mean(self.batches),
             refused=self.refused,
         )
 

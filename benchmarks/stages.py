@@ -1,4 +1,4 @@
-"""The stages of extraction alone, each with nothing else to do: decoding on all CPUs, encoding on all actors."""
+"""The stages of extraction alone, each with nothing else to do: loading on all CPUs, encoding on all actors."""
 
 import time
 from typing import Any
@@ -27,7 +27,7 @@ def take_sample(source: Source) -> pa.Table:
 
 
 @ray.remote(num_cpus=1)
-def _decode_for(sample: pa.Table, seconds: float) -> float:
+def _load_for(sample: pa.Table, seconds: float) -> float:
     """Images per second of one CPU."""
     done, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
@@ -36,11 +36,11 @@ def _decode_for(sample: pa.Table, seconds: float) -> float:
 
 
 def load_rate(sample: pa.Table, seconds: float) -> float:
-    """Images per second that all CPUs of the cluster decode."""
+    """Images per second that all CPUs of the cluster load."""
     shared = ray.put(sample)
     # Started and thrown away first: a worker's start-up must not count against the others.
-    ray.get([_decode_for.remote(shared, 0.1) for _ in range(num_cpus())])
-    return float(sum(ray.get([_decode_for.remote(shared, seconds) for _ in range(num_cpus())])))
+    ray.get([_load_for.remote(shared, 0.1) for _ in range(num_cpus())])
+    return float(sum(ray.get([_load_for.remote(shared, seconds) for _ in range(num_cpus())])))
 
 
 class _Model:
@@ -60,7 +60,7 @@ class _Model:
 def model_rate(
     sample: pa.Table, batch_size: int, seconds: float, options: dict[str, Any], pool: PoolPlan
 ) -> float:
-    """Images per second that all encoder actors encode, images being decoded already."""
+    """Images per second of all encoder actors, on images that are loaded already."""
     pixels = load_rows(sample.slice(0, batch_size), ImageLimits())[PIXELS].combine_chunks()
     images = np.array(pixels.to_numpy_ndarray())
     images = np.resize(images, (batch_size, *images.shape[1:]))

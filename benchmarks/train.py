@@ -4,17 +4,19 @@ import logging
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import ray.train
 import torch
-from pydantic import BaseModel, ConfigDict
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from benchmarks.config import BenchmarkTrainConfig
+from benchmarks.measurement import Measurement, Row
 from captioner.artifacts.feature_store import FeatureStore
+from captioner.artifacts.schema import Record
 from captioner.config import DecoderKind, TrainConfig
 from captioner.decoders import build_decoder
 from captioner.errors import ConfigError
@@ -31,14 +33,14 @@ logger = logging.getLogger(__name__)
 _WARM_UP = 5
 
 
-class TrainRate(BaseModel):
-    """One decoder, one way in, one number of workers; rates are over all workers."""
-
-    model_config = ConfigDict(frozen=True)
+class TrainRate(Record):
+    """One decoder, one ingest, one number of workers; rates are over all workers."""
 
     decoder: str
     ingest: str
     workers: int
+    compute: str
+    """float32 or bfloat16."""
     captions_per_second: float
     steps_per_second: float
     data_wait_fraction: float
@@ -49,15 +51,18 @@ class TrainRate(BaseModel):
     """Of the first worker, its libraries included."""
 
 
-class TrainBenchmark(BaseModel):
+class TrainBenchmark(Measurement):
     """What ``benchmark_train`` found."""
-
-    model_config = ConfigDict(frozen=True)
 
     cpus: int
     gpus: int
+    """Of the cluster."""
     vocabulary: int
+    """Words."""
+    width: int
+    """Of the decoders."""
     global_batch: int
+    """Captions per optimizer step."""
     steps: int
     rates: list[TrainRate]
 
@@ -78,9 +83,12 @@ class TrainBenchmark(BaseModel):
             )
         return "\n".join(lines)
 
+    def rows(self) -> Sequence[Row]:
+        return [self.model_dump(exclude={"rates"}) | rate.model_dump() for rate in self.rates]
+
 
 def benchmark_train(config: BenchmarkTrainConfig) -> TrainBenchmark:
-    """Train a number of steps with every decoder, way in and number of workers asked for; nothing is published.
+    """Train a number of steps with every decoder, ingest and number of workers asked for; nothing is published.
 
     Raises:
         StoreError: the features lack what a decoder reads.
@@ -110,6 +118,7 @@ def benchmark_train(config: BenchmarkTrainConfig) -> TrainBenchmark:
         cpus=num_cpus(),
         gpus=num_gpus(),
         vocabulary=len(vocabulary),
+        width=config.decoder.width,
         global_batch=config.global_batch,
         steps=config.steps,
         rates=rates,
@@ -181,6 +190,7 @@ def _measure_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     # Everybody reports, or the others would be taken down while they still exchange gradients.
     ray.train.report({})
     return {
+        "compute": worker.compute,
         "captions_per_second": captions / timer.seconds,
         "steps_per_second": len(held) / timer.seconds,
         "data_wait_fraction": timer.waited / timer.seconds,

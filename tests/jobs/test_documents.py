@@ -35,8 +35,7 @@ CONFIGS = {
     "caption": settings.CaptionConfig,
     "serve": settings.ServeConfig,
     "benchmark extract": benchmarks.BenchmarkExtractConfig,
-    "benchmark resume": benchmarks.BenchmarkResumeConfig,
-    "benchmark scale": benchmarks.BenchmarkScaleConfig,
+    "benchmark scores": benchmarks.BenchmarkScoresConfig,
     "benchmark serve": benchmarks.BenchmarkServeConfig,
     "benchmark train": benchmarks.BenchmarkTrainConfig,
 }
@@ -255,7 +254,7 @@ def test_jobs_of_the_documents_run_as_written_one_after_the_other(
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         ran.append(name)
-    assert set(ran) >= {"extract_features", "train", "evaluate", "caption", "benchmark scale"}
+    assert set(ran) >= {"extract_features", "train", "evaluate", "caption"}
     published = sorted(
         str(file.parent.relative_to(sandbox)) for file in sandbox.rglob("manifest.json")
     )

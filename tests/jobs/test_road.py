@@ -1,5 +1,6 @@
 """The whole road as its users walk it: every job as a child process and through ``ray job submit``."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -181,15 +182,20 @@ def test_bad_input_is_one_line_status_2_and_publishes_nothing(
         # The folder holds a file that is no picture.
         (["serve", "--model", "{road}/model", "--images", "{road}/photos", "--seconds", "1",
           "--concurrency", "1", "2"], ["limit", "best", "ratio"]),
+        (["scores", "--report", "{road}/report", "--name", "tiny"], ["figures"]),
     ],
-    ids=["extract", "train", "serve"],
+    ids=["extract", "train", "serve", "scores"],
 )  # fmt: skip
 def test_benchmarks_measure_what_runs(
     road: Path, run_job: RunJob, tmp_path: Path, arguments: list[str], rates: list[str]
 ) -> None:
     found = tmp_path / "found.json"
     rest = [text.format(road=road) for text in arguments]
-    done = run_job("benchmark", *rest, "--json", str(found))
+    done = run_job("benchmark", *rest, "--json", str(found), "--csv", str(tmp_path / "found.csv"))
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     written = json.loads(found.read_text())
     assert all(written[rate] for rate in rates)
+    with (tmp_path / "found.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    assert all(row["command"].startswith(f"python -m ray_jobs.benchmark {rest[0]}") for row in rows)
