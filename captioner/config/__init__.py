@@ -27,7 +27,7 @@ from captioner.config.parts import (
     Split,
     TextConfig,
 )
-from captioner.config.serving import ServeConfig
+from captioner.config.serving import ServeConfig, UploadBounds
 from captioner.config.tuning import TuneConfig
 
 __all__ = [
@@ -54,4 +54,5 @@ __all__ = [
     "TextConfig",
     "TrainConfig",
     "TuneConfig",
+    "UploadBounds",
 ]

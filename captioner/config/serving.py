@@ -15,8 +15,8 @@ ImageType = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff"]
 _NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<uri>.+)")
 
 
-class ServeConfig(Config):
-    """Serve models over HTTP: an API and a web page."""
+class Served(Config):
+    """What is served, and where."""
 
     model: Annotated[tuple[str, ...], Field(min_length=1), tyro.conf.UseAppendAction]
     """Model directory (path or URI), or NAME=URI; repeat the flag to serve several. The first is the default."""
@@ -24,13 +24,33 @@ class ServeConfig(Config):
     """Address to listen on. The default is this machine alone; 0.0.0.0 opens the service to the network."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
-    decode: DecodeOverrides = DecodeOverrides()
-    """What a request that says nothing else gets, over each model's own search."""
-    limits: ImageLimits = ImageLimits(max_bytes=16 * 2**20)
-    types: Annotated[tuple[ImageType, ...], Field(min_length=1)] = ("jpeg", "png", "webp", "gif")
-    """Accepted image types, recognised by content."""
-    max_images: Positive = 16
-    """Most images in one request."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Served":
+        names = [name for name, _ in self._named()]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"model: two are called {name!r}; name them with NAME=URI")
+        return self
+
+    @property
+    def models(self) -> dict[str, str]:
+        """URIs by name, the default first."""
+        return dict(self._named())
+
+    def _named(self) -> list[tuple[str, str]]:
+        found = []
+        for text in self.model:
+            match = _NAMED.fullmatch(text)
+            uri = match["uri"] if match else text
+            name = match["name"] if match else uri.rstrip("/").rpartition("/")[2]
+            found.append((re.sub(r"[^\w.-]", "_", name) or "model", uri))
+        return found
+
+
+class UploadBounds(Config):
+    """What clients may send and hold."""
+
     max_request_bytes: Positive = 64 * 2**20
     """Largest request body, in bytes."""
     max_uploads: Positive = 256
@@ -39,12 +59,24 @@ class ServeConfig(Config):
     """Bytes of request bodies that one HTTP replica holds at once; beyond it clients get 503."""
     upload_timeout_s: Seconds = 20.0
     """Longest time a client may take to send its request, in seconds."""
+    retry_after_s: Positive = 1
+    """What clients that get 503 are told to wait, in seconds."""
+
+
+class ServeConfig(UploadBounds, Served):
+    """Serve models over HTTP: an API and a web page."""
+
+    decode: DecodeOverrides = DecodeOverrides()
+    """What a request that says nothing else gets, over each model's own search."""
+    limits: ImageLimits = ImageLimits(max_bytes=16 * 2**20)
+    types: Annotated[tuple[ImageType, ...], Field(min_length=1)] = ("jpeg", "png", "webp", "gif")
+    """Accepted image types, recognised by content."""
+    max_images: Positive = 16
+    """Most images in one request."""
     request_timeout_s: Seconds = 30.0
     """Longest time to the answer once a request is complete, in seconds; then the client gets 503."""
     max_queued: Positive = 128
     """Requests that wait for a model replica, per HTTP replica; beyond it clients get 503."""
-    retry_after_s: Positive = 1
-    """What clients that get 503 are told to wait, in seconds."""
     max_batch_size: Positive = 32
     """Most images in one forward pass."""
     min_replicas: Positive = 1
@@ -72,25 +104,3 @@ class ServeConfig(Config):
                 f"min_replicas: {self.min_replicas} must be at most max_replicas {self.max_replicas}"
             )
         return self
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> "ServeConfig":
-        names = [name for name, _ in self._named()]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"model: two are called {name!r}; name them with NAME=URI")
-        return self
-
-    @property
-    def models(self) -> dict[str, str]:
-        """URIs by name, the default first."""
-        return dict(self._named())
-
-    def _named(self) -> list[tuple[str, str]]:
-        found = []
-        for text in self.model:
-            match = _NAMED.fullmatch(text)
-            uri = match["uri"] if match else text
-            name = match["name"] if match else uri.rstrip("/").rpartition("/")[2]
-            found.append((re.sub(r"[^\w.-]", "_", name) or "model", uri))
-        return found

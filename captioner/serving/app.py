@@ -15,6 +15,8 @@ from starlette.exceptions import HTTPException
 
 from captioner import __version__
 from captioner.config import DecodeConfig, ServeConfig
+from captioner.serving.errors import ErrorCode, RequestError
+from captioner.serving.guard import Guard, GuardSettings
 from captioner.serving.messages import (
     CaptionParameters,
     CaptionResponse,
@@ -22,10 +24,8 @@ from captioner.serving.messages import (
     Health,
     ModelCard,
     ModelList,
-    RequestError,
 )
-from captioner.serving.security import Guard, GuardSettings
-from captioner.serving.uploads import Upload, bad_parameter, of_image, read_upload
+from captioner.serving.uploads import Upload, bad_parameter, read_upload
 
 PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -55,15 +55,14 @@ _EXAMPLE = {
         "batch_size": 1,
     },
 }
-_ERRORS = {
-    400: ("not_an_image", "not an image: send JPEG, PNG, WEBP, GIF"),
-    401: ("unauthorized", "send a valid token: Authorization: Bearer TOKEN"),
-    408: ("upload_timeout", "the request did not arrive in time: send less, or faster"),
-    413: ("image_too_large", "20000000 bytes, over the limit of 16777216: send a smaller picture"),
-    415: ("type_not_allowed", "images of type bmp are not accepted: send JPEG, PNG, WEBP, GIF"),
-    422: ("bad_parameter", "beam_size: Input should be greater than or equal to 1 (got '0')"),
-    503: ("overloaded", "the service is busy: try again after the seconds in Retry-After"),
-}
+_EVERYWHERE = (
+    ErrorCode.UNAUTHORIZED,
+    ErrorCode.UPLOAD_TIMEOUT,
+    ErrorCode.TIMEOUT,
+    ErrorCode.REQUEST_TOO_LARGE,
+    ErrorCode.OVERLOADED,
+)
+_OF_UPLOADS = (400, 413, 415, 422)
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
 _BODY = {
     "required": True,
@@ -123,15 +122,19 @@ def create_app(
         # FastAPI's own pages of documentation load scripts from elsewhere.
         docs_url=None,
         redoc_url=None,
-        responses={status: _error(status) for status in (401, 408, 413, 503)},
+        responses=_errors(*_EVERYWHERE),
     )
     app.add_middleware(Guard, settings=guard, reject=reject, observe=observe)
 
     async def answer_error(request: Request, error: Exception) -> Response:
-        found = _as_request_error(error)
-        if found.status not in (404, 405):
-            reject(found.code)
-        return JSONResponse(found.body(), found.status)
+        if isinstance(error, RequestValidationError):
+            error = bad_parameter(error.errors())
+        elif isinstance(error, HTTPException):
+            error = RequestError.of_status(error.status_code)
+        assert isinstance(error, RequestError)
+        if error.status not in (404, 405):
+            reject(error.code.code)
+        return JSONResponse(error.body(), error.status)
 
     kinds: tuple[type[Exception], ...] = (RequestError, RequestValidationError, HTTPException)
     for kind in kinds:
@@ -144,7 +147,7 @@ def create_app(
         openapi_extra={"requestBody": _BODY},
         responses={
             200: {"content": {"application/json": {"example": _EXAMPLE}}},
-            **{status: _error(status) for status in (400, 415, 422)},
+            **_errors(*_EVERYWHERE, *(one for one in ErrorCode if one.status in _OF_UPLOADS)),
         },
     )
     async def captions(
@@ -154,7 +157,8 @@ def create_app(
         model = upload.parameters.model or next(iter(service.cards))
         if model not in service.cards:
             known = ", ".join(service.cards)
-            raise RequestError(422, "bad_parameter", f"model: {model!r:.60} is not one of {known}")
+            problem = f"model: {model!r:.60} is not one of {known}"
+            raise RequestError(ErrorCode.BAD_PARAMETER, problem)
         try:
             decode = upload.parameters.decode(service.cards[model].decode)
         except ValidationError as error:
@@ -174,7 +178,12 @@ def create_app(
         health = Health(status="ready" if ready else "not ready", models=found)
         return JSONResponse(health.model_dump(), 200 if ready else 503)
 
-    @app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
+    @app.get(
+        "/metrics",
+        summary="Metrics for Prometheus",
+        response_class=PlainTextResponse,
+        responses=_errors(*_EVERYWHERE, ErrorCode.NO_METRICS),
+    )
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(await service.metrics(), media_type="text/plain; version=0.0.4")
 
@@ -185,11 +194,6 @@ def create_app(
     return app
 
 
-def refuse(status: int, code: str, message: str, position: int, upload: Upload) -> RequestError:
-    """A replica's refusal of one image, as the error of its request."""
-    return of_image(RequestError(status, code, message), position, upload.names)
-
-
 def _static(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
     async def answer() -> Response:
         return Response(content, media_type=media_type)
@@ -197,31 +201,20 @@ def _static(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]
     return answer
 
 
-def _as_request_error(error: Exception) -> RequestError:
-    if isinstance(error, RequestError):
-        return error
-    if isinstance(error, RequestValidationError):
-        return bad_parameter(error.errors())
-    assert isinstance(error, HTTPException)
-    if error.status_code == 404:
-        return RequestError(404, "not_found", "no such path; /openapi.json lists them")
-    if error.status_code == 405:
-        message = "this path does not take that method; see /openapi.json"
-        return RequestError(405, "method_not_allowed", message)
-    return RequestError(error.status_code, "error", str(error.detail))
-
-
-def _error(status: int) -> dict[str, Any]:
-    code, message = _ERRORS[status]
-    example = {"error": {"code": code, "message": message}}
-    found: dict[str, Any] = {
-        "model": ErrorResponse,
-        "content": {"application/json": {"example": example}},
-    }
-    if status == 503:
-        found["headers"] = {
-            "Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}
-        }
+def _errors(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
+    """What the OpenAPI document says of them, by status."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for code in codes:
+        of_status = found.setdefault(
+            code.status,
+            {"model": ErrorResponse, "content": {"application/json": {"examples": {}}}},
+        )
+        example = {"value": RequestError(code).body()}
+        of_status["content"]["application/json"]["examples"][code.code] = example
+        if code.status == 503:
+            of_status["headers"] = {
+                "Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}
+            }
     return found
 
 

@@ -11,10 +11,10 @@ from captioner import storage
 from captioner.artifacts.model_directory import ModelRecord, load_record
 from captioner.config import DecodeConfig, ServeConfig
 from captioner.runtime.cluster import num_cpus, num_gpus
+from captioner.serving.guard import GuardSettings
 from captioner.serving.ingress import CaptionApi
 from captioner.serving.messages import ModelCard
 from captioner.serving.replica import CaptionModel
-from captioner.serving.security import GuardSettings
 
 # A line per request costs more than it tells: the metrics count them.
 _QUIET = LoggingConfig(enable_access_log=False)
@@ -30,45 +30,67 @@ def build_app(args: ServeConfig) -> serve.Application:
         ConfigError: the token file cannot be used.
     """
     cards = describe_models(args)
-    resources = model_resources(args)
-    model: Any = serve.deployment(CaptionModel)
+    model = model_deployment(args)
     handles = {
-        name: model.options(
-            name=f"model-{name}",
-            ray_actor_options=resources,
-            autoscaling_config=AutoscalingConfig(
-                min_replicas=args.min_replicas,
-                max_replicas=args.max_replicas,
-                target_ongoing_requests=args.target_ongoing_requests or args.max_batch_size,
-                upscale_delay_s=5,
-                downscale_delay_s=120,
-                look_back_period_s=15,
-            ),
-            # While one batch runs, the next is decoded.
-            max_ongoing_requests=2 * args.max_batch_size,
-            max_queued_requests=args.max_queued,
-            graceful_shutdown_timeout_s=args.request_timeout_s + 5,
-            max_surge_percent=100,
-            max_constructor_retry_count=3,
-            logging_config=_QUIET,
-        ).bind(name, storage.absolute(uri), args.limits, args.max_batch_size, args.threads)
+        name: model.options(name=f"model-{name}").bind(
+            name, storage.absolute(uri), args.limits, args.max_batch_size, args.threads
+        )
         for name, uri in args.models.items()
     }
-    api: Any = serve.deployment(serve.ingress()(CaptionApi))
-    api = api.options(
+    api: Any = api_deployment(args)
+    application: serve.Application = api.bind(args, GuardSettings.of(args), cards, handles)
+    return application
+
+
+def model_deployment(config: ServeConfig) -> serve.Deployment:
+    """Scaling and bounds of the replicas of a model, each model's alike.
+
+    By default a replica reserves so little that each can stand beside its successor while a new version starts.
+    """
+    gpus, cpus = config.gpus_per_replica, config.cpus_per_replica
+    if gpus is None:
+        gpus = 0.5 if num_gpus() else 0
+    if cpus is None:
+        share = num_cpus() / (2 * len(config.models) * config.max_replicas)
+        cpus = min(1.0, math.floor(100 * share) / 100)
+    deployment: Any = serve.deployment(CaptionModel)
+    found: serve.Deployment = deployment.options(
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=config.min_replicas,
+            max_replicas=config.max_replicas,
+            target_ongoing_requests=config.target_ongoing_requests or config.max_batch_size,
+            upscale_delay_s=5,
+            downscale_delay_s=120,
+            look_back_period_s=15,
+        ),
+        # While one batch runs, the pictures of the next are loaded.
+        max_ongoing_requests=2 * config.max_batch_size,
+        max_queued_requests=config.max_queued,
+        graceful_shutdown_timeout_s=config.request_timeout_s + 5,
+        max_surge_percent=100,
+        max_constructor_retry_count=3,
+        logging_config=_QUIET,
+    )
+    return found
+
+
+def api_deployment(config: ServeConfig) -> serve.Deployment:
+    """Replicas and bounds of the API."""
+    deployment: Any = serve.deployment(serve.ingress()(CaptionApi))
+    found: serve.Deployment = deployment.options(
         name="api",
-        num_replicas=args.http_replicas,
+        num_replicas=config.http_replicas,
         ray_actor_options={"num_cpus": 0},
         # Beyond its own bounds on uploads, which answer with 503, pages and lists still get through.
-        max_ongoing_requests=2 * args.max_uploads,
-        max_queued_requests=args.max_uploads,
-        backpressure_config=BackpressureConfig(retry_after_s=args.retry_after_s),
-        graceful_shutdown_timeout_s=args.upload_timeout_s + args.request_timeout_s + 5,
+        max_ongoing_requests=2 * config.max_uploads,
+        max_queued_requests=config.max_uploads,
+        backpressure_config=BackpressureConfig(retry_after_s=config.retry_after_s),
+        graceful_shutdown_timeout_s=config.upload_timeout_s + config.request_timeout_s + 5,
         max_surge_percent=100,
         logging_config=_QUIET,
     )
-    application: serve.Application = api.bind(args, GuardSettings.of(args), cards, handles)
-    return application
+    return found
 
 
 def describe_models(config: ServeConfig) -> dict[str, ModelCard]:
@@ -96,15 +118,3 @@ def _card(name: str, record: ModelRecord, decode: DecodeConfig, default: bool) -
         decode=decode,
         default=default,
     )
-
-
-def model_resources(config: ServeConfig) -> dict[str, Any]:
-    """What Ray reserves for one model replica: by default so little that each can stand beside its successor."""
-    gpus = config.gpus_per_replica
-    if gpus is None:
-        gpus = 0.5 if num_gpus() else 0
-    cpus = config.cpus_per_replica
-    if cpus is None:
-        share = num_cpus() / (2 * len(config.models) * config.max_replicas)
-        cpus = min(1.0, math.floor(100 * share) / 100)
-    return {"num_cpus": cpus, "num_gpus": gpus}

@@ -13,16 +13,10 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from captioner.config import DecodeConfig, ServeConfig
 from captioner.serving import metrics
-from captioner.serving.app import create_app, refuse
-from captioner.serving.messages import (
-    Captioned,
-    CaptionResponse,
-    ModelCard,
-    Refused,
-    RequestError,
-    Timing,
-)
-from captioner.serving.security import GuardSettings
+from captioner.serving.app import create_app
+from captioner.serving.errors import ErrorCode, RequestError
+from captioner.serving.guard import GuardSettings
+from captioner.serving.messages import Captioned, CaptionResponse, ModelCard, Timing
 from captioner.serving.uploads import Upload
 
 logger = logging.getLogger(__name__)
@@ -65,11 +59,11 @@ class CaptionApi:
         started = time.perf_counter()
         handle = self._handles[model].caption
         arguments = (upload.images, upload.names, decode, upload.parameters.attention)
-        found: Captioned | Refused = await self._ask(
+        found: Captioned | RequestError = await self._ask(
             lambda: handle.remote(*arguments), self._config.request_timeout_s
         )
-        if isinstance(found, Refused):
-            raise refuse(found.status, found.code, found.message, found.position, upload)
+        if isinstance(found, RequestError):
+            raise found
         self._worked[model] = time.monotonic()
         return CaptionResponse(
             model=model,
@@ -95,8 +89,8 @@ class CaptionApi:
         try:
             return await asyncio.to_thread(metrics.exposition)
         except OSError as error:
-            message = f"the metrics of Ray's nodes cannot be read ({error}); try again"
-            raise RequestError(503, "no_metrics", message) from error
+            problem = f"the metrics of Ray's nodes cannot be read ({error})"
+            raise RequestError(ErrorCode.NO_METRICS, problem) from error
 
     async def _probe_all(self) -> dict[str, str]:
         states = await asyncio.gather(*(self._probe(name) for name in self.cards))
@@ -130,5 +124,4 @@ class CaptionApi:
                 raise
             except (RayActorError, TaskCancelledError) as error:
                 logger.warning("attempt %d: %s", attempt + 1, " ".join(str(error).split())[:200])
-        message = "the service is busy: try again after the seconds in Retry-After"
-        raise RequestError(503, "overloaded", message)
+        raise RequestError(ErrorCode.OVERLOADED)

@@ -1,6 +1,6 @@
 """What clients send and get, and what travels between the deployments: plain data, importable without torch."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -75,7 +75,7 @@ class Timing(Message):
     """Where the time went, in milliseconds; of several images the longest."""
 
     load_ms: float
-    """Decoding the image."""
+    """Loading the image."""
     wait_ms: float
     """Waiting for the model to be free."""
     model_ms: float
@@ -144,23 +144,3 @@ class Captioned(BaseModel):
     wait_ms: float
     model_ms: float
     batch_size: int
-
-
-class Refused(BaseModel):
-    """A model replica's refusal of one of a request's images."""
-
-    position: int
-    status: int
-    code: str
-    message: str
-
-
-class RequestError(Exception):
-    """A request that gets an error for an answer."""
-
-    def __init__(self, status: int, code: str, message: str):
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
-
-    def body(self) -> dict[str, Any]:
-        return {"error": {"code": self.code, "message": self.message}}

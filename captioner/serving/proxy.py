@@ -8,12 +8,13 @@ import asyncio
 import os
 from typing import Any
 
-import uvicorn.protocols.http.auto
+import uvicorn.config
 from starlette.middleware import Middleware
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from captioner.serving.guard import Guard, GuardSettings
 from captioner.serving.metrics import count_rejected
-from captioner.serving.security import Guard, GuardSettings, digest_tokens, read_tokens
+from captioner.serving.tokens import digest_tokens, read_tokens
 
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 CALLBACK_PATH = "captioner.serving.proxy.middlewares"
@@ -23,10 +24,10 @@ SETTINGS = "CAPTIONER_GUARD"
 def middlewares() -> list[Middleware]:
     """Called once in every proxy, before its server starts."""
     settings = proxy_settings()
-    # Ray Serve leaves uvicorn's choice of a protocol at "auto", which is this name.
-    uvicorn.protocols.http.auto.AutoHTTPProtocol = type(
-        "BoundedProtocol", (_BoundedProtocol,), {"seconds": settings.upload_timeout_s}
-    )
+    BoundedProtocol.seconds = settings.upload_timeout_s
+    # Ray Serve hands uvicorn neither a protocol nor a time for the headers, for which uvicorn has no option; of
+    # protocols that are asked for by name this table decides.
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedProtocol.__name__}"
     return [Middleware(Guard, settings=settings, reject=count_rejected)]
 
 
@@ -38,7 +39,7 @@ def proxy_settings() -> GuardSettings:
     return GuardSettings(token_digests=digest_tokens(read_tokens(None)))
 
 
-class _BoundedProtocol(HttpToolsProtocol):
+class BoundedProtocol(HttpToolsProtocol):
     """A connection that is cut when its client neither completes its headers nor takes its answer in time."""
 
     seconds: float

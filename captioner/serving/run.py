@@ -16,7 +16,7 @@ from captioner.errors import ConfigError, ModelError
 from captioner.runtime.cluster import start_ray
 from captioner.serving import proxy
 from captioner.serving.build import build_app, describe_models
-from captioner.serving.security import GuardSettings
+from captioner.serving.guard import GuardSettings
 
 logger = logging.getLogger(__name__)
 

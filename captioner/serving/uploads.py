@@ -1,4 +1,4 @@
-"""The images and parameters of a request, checked as far as that goes without decoding."""
+"""The images and parameters of a request, checked as far as that goes without loading them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from starlette.requests import Request
 
 from captioner.config import ServeConfig
 from captioner.images.load import sniff_format
-from captioner.serving.messages import CaptionParameters, RequestError
+from captioner.serving.errors import ErrorCode, RequestError
+from captioner.serving.messages import CaptionParameters
 
 # Pictures by content that are none of ours, to tell "another type" from "not a picture": signature and its place.
 _OTHER_TYPES = {
@@ -61,26 +62,16 @@ async def read_upload(
     elif body := await request.body():
         images, names = [body], [None]
     if not images:
-        message = "no image in the request: send its bytes, or a multipart form with files"
-        raise RequestError(400, "no_image", message)
+        raise RequestError(ErrorCode.NO_IMAGE)
     if len(images) > config.max_images:
-        message = f"{len(images)} images, over the limit of {config.max_images}: send fewer at once"
-        raise RequestError(413, "too_many_images", message)
+        problem = f"{len(images)} images, over the limit of {config.max_images}"
+        raise RequestError(ErrorCode.TOO_MANY_IMAGES, problem)
     for position, data in enumerate(images):
         try:
             _check(data, config)
         except RequestError as error:
-            raise of_image(error, position, names) from None
+            raise error.of_image(position, names) from None
     return Upload(images, names, parameters)
-
-
-def of_image(error: RequestError, position: int, names: list[str | None]) -> RequestError:
-    """The same error saying which of several images it is about."""
-    if len(names) == 1:
-        return error
-    name = f" ({names[position]})" if names[position] else ""
-    message = f"image {position + 1} of {len(names)}{name}: {error.message}"
-    return RequestError(error.status, error.code, message)
 
 
 async def _parse(request: Request, config: ServeConfig) -> list[tuple[str, UploadFile | str]]:
@@ -93,8 +84,8 @@ async def _parse(request: Request, config: ServeConfig) -> list[tuple[str, Uploa
         return (await parser.parse()).multi_items()
     except (MultiPartException, HTTPException, KeyError, UnicodeDecodeError) as error:
         reason = getattr(error, "message", "") or "it cannot be read"
-        message = f"the multipart form is damaged: {reason}"
-        raise RequestError(400, "bad_form", message) from None
+        problem = f"the multipart form is damaged: {reason}"
+        raise RequestError(ErrorCode.BAD_FORM, problem) from None
 
 
 def _merge(parameters: CaptionParameters, fields: dict[str, str]) -> CaptionParameters:
@@ -112,23 +103,23 @@ def bad_parameter(errors: Sequence[Any]) -> RequestError:
         text = str(item["msg"]).removeprefix("Value error, ")
         value = "" if isinstance(item.get("input"), dict) else f" (got {item.get('input')!r:.60})"
         lines.append(f"{'.'.join(place)}: {text}{value}" if place else f"{text}{value}")
-    return RequestError(422, "bad_parameter", "; ".join(lines))
+    return RequestError(ErrorCode.BAD_PARAMETER, "; ".join(lines))
 
 
 def _check(data: bytes, config: ServeConfig) -> None:
     if not data:
-        raise RequestError(400, "not_an_image", "empty file: send a picture")
+        raise RequestError(ErrorCode.NOT_AN_IMAGE, "empty file", "send a picture")
     if len(data) > config.limits.max_bytes:
-        message = f"{len(data)} bytes, over the limit of {config.limits.max_bytes}: send a smaller picture"
-        raise RequestError(413, "image_too_large", message)
-    accepted = ", ".join(kind.upper() for kind in config.types)
+        problem = f"{len(data)} bytes, over the limit of {config.limits.max_bytes}"
+        raise RequestError(ErrorCode.IMAGE_TOO_LARGE, problem)
+    advice = f"send {', '.join(kind.upper() for kind in config.types)}"
     found = sniff_format(data)
     kind = found.removeprefix("image/") if found else _other_type(data)
     if kind is None:
-        raise RequestError(400, "not_an_image", f"not an image: send {accepted}")
+        raise RequestError(ErrorCode.NOT_AN_IMAGE, advice=advice)
     if kind not in config.types:
-        message = f"images of type {kind} are not accepted: send {accepted}"
-        raise RequestError(415, "type_not_allowed", message)
+        problem = f"images of type {kind} are not accepted"
+        raise RequestError(ErrorCode.TYPE_NOT_ALLOWED, problem, advice)
 
 
 def _other_type(data: bytes) -> str | None:

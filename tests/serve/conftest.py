@@ -10,8 +10,8 @@ import yaml
 from moto.server import ThreadedMotoServer
 
 from captioner import storage
+from captioner.serving.guard import GuardSettings
 from captioner.serving.proxy import CALLBACK, CALLBACK_PATH, SETTINGS
-from captioner.serving.security import GuardSettings
 from tests.head import RAY, ROOT, Head, free_port, ray_head
 from tests.models import write_model
 from tests.serve.service import Service

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from captioner.serving.replica import Batcher
+from captioner.serving.batcher import Batcher
 
 
 def test_lone_item_does_not_wait_and_crowds_fill_batches() -> None:

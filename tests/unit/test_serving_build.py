@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.serve.deployment import deployment_to_schema
 
 from captioner.config import ServeConfig
 from captioner.errors import ModelError
@@ -16,32 +17,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_model(tmp_path_factory.mktemp("models") / "places", "spatial_attention")
 
 
-def deployments(model: str, monkeypatch: Any, **settings: Any) -> tuple[Any, dict[str, Any]]:
-    """The API's deployment, and those of the models by name."""
-    monkeypatch.setattr(build, "num_cpus", lambda: 2)
-    config = ServeConfig(model=(f"a={model}", f"b={model}"), **settings)
-    api = build.build_app(config)._bound_deployment
-    handles = api.init_args[3]
-    return api, {name: app._bound_deployment for name, app in handles.items()}
-
-
-def test_models_scale_with_ongoing_requests_between_their_bounds(
-    model: str, monkeypatch: Any
-) -> None:
+def test_models_scale_with_ongoing_requests_between_their_bounds(monkeypatch: Any) -> None:
     monkeypatch.setattr(build, "num_gpus", lambda: 0)
-    api, models = deployments(
-        model, monkeypatch, min_replicas=2, max_replicas=5, max_batch_size=8, max_queued=9
+    monkeypatch.setattr(build, "num_cpus", lambda: 2)
+    config = ServeConfig(
+        model=("a", "b"), min_replicas=2, max_replicas=5, max_batch_size=8, max_queued=9
     )
-    assert models.keys() == {"a", "b"}
-    for found in models.values():
-        scaling = found._deployment_config.autoscaling_config
-        assert (scaling.min_replicas, scaling.max_replicas) == (2, 5)
-        assert scaling.target_ongoing_requests == 8
-        # A batch cannot exceed the requests that a replica may hold.
-        assert found._deployment_config.max_ongoing_requests >= 2 * 8
-        assert found._deployment_config.max_queued_requests == 9
-        assert found._deployment_config.max_surge_percent == 100
-    assert api._deployment_config.max_ongoing_requests > 256
+    model = deployment_to_schema(build.model_deployment(config))
+    scaling = model.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 5)
+    assert scaling.target_ongoing_requests == 8
+    # A batch cannot exceed the requests that a replica may hold.
+    assert model.max_ongoing_requests >= 2 * 8
+    assert model.max_queued_requests == 9
+    assert model.max_surge_percent == 100
+    assert deployment_to_schema(build.api_deployment(config)).max_ongoing_requests > 256
 
 
 @pytest.mark.parametrize(
@@ -53,13 +43,14 @@ def test_models_scale_with_ongoing_requests_between_their_bounds(
     ],
 )
 def test_two_versions_of_every_model_fit_the_cluster(
-    model: str, monkeypatch: Any, gpus: int, settings: dict[str, Any], expected: dict[str, float]
+    monkeypatch: Any, gpus: int, settings: dict[str, Any], expected: dict[str, float]
 ) -> None:
     monkeypatch.setattr(build, "num_gpus", lambda: gpus)
-    _, models = deployments(model, monkeypatch, **settings)
-    for found in models.values():
-        options = found._replica_config.ray_actor_options
-        assert {name: options.get(name, 0) for name in expected} == expected
+    monkeypatch.setattr(build, "num_cpus", lambda: 2)
+    config = ServeConfig(model=("a", "b"), **settings)
+    options = build.model_deployment(config).ray_actor_options
+    assert options is not None
+    assert {name: options.get(name, 0) for name in expected} == expected
 
 
 def test_cards_say_what_a_model_can(model: str) -> None:

@@ -1,0 +1,255 @@
+"""What stands between the network and the API: tokens, bounds on what clients may hold, security headers."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from captioner.config import ServeConfig, UploadBounds
+from captioner.serving.errors import ErrorCode, RequestError
+from captioner.serving.tokens import authorized, digest_tokens, read_tokens
+
+HEALTH_PATHS = ("/healthz", "/-/healthz")
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+# Set by clients they would switch off Ray Serve's own time limit and its watch for clients that leave.
+_STRIPPED = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
+_ATTEMPTS = 4
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class GuardSettings(UploadBounds):
+    """Bounds of a ``Guard``. It holds digests of tokens, never the tokens."""
+
+    token_digests: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: ServeConfig) -> "GuardSettings":
+        """
+        Raises:
+            ConfigError, StoreError: the tokens cannot be used.
+        """
+        bounds = config.model_dump(include=set(UploadBounds.model_fields))
+        return cls(token_digests=digest_tokens(read_tokens(config.token_file)), **bounds)
+
+
+class _ClientGone(Exception):
+    pass
+
+
+class Guard:
+    """ASGI middleware: lets through requests that may come in, once they are complete.
+
+    The application behind it never waits for a client: a body is read here, within a time and a size. One stands in
+    Ray Serve's HTTP proxies, on nodes whose environment asks for it, and repeats a request whose replica of the API
+    died before it answered. One stands in the API, which cannot know whether a proxy guards it.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        settings: GuardSettings,
+        reject: Callable[[str], None],
+        observe: Callable[[str, str, int, float], None] | None = None,
+    ):
+        """
+        Args:
+            reject: called with the error code of every request turned away here.
+            observe: called with path, method, status and seconds of every request.
+        """
+        self.app, self.settings = app, settings
+        self._reject, self._observe = reject, observe
+        self._uploads = self._bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1003})
+            return
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        reply = _Reply(send, self.settings.retry_after_s)
+        try:
+            await self._admit(scope, receive, reply)
+        finally:
+            if self._observe is not None and reply.status:
+                seconds = time.perf_counter() - started
+                self._observe(scope["path"], scope["method"], reply.status, seconds)
+
+    async def _admit(self, scope: Scope, receive: Receive, reply: "_Reply") -> None:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        problem = self._refusal(scope["path"], headers)
+        admitted = problem is None
+        self._uploads += admitted
+        body = bytearray()
+        try:
+            problem, complete = await self._read(headers, receive, body, problem)
+            if problem is None:
+                await self._forward(scope, bytes(body), receive, reply)
+                return
+            self._reject(problem.code)
+            extra = {} if problem is not ErrorCode.UNAUTHORIZED else _challenge(headers)
+            await reply.error(RequestError(problem), extra, close=not complete)
+        except _ClientGone:
+            pass
+        finally:
+            self._uploads -= admitted
+            self._bytes -= len(body)
+
+    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ErrorCode | None:
+        """Why a request is turned away by its headers alone."""
+        settings = self.settings
+        if settings.token_digests and path not in HEALTH_PATHS:
+            given = headers.get(b"authorization", b"").decode("latin-1")
+            if not authorized(given, settings.token_digests):
+                return ErrorCode.UNAUTHORIZED
+        if self._uploads >= settings.max_uploads or self._bytes >= settings.max_upload_bytes:
+            return ErrorCode.OVERLOADED
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > settings.max_request_bytes:
+            return ErrorCode.REQUEST_TOO_LARGE
+        return None
+
+    async def _read(
+        self,
+        headers: dict[bytes, bytes],
+        receive: Receive,
+        body: bytearray,
+        problem: ErrorCode | None,
+    ) -> tuple[ErrorCode | None, bool]:
+        """Read the request into ``body``; where there is a problem, throw it away: most clients send all of it before
+        they read the answer.
+
+        Returns:
+            The problem, and whether the request came to its end.
+
+        Raises:
+            _ClientGone: nobody waits for an answer.
+        """
+        if problem is not None and b"expect" in headers:
+            return problem, False  # the client waits to be asked for the body, and is not
+        limit = self.settings.max_request_bytes
+        seen = 0
+        try:
+            async with asyncio.timeout(self.settings.upload_timeout_s):
+                while seen <= 4 * limit:  # an endless request ends here
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _ClientGone
+                    piece = message.get("body", b"")
+                    seen += len(piece)
+                    if problem is None:
+                        body += piece
+                        self._bytes += len(piece)
+                        if seen > limit:
+                            problem = ErrorCode.REQUEST_TOO_LARGE
+                        elif self._bytes > self.settings.max_upload_bytes:
+                            problem = ErrorCode.OVERLOADED
+                        if problem is not None:
+                            self._bytes -= len(body)
+                            body.clear()
+                    if not message.get("more_body", False):
+                        return problem, True
+        except TimeoutError:
+            problem = problem or ErrorCode.UPLOAD_TIMEOUT
+        return problem, False
+
+    async def _forward(self, scope: Scope, body: bytes, receive: Receive, reply: "_Reply") -> None:
+        scope = dict(scope)
+        scope["headers"] = [
+            (name, value) for name, value in scope["headers"] if name.lower() not in _STRIPPED
+        ]
+        gone = False
+
+        def replay() -> Receive:
+            sent = False
+
+            async def again() -> MutableMapping[str, Any]:
+                nonlocal sent, gone
+                if not sent:
+                    sent = True
+                    return {"type": "http.request", "body": body, "more_body": False}
+                message = await receive()
+                gone |= message["type"] == "http.disconnect"
+                return message
+
+            return again
+
+        for attempt in range(_ATTEMPTS):
+            # Each gets a scope of its own, which routers write to.
+            await self.app(dict(scope), replay(), reply)
+            if reply.status or gone:
+                return
+            # Ray Serve's proxy returns without an answer when a replica died with the request.
+            await asyncio.sleep(0.1 * 2**attempt)
+        self._reject(ErrorCode.OVERLOADED.code)
+        await reply.error(RequestError(ErrorCode.OVERLOADED))
+
+
+class _Reply:
+    """``send`` with our headers, and with JSON in place of other errors, such as those of Ray Serve's proxy."""
+
+    def __init__(self, send: Send, retry_after_s: int):
+        self._send, self._retry_after = send, retry_after_s
+        self.status = 0
+        self._replaced = False
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            headers = dict(message["headers"])
+            status = int(message["status"])
+            if status >= 400 and not headers.get(b"content-type", b"").startswith(
+                b"application/json"
+            ):
+                self._replaced = True
+                await self.error(RequestError.of_status(status))
+                return
+            self.status = status
+            message = {**message, "headers": self._with_ours(headers, status)}
+        elif self._replaced:
+            return
+        await self._send(message)
+
+    async def error(
+        self, error: RequestError, extra: dict[bytes, bytes] | None = None, *, close: bool = False
+    ) -> None:
+        """Answer with an error. With ``close`` the connection ends: what the client still sends is not read."""
+        self.status = error.status
+        body = json.dumps(error.body()).encode()
+        headers = {
+            b"content-type": b"application/json",
+            b"content-length": str(len(body)).encode(),
+            **(extra or {}),
+        }
+        if close:
+            headers[b"connection"] = b"close"
+        start = {"type": "http.response.start", "status": error.status}
+        await self._send({**start, "headers": self._with_ours(headers, error.status)})
+        await self._send({"type": "http.response.body", "body": body})
+
+    def _with_ours(self, headers: dict[bytes, bytes], status: int) -> list[tuple[bytes, bytes]]:
+        ours = {name.encode(): value.encode() for name, value in HEADERS.items()}
+        if status == 503:
+            ours[b"retry-after"] = str(self._retry_after).encode()
+        return list((ours | headers).items())
+
+
+def _challenge(headers: dict[bytes, bytes]) -> dict[bytes, bytes]:
+    """A browser that opens the page is asked for the token as for a password."""
+    page = b"text/html" in headers.get(b"accept", b"") and not headers.get(b"authorization")
+    return {b"www-authenticate": b'%s realm="captioner"' % (b"Basic" if page else b"Bearer")}
