@@ -96,11 +96,14 @@ class Guard:
         problem = self._refusal(scope["path"], headers)
         admitted = problem is None
         self._uploads += admitted
-        body = bytearray()
+        pieces: list[bytes] = []
         try:
-            problem, complete = await self._read(headers, receive, body, problem)
+            problem, complete = await self._read(headers, receive, pieces, problem)
             if problem is None:
-                await self._forward(scope, bytes(body), receive, reply)
+                pieces[:] = [
+                    b"".join(pieces)
+                ]  # a single one, as a proxy hands it on, is not copied
+                await self._forward(scope, pieces[0], receive, reply)
                 return
             self._reject(problem.code)
             extra = {} if problem is not ErrorCode.UNAUTHORIZED else _challenge(headers)
@@ -109,7 +112,7 @@ class Guard:
             pass
         finally:
             self._uploads -= admitted
-            self._bytes -= len(body)
+            self._release(pieces)
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ErrorCode | None:
         """Why a request is turned away by its headers alone."""
@@ -129,10 +132,10 @@ class Guard:
         self,
         headers: dict[bytes, bytes],
         receive: Receive,
-        body: bytearray,
+        pieces: list[bytes],
         problem: ErrorCode | None,
     ) -> tuple[ErrorCode | None, bool]:
-        """Read the request into ``body``; where there is a problem, throw it away: most clients send all of it before
+        """Read the body into ``pieces``; where there is a problem, throw it away: most clients send all of it before
         they read the answer.
 
         Returns:
@@ -154,20 +157,23 @@ class Guard:
                     piece = message.get("body", b"")
                     seen += len(piece)
                     if problem is None:
-                        body += piece
+                        pieces.append(piece)
                         self._bytes += len(piece)
                         if seen > limit:
                             problem = ErrorCode.REQUEST_TOO_LARGE
                         elif self._bytes > self.settings.max_upload_bytes:
                             problem = ErrorCode.OVERLOADED
                         if problem is not None:
-                            self._bytes -= len(body)
-                            body.clear()
+                            self._release(pieces)
                     if not message.get("more_body", False):
                         return problem, True
         except TimeoutError:
             problem = problem or ErrorCode.UPLOAD_TIMEOUT
         return problem, False
+
+    def _release(self, pieces: list[bytes]) -> None:
+        self._bytes -= sum(map(len, pieces))
+        pieces.clear()
 
     async def _forward(self, scope: Scope, body: bytes, receive: Receive, reply: "_Reply") -> None:
         scope = dict(scope)

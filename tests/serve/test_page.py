@@ -71,13 +71,13 @@ def captioned(page: Page, count: int) -> None:
 
 
 def brightest(page: Page) -> tuple[int, int]:
-    """Row and column of the 7x7 cell that the overlay is brightest in."""
+    """Row and column of the cell of the grid that the overlay is brightest in; a cell has 32 x 32 pixels."""
     cell: list[int] = page.evaluate(
         """() => {
             const canvas = document.querySelector("figure.looking canvas");
-            const { data, width } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            const { data, width, height } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
             const cells = [];
-            for (let row = 0; row < 7; row++) for (let column = 0; column < 7; column++)
+            for (let row = 0; row < height / 32; row++) for (let column = 0; column < width / 32; column++)
                 cells.push([data[4 * ((32 * row + 16) * width + 32 * column + 16) + 3], row, column]);
             return cells.sort((a, b) => b[0] - a[0])[0].slice(1);
         }"""
@@ -87,7 +87,7 @@ def brightest(page: Page) -> tuple[int, int]:
 
 def peak(weights: list[list[float]]) -> tuple[int, int]:
     return max(
-        ((row, column) for row in range(7) for column in range(7)),
+        ((row, column) for row, line in enumerate(weights) for column in range(len(line))),
         key=lambda place: weights[place[0]][place[1]],
     )
 
@@ -127,6 +127,29 @@ def test_pointing_at_a_word_shows_where_the_model_looked(
         assert brightest(page) == peak(attention[number]["weights"])
     page.locator("h1").hover()
     expect(figure).not_to_have_class("looking")
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 5), (4, 3), (1, 1), (37, 37)])
+def test_grid_of_any_shape_lies_over_the_whole_picture(
+    open_page: OpenPage, rows: int, columns: int
+) -> None:
+    page = open_page()
+    weights = [[0.0] * columns for _ in range(rows)]
+    weights[-1][0] = 1.0
+
+    def with_grid(route: Route) -> None:
+        answer = route.fetch()
+        body = answer.json()
+        body["captions"][0]["attention"] = [{"word": "here", "weights": weights}]
+        route.fulfill(response=answer, json=body)
+
+    page.route("**/v1/captions*", with_grid)
+    page.set_input_files("#files", file(0))
+    captioned(page, 1)
+    page.locator(".word").hover()
+    expect(page.locator("canvas")).to_have_css("opacity", "1")
+    assert brightest(page) == (rows - 1, 0)
+    assert page.locator("canvas").bounding_box() == page.locator("img").bounding_box()
 
 
 def test_everything_works_from_the_keyboard(open_page: OpenPage) -> None:
