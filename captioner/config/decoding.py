@@ -1,11 +1,13 @@
 """The search for a caption, each setting written once: what a model has, and what a job or a request may ask for."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, create_model, model_validator
 
 from captioner.config.parts import Config
 
+Model = TypeVar("Model", bound=BaseModel)
 Beams = Annotated[int, Field(ge=1, le=32)]
 
 
@@ -32,9 +34,9 @@ class DecodeConfig(Config):
         return self
 
 
-def optional(model: type[BaseModel], *names: str) -> dict[str, Any]:
-    """Fields of ``model``, all or those named, for ``create_model``: same limits and help, None where not given."""
-    return {
+def optional(model: type[BaseModel], *names: str) -> Callable[[type[Model]], type[Model]]:
+    """Class decorator: adds fields of ``model``, all or those named, with their limits and help; None is not given."""
+    fields: dict[str, Any] = {
         name: (
             Annotated[field.annotation, *field.metadata] | None,
             Field(None, description=field.description, examples=[field.default]),
@@ -43,14 +45,24 @@ def optional(model: type[BaseModel], *names: str) -> dict[str, Any]:
         if not names or name in names
     }
 
+    def add(cls: type[Model]) -> type[Model]:
+        return create_model(
+            cls.__name__, __base__=cls, __module__=cls.__module__, __doc__=cls.__doc__, **fields
+        )
 
-class _Overrides(Config):
+    return add
+
+
+@optional(DecodeConfig)
+class DecodeOverrides(Config):
+    """Search for the caption; what is left out is as the model was trained to be searched."""
+
     if TYPE_CHECKING:
 
         def __init__(self, **settings: float | None) -> None: ...
 
     @model_validator(mode="after")
-    def _captions_fit_beam(self) -> "_Overrides":
+    def _captions_fit_beam(self) -> "DecodeOverrides":
         given = self.model_dump(exclude_none=True)
         if given.keys() >= {"num_captions", "beam_size"}:
             _check_fit(given["num_captions"], given["beam_size"])
@@ -65,18 +77,6 @@ class _Overrides(Config):
         given.setdefault("beam_size", max(own.beam_size, given.get("num_captions", 1)))
         given.setdefault("num_captions", min(own.num_captions, given["beam_size"]))
         return DecodeConfig(**own.model_dump() | given)
-
-
-if TYPE_CHECKING:
-    DecodeOverrides = _Overrides
-else:
-    DecodeOverrides = create_model(
-        "DecodeOverrides",
-        __base__=_Overrides,
-        __module__=__name__,
-        __doc__="Search for the caption; what is left out is as the model was trained to be searched.",
-        **optional(DecodeConfig),
-    )
 
 
 def _check_fit(num_captions: int, beam_size: int) -> None:

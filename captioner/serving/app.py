@@ -3,7 +3,7 @@
 FastAPI reads the annotations of the routes when they are made, so this module must not postpone them.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from importlib import resources
 from typing import Annotated, Any, Protocol
 
@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from captioner import __version__
 from captioner.config import DecodeConfig, ServeConfig
@@ -27,10 +28,10 @@ from captioner.serving.messages import (
 )
 from captioner.serving.uploads import Upload, bad_parameter, read_upload
 
-PAGE = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/app.css": ("app.css", "text/css; charset=utf-8"),
-    "/app.js": ("app.js", "text/javascript; charset=utf-8"),
+_PAGE = {
+    "/": ("index.html", "text/html"),
+    "/app.css": ("app.css", "text/css"),
+    "/app.js": ("app.js", "text/javascript"),
 }
 _EXAMPLE = {
     "model": "flickr8k",
@@ -62,6 +63,7 @@ _EVERYWHERE = (
     ErrorCode.REQUEST_TOO_LARGE,
     ErrorCode.OVERLOADED,
 )
+_UNHEALTHY = {"model": Health, "description": "A model does not caption (yet)"}
 _OF_UPLOADS = (400, 413, 415, 422)
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
 _BODY = {
@@ -171,7 +173,7 @@ def create_app(
     async def models() -> ModelList:
         return ModelList(models=list(service.cards.values()))
 
-    @app.get("/healthz", summary="Whether every model captions", responses={503: _unhealthy()})
+    @app.get("/healthz", summary="Whether every model captions", responses={503: _UNHEALTHY})
     async def healthz() -> Response:
         found = await service.health()
         ready = all(state == "ok" for state in found.values())
@@ -188,17 +190,10 @@ def create_app(
         return PlainTextResponse(await service.metrics(), media_type="text/plain; version=0.0.4")
 
     files = resources.files("captioner.serving") / "page"
-    for path, (name, media_type) in PAGE.items():
-        content = (files / name).read_bytes()
-        app.get(path, include_in_schema=False)(_static(content, media_type))
+    for path, (name, media_type) in _PAGE.items():
+        page = Response((files / name).read_bytes(), media_type=media_type)
+        app.routes.append(Route(path, page, methods=["GET"]))
     return app
-
-
-def _static(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
-    async def answer() -> Response:
-        return Response(content, media_type=media_type)
-
-    return answer
 
 
 def _errors(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
@@ -216,7 +211,3 @@ def _errors(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
                 "Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}
             }
     return found
-
-
-def _unhealthy() -> dict[str, Any]:
-    return {"model": Health, "description": "A model does not caption (yet)"}

@@ -1,7 +1,6 @@
 """From a ``ServeConfig`` to a Ray Serve application."""
 
 import math
-from typing import Any
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
@@ -37,9 +36,7 @@ def build_app(args: ServeConfig) -> serve.Application:
         )
         for name, uri in args.models.items()
     }
-    api: Any = api_deployment(args)
-    application: serve.Application = api.bind(args, GuardSettings.of(args), cards, handles)
-    return application
+    return api_deployment(args).bind(args, GuardSettings.of(args), cards, handles)
 
 
 def model_deployment(config: ServeConfig) -> serve.Deployment:
@@ -53,8 +50,7 @@ def model_deployment(config: ServeConfig) -> serve.Deployment:
     if cpus is None:
         share = num_cpus() / (2 * len(config.models) * config.max_replicas)
         cpus = min(1.0, math.floor(100 * share) / 100)
-    deployment: Any = serve.deployment(CaptionModel)
-    found: serve.Deployment = deployment.options(
+    return serve.deployment(CaptionModel).options(
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         autoscaling_config=AutoscalingConfig(
             min_replicas=config.min_replicas,
@@ -72,13 +68,11 @@ def model_deployment(config: ServeConfig) -> serve.Deployment:
         max_constructor_retry_count=3,
         logging_config=_QUIET,
     )
-    return found
 
 
 def api_deployment(config: ServeConfig) -> serve.Deployment:
     """Replicas and bounds of the API."""
-    deployment: Any = serve.deployment(serve.ingress()(CaptionApi))
-    found: serve.Deployment = deployment.options(
+    return serve.deployment(serve.ingress()(CaptionApi)).options(
         name="api",
         num_replicas=config.http_replicas,
         ray_actor_options={"num_cpus": 0},
@@ -90,7 +84,6 @@ def api_deployment(config: ServeConfig) -> serve.Deployment:
         max_surge_percent=100,
         logging_config=_QUIET,
     )
-    return found
 
 
 def describe_models(config: ServeConfig) -> dict[str, ModelCard]:

@@ -3,8 +3,9 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from captioner.config import ServeConfig, UploadBounds
 from captioner.serving.errors import ErrorCode, RequestError
@@ -25,11 +26,6 @@ HEADERS = {
 # Set by clients they would switch off Ray Serve's own time limit and its watch for clients that leave.
 _STRIPPED = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
 _ATTEMPTS = 4
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class GuardSettings(UploadBounds):
@@ -61,7 +57,7 @@ class Guard:
 
     def __init__(
         self,
-        app: App,
+        app: ASGIApp,
         settings: GuardSettings,
         reject: Callable[[str], None],
         observe: Callable[[str, str, int, float], None] | None = None,
@@ -185,7 +181,7 @@ class Guard:
         def replay() -> Receive:
             sent = False
 
-            async def again() -> MutableMapping[str, Any]:
+            async def again() -> Message:
                 nonlocal sent, gone
                 if not sent:
                     sent = True
@@ -215,7 +211,7 @@ class _Reply:
         self.status = 0
         self._replaced = False
 
-    async def __call__(self, message: MutableMapping[str, Any]) -> None:
+    async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = dict(message["headers"])
             status = int(message["status"])

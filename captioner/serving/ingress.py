@@ -13,10 +13,10 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from captioner.config import DecodeConfig, ServeConfig
 from captioner.serving import metrics
-from captioner.serving.app import create_app
+from captioner.serving.app import CaptionService, create_app
 from captioner.serving.errors import ErrorCode, RequestError
 from captioner.serving.guard import GuardSettings
-from captioner.serving.messages import Captioned, CaptionResponse, ModelCard, Timing
+from captioner.serving.messages import CaptionResponse, ModelCard
 from captioner.serving.uploads import Upload
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ _PROBE_TIMEOUT_S = 5.0
 _FRESH_S = 3.0
 
 
-class CaptionApi:
+class CaptionApi(CaptionService):
     """A replica of the API."""
 
     def __init__(
@@ -51,41 +51,26 @@ class CaptionApi:
         )
 
     async def caption(self, model: str, upload: Upload, decode: DecodeConfig) -> CaptionResponse:
-        """Captions of the images of a request.
-
-        Raises:
-            RequestError: one of them is refused, or there is no capacity.
-        """
         started = time.perf_counter()
         handle = self._handles[model].caption
         arguments = (upload.images, upload.names, decode, upload.parameters.attention)
-        found: Captioned | RequestError = await self._ask(
+        found: CaptionResponse | RequestError = await self._ask(
             lambda: handle.remote(*arguments), self._config.request_timeout_s
         )
         if isinstance(found, RequestError):
             raise found
         self._worked[model] = time.monotonic()
-        return CaptionResponse(
-            model=model,
-            version=found.version,
-            captions=found.captions,
-            timing=Timing(
-                load_ms=round(found.load_ms, 2),
-                wait_ms=round(found.wait_ms, 2),
-                model_ms=round(found.model_ms, 2),
-                total_ms=round(1e3 * (time.perf_counter() - started), 2),
-                batch_size=found.batch_size,
-            ),
-        )
+        total_ms = round(1e3 * (time.perf_counter() - started), 2)
+        timing = found.timing.model_copy(update={"total_ms": total_ms})
+        return found.model_copy(update={"timing": timing})
 
     async def health(self) -> dict[str, str]:
-        """Models by name: ``ok``, or why they do not caption. Any number of askers share one probe."""
+        # Any number of askers share one probe.
         if self._probing is None or self._probing.done():
             self._probing = asyncio.create_task(self._probe_all())
         return await asyncio.shield(self._probing)
 
     async def metrics(self) -> str:
-        """Of all replicas, in the text format of Prometheus."""
         try:
             return await asyncio.to_thread(metrics.exposition)
         except OSError as error:

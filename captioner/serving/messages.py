@@ -1,8 +1,8 @@
-"""What clients send and get, and what travels between the deployments: plain data, importable without torch."""
+"""What clients send and get: plain data, importable without torch."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field
 
 from captioner.config import DecodeConfig, DecodeOverrides
 from captioner.config.decoding import optional
@@ -14,7 +14,10 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class _Parameters(Message):
+@optional(DecodeConfig, "beam_size", "num_captions", "max_length")
+class CaptionParameters(Message):
+    """What a request may ask for; everything else is as the model's card says."""
+
     model: Annotated[str | None, Field(examples=[None])] = None
     """Name of the model, as /v1/models lists them; default: its first."""
     attention: bool = False
@@ -29,44 +32,28 @@ class _Parameters(Message):
         return DecodeOverrides(**self.model_dump(exclude={"model", "attention"})).over(default)
 
 
-if TYPE_CHECKING:
-    CaptionParameters = _Parameters
-else:
-    CaptionParameters = create_model(
-        "CaptionParameters",
-        __base__=_Parameters,
-        __module__=__name__,
-        __doc__="What a request may ask for; everything else is as the model's card says.",
-        **optional(DecodeConfig, "beam_size", "num_captions", "max_length"),
-    )
-
-
-class Alternative(Message):
-    """A further caption of the same image."""
-
-    caption: str
-    log_prob: float
-    """Natural logarithm of its probability, summed over the words and the end."""
-    probability: float
-
-
 class WordAttention(Message):
     """Where the model looked while it wrote a word."""
 
     word: str
     weights: list[list[float]]
-    """Over a grid laid on the image, rows from top to bottom; they sum to 1."""
+    """Over a grid laid on the image: rows from top to bottom, in each the columns from left to right; they sum to 1."""
 
 
-class ImageCaption(Message):
-    """The answer for one image."""
+class Alternative(Message):
+    """A caption of an image."""
 
-    name: str | None
-    """Its file name in the request."""
     caption: str
     log_prob: float
     """Natural logarithm of its probability, summed over the words and the end."""
     probability: float
+
+
+class ImageCaption(Alternative):
+    """The answer for one image: its best caption, and more of them."""
+
+    name: str | None
+    """Its file name in the request."""
     alternatives: list[Alternative]
     attention: list[WordAttention] | None
 
@@ -80,7 +67,7 @@ class Timing(Message):
     """Waiting for the model to be free."""
     model_ms: float
     """The forward pass and the search, shared by the batch."""
-    total_ms: float
+    total_ms: float = 0.0
     """From the complete request to the answer."""
     batch_size: int
     """Images that went through the model together."""
@@ -133,14 +120,3 @@ class ErrorDetail(Message):
 
 class ErrorResponse(Message):
     error: ErrorDetail
-
-
-class Captioned(BaseModel):
-    """A model replica's answer."""
-
-    captions: list[ImageCaption]
-    version: str
-    load_ms: float
-    wait_ms: float
-    model_ms: float
-    batch_size: int

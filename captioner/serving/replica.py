@@ -21,7 +21,13 @@ from captioner.images.load import load_image
 from captioner.runtime.device import num_cores, prepare_device
 from captioner.serving.batcher import Batcher
 from captioner.serving.errors import ErrorCode, RequestError
-from captioner.serving.messages import Alternative, Captioned, ImageCaption, WordAttention
+from captioner.serving.messages import (
+    Alternative,
+    CaptionResponse,
+    ImageCaption,
+    Timing,
+    WordAttention,
+)
 from captioner.serving.metrics import observe_batch
 
 logger = logging.getLogger(__name__)
@@ -56,7 +62,7 @@ class CaptionModel:
 
     async def caption(
         self, images: list[bytes], names: list[str | None], decode: DecodeConfig, attention: bool
-    ) -> Captioned | RequestError:
+    ) -> CaptionResponse | RequestError:
         """Caption the images of one request; one that is refused is returned as its error."""
         loop = asyncio.get_running_loop()
         started = time.perf_counter()
@@ -73,16 +79,19 @@ class CaptionModel:
             *(self._batcher.submit(_Item(pixels, decode)) for pixels in good)
         )
         began = [when for _, when, _ in answers]
-        return Captioned(
+        return CaptionResponse(
+            model=self._name,
+            version=self._version,
             captions=[
                 _message(caption, name, attention)
                 for (caption, _, _), name in zip(answers, names, strict=True)
             ],
-            version=self._version,
-            load_ms=1e3 * (ready - started),
-            wait_ms=1e3 * max(0.0, max(began) - ready),
-            model_ms=1e3 * (time.perf_counter() - max(began)),
-            batch_size=max(size for _, _, size in answers),
+            timing=Timing(
+                load_ms=round(1e3 * (ready - started), 2),
+                wait_ms=round(1e3 * max(0.0, max(began) - ready), 2),
+                model_ms=round(1e3 * (time.perf_counter() - max(began)), 2),
+                batch_size=max(size for _, _, size in answers),
+            ),
         )
 
     async def probe(self) -> None:
