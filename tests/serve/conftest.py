@@ -70,6 +70,7 @@ def head(
     guard = GuardSettings(**shared)  # type: ignore[arg-type]
     variables = {CALLBACK: CALLBACK_PATH, SETTINGS: guard.model_dump_json(), **bucket[1]}
     variables["PYTHONPATH"] = str(ROOT)
+    variables["RAY_metrics_report_interval_ms"] = "1000"
     with ray_head(tmp_path_factory.mktemp("head"), variables, jobs=False) as found:
         yield found
 
