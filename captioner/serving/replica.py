@@ -148,7 +148,9 @@ def _message(caption: Caption, name: str | None, attention: bool) -> ImageCaptio
 def _attention(candidate: Candidate) -> list[WordAttention] | None:
     if candidate.attention is None:
         return None
-    grids: Any = candidate.attention.reshape(-1, GRID_SIDE, GRID_SIDE).round(5).tolist()
+    # As doubles: rounded float32 would be written with all the digits of their error.
+    weights = candidate.attention.reshape(-1, GRID_SIDE, GRID_SIDE).astype(np.float64).round(5)
+    grids: Any = weights.tolist()
     return [
         WordAttention(word=word, weights=grid)
         for word, grid in zip(candidate.text.split(), grids, strict=True)
