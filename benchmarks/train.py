@@ -202,10 +202,9 @@ def _measure_worker(arguments: dict[str, Any]) -> dict[str, Any]:
 def _step(worker: Worker, batch: Batch) -> None:
     loss, _ = train_step(
         worker.model,
-        worker.optimizer,
-        worker.to_device(batch.features),
-        batch.tokens.to(worker.device),
-        global_targets=batch.global_targets,
+        worker.state.optimizer,
+        batch.to(worker.device),
+        seed=(worker.rank,),
         workers=worker.workers,
         config=worker.config,
         compute=worker.compute,

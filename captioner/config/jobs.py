@@ -15,7 +15,6 @@ from captioner.config.parts import (
     OptimizerConfig,
     Positive,
     Seed,
-    SelfCriticalConfig,
     ShapesConfig,
     SourceConfig,
     Split,
@@ -80,7 +79,6 @@ class TrainConfig(Config):
     mirrored or as one of its crops, each as often as the others, in another epoch another."""
     crops: Annotated[int, Field(ge=0, le=16)] = 0
     """Show so many random crops of the images, too; needs features extracted with at least as many --crops."""
-    self_critical: SelfCriticalConfig = SelfCriticalConfig()
     decode: DecodeConfig = DecodeConfig()
     """Kept with the model: the search that its captions are found with where nothing else is asked for."""
     num_workers: Positive | tuple[Positive, Positive] = 1

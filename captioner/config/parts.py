@@ -142,18 +142,3 @@ class OptimizerConfig(Config):
     """Epochs without improvement before the plateau schedule acts."""
     minimum: Annotated[float, Field(ge=0.0)] = 1e-8
     """Smallest learning rate of the plateau schedule."""
-
-
-class SelfCriticalConfig(Config):
-    """A second phase of training that rewards sampled captions by their CIDEr-D."""
-
-    epochs: Annotated[int, Field(ge=0)] = 0
-    """Passes over the train images after those of cross-entropy; 0 leaves the phase out."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 5e-5
-    """Learning rate of the phase, from which a cosine leads to a tenth of it."""
-    samples: Annotated[int, Field(ge=2)] = 5
-    """Captions each member draws for an image; each one's baseline is the mean reward of the others."""
-    global_batch: Positive = 250
-    """Captions each member draws per optimizer step, over all workers together."""
-    max_length: Annotated[int, Field(ge=1, le=200)] = 22
-    """Longest caption drawn, in words."""

@@ -18,8 +18,8 @@ def plot_history(history: Sequence[object], best_epoch: int | None = None) -> by
 
     Args:
         history: one record per epoch, with the attributes ``epoch``, ``train_loss``, ``validation_loss`` (nats per
-            token), ``train_accuracy`` and ``validation_accuracy`` (teacher-forced, fractions), and of CIDEr-D
-            ``train_reward`` and ``validation_cider``. A value may be None or nan; the curve has a gap there.
+            token), ``train_accuracy`` and ``validation_accuracy`` (teacher-forced, fractions), and
+            ``validation_cider``. A value may be None or nan; the curve has a gap there.
         best_epoch: the ``epoch`` to mark.
 
     Returns:
@@ -37,13 +37,8 @@ def plot_history(history: Sequence[object], best_epoch: int | None = None) -> by
     figure = Figure(figsize=(15 if scored else 10, 3.9), dpi=DPI, layout="constrained")
     loss, accuracy, *more = figure.subplots(1, 3 if scored else 2)
     for axes in more:
-        for name, label, color in (
-            ("train_reward", "train, drawn at random", TRAIN),
-            ("validation_cider", "validation, greedy", VALIDATION),
-        ):
-            values = _column(history, name)
-            if not np.isnan(values).all():
-                axes.plot(epochs, values, color=color, label=label, marker=".")
+        cider = _column(history, "validation_cider")
+        axes.plot(epochs, cider, color=VALIDATION, label="validation, greedy", marker=".")
         _dress(axes, "CIDEr-D")
     for axes, quantity, label in (
         (loss, "loss", "Loss (nats per token)"),

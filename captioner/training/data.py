@@ -5,7 +5,7 @@ Shapes: N captions of the split, I images of a batch, K captions of each, T toke
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,7 +32,12 @@ class Batch:
     captions: Indices
     """int64 [I, K]: numbers of the captions, -1 where an image has fewer."""
     global_targets: int
-    """Next words in the global batch, over all workers: what the loss is divided by."""
+    """Target tokens of the global batch, over all workers: what the loss is divided by."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on a device."""
+        features = {name: column.to(device) for name, column in self.features.items()}
+        return replace(self, features=features, tokens=self.tokens.to(device))
 
 
 class CaptionData:

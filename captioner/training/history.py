@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 from captioner.artifacts.schema import Record
 from captioner.config import TrainConfig
@@ -11,28 +10,22 @@ from captioner.training.data import Batch
 
 
 class EpochRecord(Record):
-    """One epoch, as in ``history.parquet``. Losses are nats per next word under teacher forcing."""
+    """One epoch, as in ``history.parquet``. Losses are nats per target token under teacher forcing."""
 
     epoch: int
     """Counted from 1."""
-    phase: Literal["cross_entropy", "self_critical"] = "cross_entropy"
-    train_loss: float | None
-    """None, like the accuracy, in the self-critical phase, which has no references to predict. Of an ensemble both are
-    means over its members, while validation is of their mean probabilities."""
-    train_accuracy: float | None
-    train_reward: float | None = None
-    """Mean CIDEr-D of the captions drawn, in the self-critical phase; of an ensemble each member's own."""
+    train_loss: float
+    """Of an ensemble, like the accuracy, the mean over its members, while validation is of their mean probabilities."""
+    train_accuracy: float
     validation_loss: float
     validation_accuracy: float
     validation_cider: float | None = None
-    """CIDEr-D of greedy captions on token ids, where it was asked for and in the self-critical phase; near the standard
-    protocol's."""
+    """CIDEr-D of greedy captions on token ids, where it was asked for; near the standard protocol's."""
     learning_rate: float
     """Of the epoch's last step."""
     seconds: float
     """Training alone, validation left out."""
     captions_per_second: float
-    """Captions of the train split, or captions drawn."""
     data_wait_fraction: float
     """Share of those seconds in which the first worker waited for its batches."""
 
@@ -71,12 +64,20 @@ class Stopwatch:
 
 
 def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord:
-    """The epoch whose weights are published: of the last phase, the one with the lowest validation loss or, where
-    captions are scored, the highest validation CIDEr."""
-    last = [record for record in history if record.phase == history[-1].phase]
+    """The epoch whose weights are published: the one with the lowest validation loss or, where captions are scored, the
+    highest validation CIDEr-D."""
     if history[-1].validation_cider is None:
-        return min(last, key=lambda record: record.validation_loss)
-    return max(last, key=lambda record: record.validation_cider or 0.0)
+        return min(history, key=lambda record: record.validation_loss)
+    return max(history, key=lambda record: record.validation_cider or 0.0)
+
+
+def finished(history: Sequence[EpochRecord], config: TrainConfig) -> bool:
+    """Whether all epochs are over, or ``patience`` of them since the lowest validation loss."""
+    losses = [record.validation_loss for record in history]
+    stale = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+    return len(losses) >= config.epochs or (
+        config.patience is not None and stale >= config.patience
+    )
 
 
 def read_history(text: str) -> list[EpochRecord]:
@@ -87,20 +88,11 @@ def read_history(text: str) -> list[EpochRecord]:
 def epoch_line(history: Sequence[EpochRecord], config: TrainConfig, *, improved: bool) -> str:
     """The last epoch in one line, with a star where its weights are the best so far."""
     record = history[-1]
-    if record.phase == "cross_entropy":
-        epochs = config.epochs
-        figures = (
-            f"train loss {record.train_loss:.4f} | validation loss {record.validation_loss:.4f}"
-        )
-        more = f" | validation accuracy {record.validation_accuracy:.4f}"
-    else:
-        before = sum(one.phase == "cross_entropy" for one in history)
-        epochs = before + config.self_critical.epochs
-        figures = (
-            f"reward {record.train_reward:.4f} | validation CIDEr {record.validation_cider:.4f}"
-        )
-        more = ""
+    cider = record.validation_cider
+    scored = "" if cider is None else f" | validation CIDEr-D {cider:.4f}"
     return (
-        f"epoch {record.epoch}/{epochs} | {figures}{' *' if improved else ''}{more} | "
+        f"epoch {record.epoch}/{config.epochs} | train loss {record.train_loss:.4f} | "
+        f"validation loss {record.validation_loss:.4f}{' *' if improved else ''} | "
+        f"validation accuracy {record.validation_accuracy:.4f}{scored} | "
         f"{record.captions_per_second:,.0f} captions/s | {record.seconds:.0f} s"
     )

@@ -49,7 +49,8 @@ from captioner.runtime.cluster import num_cpus, num_gpus, start_ray
 from captioner.runtime.progress import MessageLog
 from captioner.text import Vocabulary, clean
 from captioner.training.history import EpochRecord, best_epoch, read_history
-from captioner.training.worker import BEST, HISTORY, LAST, train_worker
+from captioner.training.state import BEST, HISTORY, LAST
+from captioner.training.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +71,7 @@ _NO_MATTER = {
 HISTORY_ROWS = pa.schema(
     [
         ("epoch", pa.int64()),
-        ("phase", pa.string()),
-        *((name, pa.float64()) for name in list(EpochRecord.model_fields)[2:]),
+        *((name, pa.float64()) for name in EpochRecord.model_fields if name != "epoch"),
     ]
 )
 
@@ -311,7 +311,7 @@ def _write_tensorboard(output: Output, history: list[EpochRecord], summary: str)
         # Markdown shows indented text as it is.
         writer.add_text("model", summary.replace("\n", "\n    ").join(["    ", ""]))
         for record in history:
-            figures = record.model_dump(exclude={"epoch", "phase"}, exclude_none=True)
+            figures = record.model_dump(exclude={"epoch"}, exclude_none=True)
             for name, value in figures.items():
                 head, _, tail = name.partition("_")
                 tag = f"{tail}/{head}" if head in ("train", "validation") else f"speed/{name}"

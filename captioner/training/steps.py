@@ -6,6 +6,7 @@ Shapes: B captions, T tokens, O output width, V vocabulary, W next words that ar
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,6 +16,7 @@ from captioner.decoders.base import Decoder, Features
 from captioner.decoders.ensemble import Ensemble
 from captioner.errors import TrainingError
 from captioner.text import PAD
+from captioner.training.data import Batch
 from captioner.training.loss import IGNORED, linear_cross_entropy
 
 _ROUND = 64
@@ -141,31 +143,35 @@ class Schedule:
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    features: Features,
-    tokens: Tensor,
+    batch: Batch,
     *,
-    global_targets: int,
+    seed: tuple[int, ...],
     workers: int,
     config: TrainConfig,
     compute: str,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on a worker's part of a global batch.
 
-    DDP averages gradients over the workers, so the local sum is scaled by workers / global words: the gradient is then
-    that of the mean over the global batch, for any number of workers.
+    DDP averages gradients over the workers, so the local sum is scaled by workers / global target tokens: the gradient
+    is then that of the mean over the global batch, for any number of workers.
 
     Args:
-        model: ``TeacherForcing``, wrapped in DDP or not.
-        global_targets: next words of the global batch.
+        model: the objective, wrapped in DDP or not, in training mode: called with features and tokens it returns a
+            summed loss and a count, as ``TeacherForcing`` does.
+        batch: on the model's device.
+        seed: seed of the run, epoch, step and rank, which alone decide the random numbers of the step (dropout): what
+            was drawn before does not matter, so a run may continue from any step.
         compute: ``float32`` or ``bfloat16``, the arithmetic of the passes; weights stay float32.
 
     Returns:
-        the local sums that ``TeacherForcing`` returns, detached.
+        the local sums that the model returns, detached.
     """
-    with autocast(tokens.device, compute):
-        loss, correct = model(features, tokens)
+    # SeedSequence, unlike Python's hash(), is defined for all versions and platforms.
+    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+    with autocast(batch.tokens.device, compute):
+        loss, correct = model(batch.features, batch.tokens)
     optimizer.zero_grad(set_to_none=True)
-    (loss * (workers / global_targets)).backward()
+    (loss * (workers / batch.global_targets)).backward()
     if config.optimizer.clip_norm is not None:
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
     optimizer.step()
@@ -177,18 +183,13 @@ def autocast(device: torch.device, compute: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute == "bfloat16")
 
 
-def require_finite(
-    loss: float, epoch: int, what: str, rate: str = "optimizer.learning-rate"
-) -> None:
+def require_finite(loss: float, epoch: int, what: str) -> None:
     """
-    Args:
-        rate: the flag of the learning rate.
-
     Raises:
         TrainingError: the loss is not finite.
     """
     if not math.isfinite(loss):
         raise TrainingError(
-            f"{what} loss is {loss} in epoch {epoch + 1}: lower {rate} or set optimizer.clip-norm, "
-            "and give another output"
+            f"{what} loss is {loss} in epoch {epoch + 1}: lower optimizer.learning-rate or set "
+            "optimizer.clip-norm, and give another output"
         )

@@ -53,7 +53,6 @@ def epoch(number: int, validation_loss: float | None, **more: float | None) -> S
         "validation_loss": validation_loss,
         "train_accuracy": 0.1 * number,
         "validation_accuracy": 0.05 * number,
-        "train_reward": None,
         "validation_cider": None,
     }
     return SimpleNamespace(**record | more)
@@ -81,26 +80,18 @@ def test_history_marks_the_best_epoch(figures: list[Figure]) -> None:
     assert list(accuracy.lines[0].get_xdata()) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("reward", [None, 0.4])
-def test_history_shows_scores_of_captions_where_there_are_any(
-    figures: list[Figure], reward: float | None
-) -> None:
+def test_history_shows_scores_of_captions_where_there_are_any(figures: list[Figure]) -> None:
     # The epoch that is published is not the one of the lowest loss, nor of the highest CIDEr-D of all.
     ciders = [0.9, 0.5, 0.7]
     records = [
-        epoch(number, 3.0 + number, validation_cider=cider, train_reward=reward)
+        epoch(number, 3.0 + number, validation_cider=cider)
         for number, cider in enumerate(ciders, 1)
     ]
     plot_history(records, 3)
     *_, scores = figures[0].axes
     assert scores.get_title(loc="left") == "CIDEr-D"
     labels = [text.get_text() for text in scores.get_legend().get_texts()]
-    wanted = (
-        ["validation, greedy"]
-        if reward is None
-        else ["train, drawn at random", "validation, greedy"]
-    )
-    assert labels == wanted
+    assert labels == ["validation, greedy"]
     marked = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
     assert marked[-1] == "best epoch 3: 6.000"
 

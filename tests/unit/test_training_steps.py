@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,13 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from captioner.config import DecoderConfig, OptimizerConfig, TrainConfig
+from captioner.artifacts.model_directory import pack_weights
+from captioner.config import DecodeConfig, DecoderConfig, OptimizerConfig, TrainConfig
 from captioner.decoders import build_decoder
+from captioner.decoding.beam import search
+from captioner.decoding.cider import NGramFrequencies, cider_d
 from captioner.errors import TrainingError
 from captioner.text import END, PAD, START
 from captioner.training.data import Batch, CaptionData
+from captioner.training.history import EpochRecord, finished
 from captioner.training.ingest import Resident
 from captioner.training.plan import Plan
+from captioner.training.state import TrainingState
 from captioner.training.steps import (
     Schedule,
     TeacherForcing,
@@ -24,6 +30,7 @@ from captioner.training.steps import (
     teacher_forcing,
     train_step,
 )
+from captioner.training.validation import GreedyCider
 
 WORDS = 20
 CHANNELS = 3
@@ -74,9 +81,8 @@ def change(model: nn.Module, data: Fixture, rank: int, workers: int, step: int) 
     train_step(
         replica,
         torch.optim.SGD(replica.parameters(), lr=1.0),
-        batch.features,
-        batch.tokens,
-        global_targets=batch.global_targets,
+        batch,
+        seed=(0, 0, step, rank),
         workers=workers,
         config=config(),
         compute="float32",
@@ -155,9 +161,8 @@ def test_clipping_bounds_the_norm_of_all_gradients_together() -> None:
         train_step(
             forcing,
             torch.optim.SGD(forcing.parameters(), lr=1.0),
-            batch.features,
-            batch.tokens,
-            global_targets=batch.global_targets,
+            batch,
+            seed=(0,),
             workers=1,
             config=config(clip_norm=clip),
             compute="float32",
@@ -185,9 +190,8 @@ def test_eight_captions_can_be_learnt_by_heart(name: str, compute: str) -> None:
         train_step(
             forcing,
             optimizer,
-            batch.features,
-            batch.tokens,
-            global_targets=batch.global_targets,
+            batch,
+            seed=(0,),
             workers=1,
             config=settings,
             compute=compute,
@@ -240,3 +244,115 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_the_epoch(loss: float)
     require_finite(3.0, 0, "training")
     with pytest.raises(TrainingError, match="training loss is .* in epoch 3"):
         require_finite(loss, 2, "training")
+
+
+def run_steps(state: TrainingState, data: Fixture, steps: range) -> None:
+    """Steps of one epoch, as the training loop takes them."""
+    model = TeacherForcing(state.decoder).train()
+    batches = list(data.batches(data.plan(3), 3))
+    for step in steps:
+        state.before_step(3 + step / len(batches))
+        train_step(
+            model,
+            state.optimizer,
+            batches[step],
+            seed=(0, 3, step, 0),
+            workers=1,
+            config=config(),
+            compute="float32",
+        )
+        state.after_step()
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_a_run_may_continue_from_any_step(tmp_path: Path, first: int) -> None:
+    data = captions(45)
+    settings = config(learning_rate=0.01, warmup_steps=4, schedule="cosine").model_copy(
+        update={"ema_decay": 0.9}
+    )
+    unbroken, stopped, resumed = (
+        TrainingState(decoder(seed, dropout=0.5), settings, steps_per_epoch=6) for seed in (0, 0, 1)
+    )
+    run_steps(unbroken, data, range(6))
+    run_steps(stopped, data, range(first))
+    record = EpochRecord(
+        epoch=1, train_loss=1.0, train_accuracy=0.0, validation_loss=1.0, validation_accuracy=0.0,
+        learning_rate=0.01, seconds=1.0, captions_per_second=1.0, data_wait_fraction=0.0,
+    )  # fmt: skip
+    assert stopped.after_epoch(record)
+    stopped.save(tmp_path)
+    torch.rand(7)  # what was drawn before does not matter
+    resumed.restore(tmp_path)
+    assert resumed.history == [record]
+    assert resumed.best == pack_weights(stopped.judged)
+    run_steps(resumed, data, range(first, 6))
+    assert pack_weights(resumed.decoder) == pack_weights(unbroken.decoder)
+    assert pack_weights(resumed.judged) == pack_weights(unbroken.judged)
+    states = [one.optimizer.state_dict() for one in (resumed, unbroken)]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+def test_every_step_and_worker_has_its_own_dropout() -> None:
+    losses = []
+    batch = captions(8).whole()
+    for seed in (
+        (0, 0, 0, 0),
+        (0, 0, 0, 0),
+        (0, 0, 0, 1),
+        (0, 0, 1, 0),
+        (0, 1, 0, 0),
+        (1, 0, 0, 0),
+    ):
+        model = TeacherForcing(decoder(dropout=0.5)).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        loss, _ = train_step(
+            model, optimizer, batch, seed=seed, workers=1, config=config(), compute="float32"
+        )
+        losses.append(float(loss))
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 5
+
+
+def test_greedy_cider_is_that_of_the_decoders_own_captions() -> None:
+    data = captions(12)
+    judge = GreedyCider(data.data, max_length=6)
+    model = decoder().eval()
+    (batch,) = data.batches(data.plan(None, images=4), None)
+    references = [
+        [caption[1:] for number, caption in enumerate(map(data.data.caption, range(12))) if number % 4 == image]
+        for image in range(4)
+    ]  # fmt: skip
+    counts = NGramFrequencies.count(references)
+    found = search(model, {"pooled": data.columns["pooled"]}, DecodeConfig(beam_size=1, max_length=6))  # fmt: skip
+    expected = sum(
+        cider_d(counts.vector([*one[0].tokens, END]), [counts.vector(caption) for caption in captions])
+        for one, captions in zip(found, references, strict=True)
+    )  # fmt: skip
+    assert judge.sums(model, batch).tolist() == pytest.approx([expected, 4])
+    # Workers share the images; one without any adds nothing.
+    parts = []
+    for rank in range(5):
+        mine = data.worker(rank, 5)
+        (share,) = mine.batches(mine.plan(None, images=4), None)
+        parts.append(judge.sums(model, share))
+    assert parts[4].tolist() == [0.0, 0.0]
+    assert torch.stack(parts).sum(dim=0).tolist() == pytest.approx([expected, 4])
+
+
+def test_training_is_over_after_its_epochs_or_its_patience() -> None:
+    def history(*losses: float) -> list[EpochRecord]:
+        return [
+            EpochRecord(
+                epoch=number, train_loss=1.0, train_accuracy=0.0, validation_loss=loss, validation_accuracy=0.0,
+                learning_rate=0.01, seconds=1.0, captions_per_second=1.0, data_wait_fraction=0.0,
+            )
+            for number, loss in enumerate(losses, 1)
+        ]  # fmt: skip
+
+    settings = config().model_copy(update={"epochs": 5, "patience": 2})
+    over = [finished(history(*losses), settings) for losses in (
+        (), (3.0,), (3.0, 2.0, 2.5), (3.0, 2.0, 2.5, 2.1), (5.0, 4.0, 3.0, 2.0), (5.0, 4.0, 3.0, 2.0, 1.0),
+    )]  # fmt: skip
+    assert over == [False, False, False, True, False, True]
+    patient = settings.model_copy(update={"patience": None})
+    assert not finished(history(1.0, 2.0, 3.0, 4.0), patient)

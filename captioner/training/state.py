@@ -1,0 +1,94 @@
+"""What a training run has learnt so far, in memory and as a checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from captioner.artifacts.model_directory import pack_weights, unpack_weights
+from captioner.config import TrainConfig
+from captioner.decoders.base import Decoder
+from captioner.training.history import EpochRecord, best_epoch, read_history
+from captioner.training.steps import Schedule, build_optimizer
+
+LAST, BEST, STATE, HISTORY = "last.safetensors", "best.safetensors", "state.pt", "history.json"
+
+
+class TrainingState:
+    """The decoder in training with its EMA, optimizer, schedule and history: everything that a checkpoint holds."""
+
+    def __init__(self, decoder: Decoder, config: TrainConfig, steps_per_epoch: int):
+        """
+        Args:
+            decoder: on the device it is trained on.
+        """
+        self.decoder = decoder
+        self.average: AveragedModel | None = None
+        if config.ema_decay:
+            self.average = AveragedModel(
+                decoder,
+                multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay),  # type: ignore[no-untyped-call]
+            )
+            # A copy's weights lie apart in memory, and cuDNN would put them together at every call.
+            for part in self.average.modules():
+                if isinstance(part, nn.RNNBase):
+                    part.flatten_parameters()
+        self.optimizer = build_optimizer(config.optimizer, decoder)
+        self.steps_per_epoch = steps_per_epoch
+        self.schedule = Schedule(config.optimizer, config.epochs * steps_per_epoch)
+        self.history: list[EpochRecord] = []
+        self.best: bytes | None = None
+
+    @property
+    def judged(self) -> Decoder:
+        """The decoder that is validated and published: the EMA of the one in training, or that one itself."""
+        return self.decoder if self.average is None else cast(Decoder, self.average.module)
+
+    def before_step(self, epochs_done: float) -> float:
+        """Set the learning rate of the next step and return it."""
+        rate = self.schedule.rate(epochs_done * self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def after_step(self) -> None:
+        """Every worker has the same weights after a step, and so the same average."""
+        if self.average is not None:
+            self.average.update_parameters(self.decoder)
+
+    def after_epoch(self, record: EpochRecord) -> bool:
+        """Add an epoch to the history; returns whether it is the best so far, whose weights are kept."""
+        self.history.append(record)
+        improved = best_epoch(self.history) is record
+        if improved:
+            self.best = pack_weights(self.judged)
+        self.schedule.after_epoch(improved)
+        return improved
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of a run that has ended an epoch."""
+        assert self.best is not None
+        (folder / LAST).write_bytes(pack_weights(self.decoder))
+        (folder / BEST).write_bytes(self.best)
+        (folder / HISTORY).write_text(json.dumps([epoch.model_dump() for epoch in self.history]))
+        schedule = {"factor": self.schedule.factor, "waited": self.schedule.waited}
+        state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "schedule": schedule}
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        torch.save(state, folder / STATE)
+
+    def restore(self, folder: Path) -> None:
+        """Continue from what ``save`` wrote under the same configuration."""
+        unpack_weights(self.decoder, (folder / LAST).read_bytes(), LAST)
+        device = next(self.decoder.parameters()).device
+        state = torch.load(folder / STATE, map_location=device, weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.schedule.factor = state["schedule"]["factor"]
+        self.schedule.waited = state["schedule"]["waited"]
+        self.history = read_history((folder / HISTORY).read_text())
+        self.best = (folder / BEST).read_bytes()
