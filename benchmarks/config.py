@@ -7,6 +7,7 @@ from pydantic import Field
 
 from captioner.config.decoding import DecodeOverrides
 from captioner.config.parts import (
+    DECODER_KINDS,
     Config,
     DecoderConfig,
     DecoderKind,
@@ -56,13 +57,7 @@ class BenchmarkTrainConfig(BenchmarkConfig):
 
     features: str
     """Feature store (path or URI); decoders with attention over the image need its grid."""
-    decoders: tuple[DecoderKind, ...] = (
-        "merge",
-        "sequence_attention",
-        "spatial_attention",
-        "adaptive_attention",
-        "transformer",
-    )
+    decoders: tuple[DecoderKind, ...] = DECODER_KINDS
     """Decoders to measure."""
     ingest: tuple[Literal["resident", "streaming"], ...] = ("resident", "streaming")
     """How features reach a worker: held in memory, or read from the store again in every epoch."""

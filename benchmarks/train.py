@@ -5,6 +5,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from benchmarks.measurement import Measurement, Row
 from captioner.artifacts.feature_store import FeatureStore
 from captioner.artifacts.schema import Record
 from captioner.config import DecoderKind, TrainConfig
-from captioner.decoders import build_decoder
+from captioner.decoders import decoder_class
 from captioner.errors import ConfigError
 from captioner.runtime.cluster import num_cpus, num_gpus, start_ray
 from captioner.text import Vocabulary, clean
@@ -96,8 +97,7 @@ def benchmark_train(config: BenchmarkTrainConfig) -> TrainBenchmark:
     """
     store = FeatureStore.open(config.features)
     for kind in config.decoders:
-        decoder = config.decoder.model_copy(update={"kind": kind})
-        store.require("train", build_decoder(decoder, 5, 1).columns, captions=True)
+        store.require("train", decoder_class(kind).columns, captions=True)
     words = (
         clean(caption, config.text.rules)
         for captions in store.captions("train").values()
@@ -169,10 +169,11 @@ def _measure_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         Vocabulary.from_json(arguments["vocabulary"]),
         None,
     )
-    plan = worker.train.plan(0)[: arguments["steps"] + _WARM_UP]
-    captions = sum(int((share >= 0).sum()) for step in plan[_WARM_UP:] for share in step)
+    epoch = worker.train.epoch(0)
+    steps = replace(epoch, plan=epoch.plan[: arguments["steps"] + _WARM_UP])
+    captions = sum(int((share >= 0).sum()) for step in steps.plan[_WARM_UP:] for share in step)
     worker.model.train()
-    batches = worker.train.batches(plan, 0)
+    batches = iter(steps)
     for _ in range(_WARM_UP):
         _step(worker, next(batches))
     timer = Stopwatch(batches)
@@ -180,7 +181,7 @@ def _measure_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         _step(worker, batch)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # Read again: had they been kept in the loop above, its memory would be theirs, too.
-    held = list(worker.train.batches(plan, 0))[_WARM_UP:]
+    held = list(steps)[_WARM_UP:]
     # Each worker read in its own time: the clock starts when all are done.
     worker.reduce(torch.zeros(1))
     started = time.perf_counter()

@@ -3,14 +3,16 @@
 import torch
 from torch import Tensor, nn
 
-from captioner.config import DecoderConfig
-from captioner.decoders import DECODERS, build_decoder
+from captioner.config import DECODER_KINDS, DecoderConfig
+from captioner.decoders import build_decoder, decoder_class
 from captioner.decoders.base import Features
+from captioner.encoders.spec import FeatureShape
 from captioner.text import END, PAD, START
 
-VOCABULARY, CHANNELS, CELLS = 23, 12, 49
-KINDS = sorted(DECODERS)
-ATTENDING = ["spatial_attention", "adaptive_attention", "transformer"]
+VOCABULARY = 23
+SHAPE = FeatureShape(pooled_channels=10, grid_channels=12, rows=3, columns=5)
+KINDS = sorted(DECODER_KINDS)
+ATTENDING = sorted(kind for kind in DECODER_KINDS if decoder_class(kind).attends)
 
 
 def small_decoder(
@@ -20,15 +22,15 @@ def small_decoder(
     sizes = {"width": 16, "output_width": 16, "attention_width": 8, "heads": 4, "layers": 1}
     torch.manual_seed(seed)
     config = DecoderConfig.model_validate({"kind": kind} | sizes | settings)
-    return build_decoder(config, vocabulary, CHANNELS).eval()
+    return build_decoder(config, vocabulary, SHAPE).eval()
 
 
 def features(images: int) -> Features:
     """Pooled vectors and grids, the same for every call."""
     generator = torch.Generator().manual_seed(1)
     return {
-        "pooled": torch.randn(images, CHANNELS, generator=generator),
-        "grid": torch.randn(images, CELLS, CHANNELS, generator=generator),
+        "pooled": torch.randn(images, *SHAPE.of("pooled"), generator=generator),
+        "grid": torch.randn(images, *SHAPE.of("grid"), generator=generator),
     }
 
 

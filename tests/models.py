@@ -38,7 +38,7 @@ def write_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        decoder = build_decoder(config, len(vocabulary), store.manifest.encoder.channels)
+        decoder = build_decoder(config, len(vocabulary), store.manifest.encoder.shape)
     encoder = Encoder.load(store.encoder_weights_uri, store.manifest.encoder)
     images = np.stack([load_image(picture(number)) for number in range(8)])
     pooled, grid = encoder(images, grid=True)

@@ -129,8 +129,7 @@ def save_model(
         store: the features it was trained on; their encoder's weights are copied from it.
         training: the training configuration, for the record.
     """
-    channels = store.manifest.encoder.channels
-    network = build_decoder(decoder, len(vocabulary), channels)
+    network = build_decoder(decoder, len(vocabulary), store.manifest.encoder.shape)
     table = ngrams.pack()
     record = ModelRecord(
         decoder=decoder,
@@ -193,7 +192,7 @@ def load_model(uri: str) -> LoadedModel:
             f"{uri}: {VOCABULARY} has {len(vocabulary)} entries, the decoder {record.vocabulary_size}"
         )
     weights = storage.read_bytes(storage.join(uri, WEIGHTS))
-    decoder = build_decoder(record.decoder, record.vocabulary_size, record.encoder.channels)
+    decoder = build_decoder(record.decoder, record.vocabulary_size, record.encoder.shape)
     unpack_weights(decoder, weights, storage.join(uri, WEIGHTS))
     for name in (ENCODER_WEIGHTS, NGRAMS):
         if not storage.exists(storage.join(uri, name)):

@@ -6,6 +6,8 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
+from captioner.encoders.spec import Column, FeatureShape
+
 SCHEMA_VERSION = 1
 SPLITS = ("train", "validation", "test")
 GRID_SIDE = 7
@@ -35,6 +37,11 @@ CAPTION_ROWS = pa.schema(
 def view_names(mirrored: bool, crops: int) -> tuple[str, ...]:
     """What the feature columns of an image's other views have after their names: ``_mirrored``, ``_crop1`` ..."""
     return (MIRRORED,) * mirrored + tuple(f"_crop{number + 1}" for number in range(crops))
+
+
+def column_name(column: Column, view: str) -> str:
+    """Name of the feature column of a view, "" for the image itself."""
+    return f"{column}{view}"
 
 
 def feature_rows(channels: int, grid: bool, views: Sequence[str] = ()) -> pa.Schema:
@@ -74,6 +81,10 @@ class EncoderIdentity(Record):
     preprocessing: str
     compute: Literal["float32", "bfloat16"]
     channels: int
+
+    @property
+    def shape(self) -> FeatureShape:
+        return FeatureShape(self.channels, self.channels, GRID_SIDE, GRID_SIDE)
 
 
 class SourceIdentity(Record):

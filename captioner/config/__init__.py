@@ -12,6 +12,7 @@ from captioner.config.jobs import (
     TrainConfig,
 )
 from captioner.config.parts import (
+    DECODER_KINDS,
     Compute,
     Config,
     DecoderConfig,
@@ -30,6 +31,7 @@ from captioner.config.serving import ServeConfig, UploadBounds
 from captioner.config.tuning import TuneConfig
 
 __all__ = [
+    "DECODER_KINDS",
     "CaptionConfig",
     "Compute",
     "Config",

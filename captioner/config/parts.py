@@ -1,13 +1,15 @@
 """What the settings of several jobs share."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 Split = Literal["train", "validation", "test"]
 DecoderKind = Literal[
     "merge", "sequence_attention", "spatial_attention", "adaptive_attention", "transformer"
 ]
+"""Every kind of decoder: the modules of ``captioner.decoders`` that hold one."""
+DECODER_KINDS: tuple[DecoderKind, ...] = get_args(DecoderKind)
 Compute = Literal["float32", "bfloat16"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -112,12 +114,6 @@ class DecoderConfig(Config):
     """adaptive_attention, transformer: attention heads; must divide the width."""
     tie_embeddings: bool = False
     """Of the grid's readers: share the word embedding with the output layer."""
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "DecoderConfig":
-        if self.kind in ("adaptive_attention", "transformer") and self.width % self.heads:
-            raise ValueError(f"heads: {self.heads} must divide width {self.width}")
-        return self
 
 
 class OptimizerConfig(Config):

@@ -1,30 +1,29 @@
-"""Decoders behind one base class, and the search that turns their logits into captions."""
+"""The networks that write captions, one module each, behind one base class."""
 
-from captioner.config import DecoderConfig
-from captioner.decoders.adaptive_attention import AdaptiveAttentionDecoder
+from importlib import import_module
+
+from captioner.config import DecoderConfig, DecoderKind
 from captioner.decoders.base import Decoder
 from captioner.decoders.ensemble import Ensemble
-from captioner.decoders.merge import MergeDecoder
-from captioner.decoders.sequence_attention import SequenceAttentionDecoder
-from captioner.decoders.spatial_attention import SpatialAttentionDecoder
-from captioner.decoders.transformer import TransformerDecoder
-
-DECODERS: dict[
-    str,
-    type[MergeDecoder | SpatialAttentionDecoder | AdaptiveAttentionDecoder | TransformerDecoder],
-] = {
-    "merge": MergeDecoder,
-    "sequence_attention": SequenceAttentionDecoder,
-    "spatial_attention": SpatialAttentionDecoder,
-    "adaptive_attention": AdaptiveAttentionDecoder,
-    "transformer": TransformerDecoder,
-}
+from captioner.encoders.spec import FeatureShape
 
 
-def build_decoder(config: DecoderConfig, vocabulary_size: int, channels: int) -> Decoder:
-    """A decoder with fresh weights."""
-    members = [
-        DECODERS[config.kind](config, vocabulary_size, channels)
-        for _ in range(config.ensemble_size)
-    ]
+def decoder_class(kind: DecoderKind) -> type[Decoder]:
+    """The class of a kind, from the module of its name: of ``spatial_attention`` its ``SpatialAttentionDecoder``."""
+    module = import_module(f"captioner.decoders.{kind}")
+    found: type[Decoder] = getattr(module, f"{kind.title().replace('_', '')}Decoder")
+    return found
+
+
+def build_decoder(config: DecoderConfig, vocabulary_size: int, shape: FeatureShape) -> Decoder:
+    """A decoder with fresh weights, or an ensemble of them.
+
+    Args:
+        shape: of the features it reads.
+
+    Raises:
+        ConfigError: settings do not fit each other.
+    """
+    kind = decoder_class(config.kind)
+    members = [kind(config, vocabulary_size, shape) for _ in range(config.ensemble_size)]
     return members[0] if len(members) == 1 else Ensemble(members)

@@ -15,30 +15,29 @@ from captioner.config import DecoderConfig
 from captioner.decoders.attention import Attention, by_image
 from captioner.decoders.base import Decoder, Features, Standardize, State, for_captions
 from captioner.decoders.dropout import Dropout
-from captioner.decoders.grid_encoder import PictureEncoder
-from captioner.decoders.lstm import LSTM
+from captioner.decoders.grid_encoder import GridEncoder
+from captioner.encoders.spec import FeatureShape
 
 
 class AdaptiveAttentionDecoder(Decoder):
     """An LSTM over the words and the whole picture, whose every output looks at the grid's cells."""
 
     columns = ("grid",)
+    attends = True
     image_state = frozenset({"image", "memory"})
 
-    def __init__(self, config: DecoderConfig, vocabulary_size: int, channels: int):
+    def __init__(self, config: DecoderConfig, vocabulary_size: int, shape: FeatureShape):
         super().__init__()
         width = config.width
-        self.standardize = Standardize(channels)
-        self.cells = nn.Linear(channels, width)
+        self.standardize = Standardize("grid", shape)
+        self.cells = nn.Linear(shape.grid_channels, width)
         self.picture: nn.Module = nn.ReLU()
         if config.picture_layers:
-            self.picture = PictureEncoder(
-                width, config.picture_layers, config.heads, config.dropout
-            )
+            self.picture = GridEncoder(config, shape)
         self.image = nn.Linear(width, width)
         self.initial = nn.Linear(width, 2 * width)
         self.embedding = nn.Embedding(vocabulary_size, width)
-        self.lstm = LSTM(width, width, batch_first=True)
+        self.lstm = nn.LSTM(width, width, batch_first=True)
         self.attention = Attention(width, config.heads)
         self.deep = nn.Linear(2 * width, width)
         self.output = nn.Linear(width, vocabulary_size)
@@ -52,7 +51,7 @@ class AdaptiveAttentionDecoder(Decoder):
             self.output.weight = self.embedding.weight
 
     def start(self, features: Features) -> State:
-        cells = self.cells(self.feature_dropout(self.standardize(features["grid"])))
+        cells = self.cells(self.feature_dropout(self.standardize(features)))
         cells = self.dropout(self.picture(cells))  # (N, P, D)
         image = self.image(cells.mean(dim=1))  # (N, D)
         hidden, cell = torch.tanh(self.initial(torch.relu(image))).float().chunk(2, dim=1)

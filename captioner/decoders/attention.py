@@ -6,12 +6,20 @@ Shapes: N images, B captions, T queries, S places that are looked at, D width, H
 import torch
 from torch import Tensor, nn
 
+from captioner.errors import ConfigError
+
 
 class Attention(nn.Module):
     """Multi-head attention whose keys and values are made apart from its queries, so that they can be kept."""
 
     def __init__(self, width: int, heads: int):
+        """
+        Raises:
+            ConfigError: the heads do not divide the width.
+        """
         super().__init__()
+        if width % heads:
+            raise ConfigError(f"decoder.heads: {heads} must divide width {width}")
         self.heads = heads
         self.query = nn.Linear(width, width)
         self.memory = nn.Linear(width, 2 * width)

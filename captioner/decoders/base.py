@@ -8,30 +8,38 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from captioner.encoders.spec import Column, FeatureShape
+
 State = dict[str, Tensor]
 """What a decoder remembers between steps. Every tensor has captions as its first dimension, or images where the
 decoder's ``image_state`` names it, so search can reorder, repeat and select beams without knowing the decoder."""
 
-Features = dict[str, Tensor]
+Features = dict[Column, Tensor]
 """Columns of the feature store for a batch of images, float32: ``pooled`` [B, C], ``grid`` [B, P, C]."""
 
 
 class Decoder(nn.Module):
-    """A decoder over whole captions (``forward``, teacher forcing) and one word at a time (``start`` and ``step``)."""
+    """A decoder over whole captions (``forward``, teacher forcing) and one word at a time (``start`` and ``step``).
 
-    columns: tuple[str, ...]
-    """Feature columns it reads: ``("pooled",)`` or ``("grid",)``."""
+    A kind of decoder is a subclass in a module of its name, made of a ``DecoderConfig``, the size of the vocabulary and
+    a ``FeatureShape``; ``DecoderKind`` in the configuration lists them.
+    """
+
+    columns: tuple[Column, ...]
+    """Feature columns it reads, one or both; of a kind they are the class's."""
+
+    attends: bool
+    """Whether ``step`` gives attention over the grid; of a kind it is the class's."""
 
     image_state: frozenset[str]
     """Names of the state tensors that describe the image alone and that ``step`` hands on unchanged. They keep one row
     per image however many captions of it are being written, so that search never copies them for its beams."""
 
     output: Callable[[Tensor], Tensor]
-    """Logits float [..., V] of what ``hidden`` gave [..., O]; apart, so that a loss can project real words only. An
-    ``nn.Linear`` in the decoders themselves."""
+    """Logits float [..., V] of what ``hidden`` gave [..., O]; apart, so that a loss can project real words only."""
 
     def hidden(self, features: Features, tokens: Tensor) -> Tensor:
-        """What the logits of every next word are projected from.
+        """What the logits of every target token are projected from.
 
         Args:
             features: columns of N images.
@@ -44,7 +52,7 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def forward(self, features: Features, tokens: Tensor) -> Tensor:
-        """Logits of every next word: ``output(hidden(features, tokens))``, float [B, T, V]."""
+        """Logits of every target token: ``output(hidden(features, tokens))``, float [B, T, V]."""
         return self.output(self.hidden(features, tokens))
 
     def start(self, features: Features) -> State:
@@ -59,8 +67,8 @@ class Decoder(nn.Module):
                 other, and every image has equally many.
 
         Returns:
-            logits float [B, V], the new state, and attention over the grid float [B, P], None where the decoder has
-            none.
+            logits float [B, V], the new state, and attention over the grid float [B, P], None of a decoder that does
+            not attend to it.
         """
         raise NotImplementedError
 
@@ -80,14 +88,16 @@ def start_captions(decoder: Decoder, features: Features, count: int) -> State:
 
 
 class Standardize(nn.Module):
-    """Features to a common scale; the statistics are those of the train split.
+    """A feature column on a common scale; the statistics are those of the train split.
 
     A frozen network's channels differ in scale by orders of magnitude, those of random weights most of all, so each has
     its own mean and deviation; or all have one factor, which leaves the large ones large.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, column: Column, shape: FeatureShape):
         super().__init__()
+        self.column = column
+        channels = shape.of(column)[-1]
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(channels))
         self.mean: Tensor
@@ -106,5 +116,6 @@ class Standardize(nn.Module):
         self.mean.copy_(mean)
         self.scale.copy_(torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf))
 
-    def forward(self, features: Tensor) -> Tensor:
-        return (features - self.mean) / self.scale
+    def forward(self, features: Features) -> Tensor:
+        """The column, standardised: float32 [..., C]."""
+        return (features[self.column] - self.mean) / self.scale

@@ -38,6 +38,7 @@ class Ensemble(Decoder):
                 f"an ensemble wants members of one vocabulary; their sizes: {vocabularies}"
             )
         self.columns = tuple(sorted({name for member in self.decoders for name in member.columns}))
+        self.attends = any(member.attends for member in self.decoders)
         self.image_state = frozenset(
             f"{number}.{name}"
             for number, one in enumerate(self.decoders)

@@ -7,9 +7,10 @@ Shapes: B images, P grid cells, D width.
 import torch
 from torch import Tensor, nn
 
-from captioner.artifacts.schema import GRID_SIDE
+from captioner.config import DecoderConfig
 from captioner.decoders.attention import Attention
 from captioner.decoders.dropout import Dropout
+from captioner.encoders.spec import FeatureShape
 
 
 def dense(width: int, inner: int, dropout: float) -> nn.Sequential:
@@ -19,7 +20,7 @@ def dense(width: int, inner: int, dropout: float) -> nn.Sequential:
     )
 
 
-class PictureBlock(nn.Module):
+class GridBlock(nn.Module):
     """Attention of the cells to each other and a dense layer, each added to what came in: [B, P, D] -> [B, P, D]."""
 
     def __init__(self, width: int, heads: int, dropout: float):
@@ -39,14 +40,17 @@ class PictureBlock(nn.Module):
         return added
 
 
-class PictureEncoder(nn.Module):
-    """Where each cell lies, any number of blocks, and a norm: [B, P, D] -> [B, P, D]."""
+class GridEncoder(nn.Module):
+    """Positions of rows and columns, ``picture_layers`` blocks, and a norm: [B, P, D] -> [B, P, D]."""
 
-    def __init__(self, width: int, layers: int, heads: int, dropout: float):
+    def __init__(self, config: DecoderConfig, shape: FeatureShape):
         super().__init__()
-        self.row_positions = nn.Parameter(torch.randn(GRID_SIDE, 1, width) * 0.02)
-        self.column_positions = nn.Parameter(torch.randn(1, GRID_SIDE, width) * 0.02)
-        self.blocks = nn.ModuleList(PictureBlock(width, heads, dropout) for _ in range(layers))
+        width = config.width
+        self.row_positions = nn.Parameter(torch.randn(shape.rows, 1, width) * 0.02)
+        self.column_positions = nn.Parameter(torch.randn(1, shape.columns, width) * 0.02)
+        self.blocks = nn.ModuleList(
+            GridBlock(width, config.heads, config.dropout) for _ in range(config.picture_layers)
+        )
         self.norm = nn.LayerNorm(width)
 
     def forward(self, cells: Tensor) -> Tensor:

@@ -11,21 +11,22 @@ from torch import Tensor, nn
 from captioner.config import DecoderConfig
 from captioner.decoders.base import Decoder, Features, Standardize, State, for_captions
 from captioner.decoders.dropout import Dropout
-from captioner.decoders.lstm import LSTM
+from captioner.encoders.spec import FeatureShape
 
 
 class MergeDecoder(Decoder):
     """``relu(image)`` and the words through one LSTM; each output plus the image through a dense layer to the words."""
 
     columns = ("pooled",)
+    attends = False
     image_state = frozenset()
 
-    def __init__(self, config: DecoderConfig, vocabulary_size: int, channels: int):
+    def __init__(self, config: DecoderConfig, vocabulary_size: int, shape: FeatureShape):
         super().__init__()
-        self.standardize = Standardize(channels)
-        self.image = nn.Linear(channels, config.width)
+        self.standardize = Standardize("pooled", shape)
+        self.image = nn.Linear(shape.pooled_channels, config.width)
         self.embedding = nn.Embedding(vocabulary_size, config.width)
-        self.lstm = LSTM(config.width, config.width, batch_first=True)
+        self.lstm = nn.LSTM(config.width, config.width, batch_first=True)
         self.dense = nn.Linear(config.width, config.output_width)
         self.output = nn.Linear(config.output_width, vocabulary_size)
         self.dropout = Dropout(config.dropout)
@@ -34,7 +35,7 @@ class MergeDecoder(Decoder):
 
     def project(self, features: Features) -> Tensor:
         """The image as a word: float [B, D]."""
-        return torch.relu(self.image(self.standardize(features["pooled"])))
+        return torch.relu(self.image(self.standardize(features)))
 
     def read(self, image: Tensor, tokens: Tensor) -> Tensor:
         """LSTM outputs after the image, which leads its sequence, and after each token: float [B, 1 + T, D]."""

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from captioner.config import DecoderConfig
 from captioner.decoders.base import Features, State, for_captions
 from captioner.decoders.merge import MergeDecoder
+from captioner.encoders.spec import FeatureShape
 
 
 class SequenceAttentionDecoder(MergeDecoder):
     """The merge decoder with attention over its LSTM's outputs in place of the last output."""
 
-    def __init__(self, config: DecoderConfig, vocabulary_size: int, channels: int):
-        super().__init__(config, vocabulary_size, channels)
+    def __init__(self, config: DecoderConfig, vocabulary_size: int, shape: FeatureShape):
+        super().__init__(config, vocabulary_size, shape)
         self.query = nn.Linear(config.width, config.attention_width)
         self.key = nn.Linear(config.width, config.attention_width)
         self.score = nn.Linear(config.attention_width, 1, bias=False)

@@ -13,7 +13,8 @@ from captioner.config import DecoderConfig
 from captioner.decoders.attention import Attention, by_image
 from captioner.decoders.base import Decoder, Features, Standardize, State
 from captioner.decoders.dropout import Dropout
-from captioner.decoders.grid_encoder import PictureEncoder, dense
+from captioner.decoders.grid_encoder import GridEncoder, dense
+from captioner.encoders.spec import FeatureShape
 from captioner.text import PAD
 
 # Longest caption in tokens: DecodeConfig allows 200 words, and the tags come on top.
@@ -96,13 +97,14 @@ class TransformerDecoder(Decoder):
     """Words attend to the words before them and to the cells of the picture."""
 
     columns = ("grid",)
+    attends = True
 
-    def __init__(self, config: DecoderConfig, vocabulary_size: int, channels: int):
+    def __init__(self, config: DecoderConfig, vocabulary_size: int, shape: FeatureShape):
         super().__init__()
         width = config.width
-        self.standardize = Standardize(channels)
-        self.cells = nn.Linear(channels, width)
-        self.picture = PictureEncoder(width, config.picture_layers, config.heads, config.dropout)
+        self.standardize = Standardize("grid", shape)
+        self.cells = nn.Linear(shape.grid_channels, width)
+        self.picture = GridEncoder(config, shape)
         self.embedding = nn.Embedding(vocabulary_size, width)
         self.positions = nn.Parameter(torch.randn(POSITIONS, width) * 0.02)
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
@@ -119,7 +121,7 @@ class TransformerDecoder(Decoder):
 
     def look(self, features: Features) -> list[Tensor]:
         """Keys and values of the cells for every block, [N, 2, H, P, E] each."""
-        cells = self.cells(self.feature_dropout(self.standardize(features["grid"])))
+        cells = self.cells(self.feature_dropout(self.standardize(features)))
         cells = self.picture(cells)
         return [block.picture.split(block.picture.memory(cells)) for block in self.blocks]
 

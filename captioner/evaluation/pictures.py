@@ -83,7 +83,7 @@ def draw_report(
         "best_and_worst.png",
         best_and_worst(pictures, captions, references, cider, count=BEST_AND_WORST, columns=5),
     )
-    looks = "grid" in captioner.model.record.columns
+    looks = captioner.model.decoder.attends
     for number, row in enumerate(chosen[:attention_images] if looks else ()):
         pixels = pictures[row]
         if uris[row] in pictures.missing:

@@ -9,6 +9,7 @@ from ray.serve.schema import LoggingConfig
 from captioner import storage
 from captioner.artifacts.model_directory import ModelRecord, load_record
 from captioner.config import DecodeConfig, ServeConfig
+from captioner.decoders import decoder_class
 from captioner.runtime.cluster import num_cpus, num_gpus
 from captioner.serving.guard import GuardSettings
 from captioner.serving.ingress import CaptionApi
@@ -107,7 +108,7 @@ def _card(name: str, record: ModelRecord, decode: DecodeConfig, default: bool) -
         decoder=record.decoder.kind,
         encoder=f"{record.encoder.name} {record.encoder.layer}",
         vocabulary_size=record.vocabulary_size,
-        attention="grid" in record.columns,
+        attention=decoder_class(record.decoder.kind).attends,
         decode=decode,
         default=default,
     )

@@ -1,4 +1,4 @@
-"""Captions of a split as tokens, and batches of them with the features of their images.
+"""Captions of a split as tokens, and a pass over them in batches with the features of their images.
 
 Shapes: N captions of the split, I images of a batch, K captions of each, T tokens.
 """
@@ -41,7 +41,7 @@ class Batch:
 
 
 class CaptionData:
-    """A split's captions as tokens: some 80 bytes each, as many as there are."""
+    """A split's captions as tokens, some 80 bytes each."""
 
     def __init__(self, captions: Iterable[Sequence[int]], image_rows: Indices):
         """
@@ -86,8 +86,8 @@ class CaptionData:
         return len(self.lengths)
 
     @property
-    def words(self) -> int:
-        """Next words to predict."""
+    def targets(self) -> int:
+        """Target tokens: all but each ``<start>``."""
         return int(self.lengths.sum()) - len(self)
 
     def caption(self, number: int) -> list[int]:
@@ -96,7 +96,7 @@ class CaptionData:
         tokens: list[int] = self._tokens[start : start + self.lengths[number]].tolist()
         return tokens
 
-    def _padded(self, numbers: Indices, longest: int) -> Tensor:
+    def padded(self, numbers: Indices, longest: int) -> Tensor:
         """Captions as int64 [len(numbers), longest]; a number below 0 stands for one without words."""
         place = np.arange(longest)
         there = (place < self.lengths[numbers][:, None]) & (numbers >= 0)[:, None]
@@ -105,21 +105,34 @@ class CaptionData:
         tokens[numbers < 0, 0] = START
         return torch.from_numpy(tokens)
 
-    def batches(self, plan: Plan, rank: int, read: Reader) -> Iterator[Batch]:
-        """A worker's share of each step; every worker gets the same number of batches.
+
+@dataclass(frozen=True)
+class Pass:
+    """One worker's batches of one pass over a split; every worker has the same number of them."""
+
+    data: CaptionData
+    plan: Plan
+    rank: int
+    read: Reader
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches in the order of the plan.
 
         A worker to whom a step leaves nothing gets an empty picture with an empty caption, which counts for nothing, so
         that it takes part in the exchange of gradients.
         """
-        shares = [step[rank] for step in plan]
-        features = read([self.image_rows[share[:, 0]] for share in shares])
-        for step, share, columns in zip(plan, shares, features, strict=True):
+        data, shares = self.data, [step[self.rank] for step in self.plan]
+        features = self.read([data.image_rows[share[:, 0]] for share in shares])
+        for step, share, columns in zip(self.plan, shares, features, strict=True):
             present = [part[part >= 0] for part in step]
-            longest = max(int(self.lengths[part].max()) for part in present if len(part))
-            targets = sum(int(self.lengths[part].sum()) - len(part) for part in present)
+            longest = max(int(data.lengths[part].max()) for part in present if len(part))
+            targets = sum(int(data.lengths[part].sum()) - len(part) for part in present)
             if not len(share):
                 share = np.full((1, share.shape[1]), -1)
                 columns = {
                     name: column.new_zeros(1, *column.shape[1:]) for name, column in columns.items()
                 }
-            yield Batch(columns, self._padded(share.ravel(), longest), share, targets)
+            yield Batch(columns, data.padded(share.ravel(), longest), share, targets)

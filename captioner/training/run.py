@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+import torch
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
     get_or_create_autoscaling_coordinator,
 )
@@ -40,8 +41,7 @@ from captioner.artifacts.model_directory import (
 from captioner.artifacts.output import Output
 from captioner.artifacts.tensorboard import event_file
 from captioner.config import TrainConfig
-from captioner.decoders import build_decoder
-from captioner.decoders.summary import summarize
+from captioner.decoders import build_decoder, decoder_class
 from captioner.decoding.cider import NGramFrequencies
 from captioner.errors import CaptionerError, ConfigError, StoreError, TrainingError
 from captioner.plots import plot_history
@@ -54,7 +54,7 @@ from captioner.training.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
-WORK, SUMMARY = "_training", "summary.txt"
+WORK = "_training"
 # At most so many images tell how rare an n-gram is, so that the table in the model stays small.
 NGRAM_IMAGES = 20_000
 # Where things lie, how they reach a worker and how many share the work: a run may go on with others. (Streamed batches
@@ -96,11 +96,14 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
 
     Raises:
         StoreError: the features are missing something, or the output belongs to another run.
-        ConfigError: the cluster is too small for ``num_workers``.
+        ConfigError: the cluster is too small for ``num_workers``, or settings do not fit each other.
         TrainingError: the loss stopped being finite.
     """
     store = FeatureStore.open(config.features)
-    columns = build_decoder(config.decoder, 5, 1).columns
+    with torch.device("meta"):
+        # Settings that do not fit each other are refused before the directory is claimed.
+        build_decoder(config.decoder, 1, store.manifest.encoder.shape)
+    columns = decoder_class(config.decoder.kind).columns
     store.require("train", columns, captions=True, mirrored=config.mirrored, crops=config.crops)
     store.require("validation", columns, captions=True)
     output = Output(config.output, _identity(config, store))
@@ -280,11 +283,7 @@ def _publish(
             pa.Table.from_pylist([epoch.model_dump() for epoch in history], HISTORY_ROWS), file
         )
     storage.write_bytes(output.uri("curves.png"), plot_history(history, best.epoch))
-    summary = summarize(
-        build_decoder(config.decoder, len(vocabulary), store.manifest.encoder.channels)
-    )
-    storage.write_bytes(output.uri(SUMMARY), f"{summary}\n".encode())
-    _write_tensorboard(output, history, summary)
+    _write_tensorboard(output, history)
     files = [
         ENCODER_WEIGHTS,
         WEIGHTS,
@@ -295,7 +294,6 @@ def _publish(
         "metrics.json",
         "history.parquet",
         "curves.png",
-        SUMMARY,
     ]
     output.publish(
         ModelManifest(weights_sha256=record.weights_sha256, files=files).model_dump_json(indent=1)
@@ -306,10 +304,8 @@ def _publish(
     filesystem.delete_dir(path)
 
 
-def _write_tensorboard(output: Output, history: list[EpochRecord], summary: str) -> None:
+def _write_tensorboard(output: Output, history: list[EpochRecord]) -> None:
     with event_file(output, "training") as writer:
-        # Markdown shows indented text as it is.
-        writer.add_text("model", summary.replace("\n", "\n    ").join(["    ", ""]))
         for record in history:
             figures = record.model_dump(exclude={"epoch"}, exclude_none=True)
             for name, value in figures.items():

@@ -14,7 +14,7 @@ from torch.nn import functional
 from captioner.config import OptimizerConfig, TrainConfig
 from captioner.decoders.base import Decoder, Features
 from captioner.decoders.ensemble import Ensemble
-from captioner.errors import TrainingError
+from captioner.errors import ConfigError, TrainingError
 from captioner.text import PAD
 from captioner.training.data import Batch
 from captioner.training.loss import IGNORED, linear_cross_entropy
@@ -176,6 +176,17 @@ def train_step(
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
     optimizer.step()
     return loss.detach(), correct
+
+
+def check_compute(device: torch.device, compute: str) -> None:
+    """
+    Raises:
+        ConfigError: an LSTM cannot be trained in this arithmetic here; oneDNN has none in bfloat16 for such processors.
+    """
+    if device.type == "cpu" and compute == "bfloat16" and not torch.cpu._is_avx512_supported():
+        raise ConfigError(
+            "compute: bfloat16 wants AVX512 or a GPU, this processor has neither; leave it at auto"
+        )
 
 
 def autocast(device: torch.device, compute: str) -> torch.autocast:

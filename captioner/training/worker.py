@@ -17,15 +17,14 @@ from torch import Tensor
 from captioner.artifacts.feature_store import FeatureStore
 from captioner.config import TrainConfig
 from captioner.decoders import build_decoder
-from captioner.decoders.base import Standardize
 from captioner.errors import TrainingError
 from captioner.runtime.device import choose_compute, memory_bytes, prepare_device
 from captioner.runtime.progress import TrainingGauges
 from captioner.text import Vocabulary
 from captioner.training.history import EpochRecord, Stopwatch, epoch_line, finished
-from captioner.training.ingest import open_split
+from captioner.training.ingest import fit_standardize, open_split
 from captioner.training.state import TrainingState
-from captioner.training.steps import TeacherForcing, require_finite, train_step
+from captioner.training.steps import TeacherForcing, check_compute, require_finite, train_step
 from captioner.training.validation import GreedyCider
 
 # Between two lines about the same epoch.
@@ -76,11 +75,10 @@ class Worker:
             processes=context.get_local_world_size(),
         )
         self.compute = choose_compute(config.compute, self.device.type)
+        check_compute(self.device, self.compute)
         store = FeatureStore.open(config.features)
         torch.manual_seed(config.seed)
-        self.decoder = build_decoder(
-            config.decoder, len(vocabulary), store.manifest.encoder.channels
-        )
+        self.decoder = build_decoder(config.decoder, len(vocabulary), store.manifest.encoder.shape)
         columns = self.decoder.columns
         self.train, self.validation = (
             open_split(
@@ -96,10 +94,7 @@ class Worker:
             )
             for split in ("train", "validation")
         )
-        statistics = self.train.statistics(columns[0])
-        for part in self.decoder.modules():
-            if isinstance(part, Standardize):
-                part.fit(*statistics, whole=config.decoder.standardize == "whole")
+        fit_standardize(self.decoder, self.train, whole=config.decoder.standardize == "whole")
         # The objective: whatever returns a summed loss and a count for features and tokens can be trained by this loop.
         self.model = ray.train.torch.prepare_model(
             TeacherForcing(self.decoder, config.label_smoothing)
@@ -127,11 +122,11 @@ class Worker:
     def epoch(self, epoch: int) -> EpochRecord:
         """One pass over the train captions, and its validation."""
         self.model.train()
-        plan = self.train.plan(epoch)
+        batches = self.train.epoch(epoch)
         sums = torch.zeros(2, dtype=torch.float64)
-        timer = Stopwatch(self.train.batches(plan, epoch))
+        timer = Stopwatch(iter(batches))
         for step, batch in enumerate(timer):
-            rate = self.state.before_step(epoch + step / len(plan))
+            rate = self.state.before_step(epoch + step / len(batches))
             loss, correct = train_step(
                 self.model,
                 self.state.optimizer,
@@ -144,12 +139,12 @@ class Worker:
             self.state.after_step()
             sums += torch.stack([loss.double(), correct.double()]).cpu()
             if timer.tick(_TELL_SECONDS):
-                left = int(timer.elapsed / (step + 1) * (len(plan) - step - 1))
+                left = int(timer.elapsed / (step + 1) * (len(batches) - step - 1))
                 self.tell(
-                    f"epoch {epoch + 1} | {step + 1} of {len(plan)} steps | "
+                    f"epoch {epoch + 1} | {step + 1} of {len(batches)} steps | "
                     f"{left // 60}:{left % 60:02d} left"
                 )
-        train_loss, train_accuracy = (self.reduce(sums) / self.train.data.words).tolist()
+        train_loss, train_accuracy = (self.reduce(sums) / self.train.data.targets).tolist()
         require_finite(train_loss, epoch, "training")
         validation_loss, validation_accuracy = self.validate()
         require_finite(validation_loss, epoch, "validation")
@@ -171,21 +166,20 @@ class Worker:
         """Loss and accuracy over the whole validation split: every caption once, over all workers."""
         forcing = TeacherForcing(self.state.judged).eval()
         sums = torch.zeros(2, dtype=torch.float64)
-        for batch in self.validation.batches(self.validation.plan(None), None):
+        for batch in self.validation.ordered():
             # In float32 whatever training computes in: bfloat16 ties words that are not equally probable, and these
             # figures must be those that evaluation finds.
             there = batch.to(self.device)
             loss, correct = forcing(there.features, there.tokens)
             sums += torch.stack([loss.double(), correct.double()]).cpu()
-        loss, accuracy = (self.reduce(sums) / self.validation.data.words).tolist()
+        loss, accuracy = (self.reduce(sums) / self.validation.data.targets).tolist()
         return loss, accuracy
 
     def validation_cider(self, cider: GreedyCider) -> float:
         """Mean CIDEr-D of greedy captions of the validation images."""
         decoder = self.state.judged.eval()
         sums = torch.zeros(2, dtype=torch.float64)
-        plan = self.validation.plan(None, images=self.config.global_batch)
-        for batch in self.validation.batches(plan, None):
+        for batch in self.validation.ordered(images=self.config.global_batch):
             sums += cider.sums(decoder, batch.to(self.device))
         total, images = self.reduce(sums).tolist()
         return float(total / images)

@@ -19,7 +19,7 @@ from captioner.artifacts.model_directory import load_model
 from captioner.artifacts.output import CLAIM, MANIFEST, Output
 from captioner.artifacts.schema import SCHEMA_VERSION, Record
 from captioner.config import TuneConfig
-from captioner.decoders import build_decoder
+from captioner.decoders import decoder_class
 from captioner.errors import TrainingError
 from captioner.plots.trials import TrialCurve, plot_trials
 from captioner.runtime.cluster import num_cpus, num_gpus, start_ray
@@ -120,10 +120,10 @@ def run_search(config: TuneConfig) -> SearchResult:
     store = FeatureStore.open(config.features)
     config = config.model_copy(update={"features": store.uri})
     trials = draw_trials(config, grid=store.manifest.grid)
-    for kind in {str(trial["decoder"]) for trial in trials}:
-        decoder = training_of(config, {**trials[0], "decoder": kind}, "unused", threads=1).decoder
+    for trial in trials:
+        decoder = training_of(config, trial, "unused", threads=1).decoder
         for split in ("train", "validation"):
-            store.require(split, build_decoder(decoder, 5, 1).columns, captions=True)
+            store.require(split, decoder_class(decoder.kind).columns, captions=True)
     output = Output(
         config.output,
         {

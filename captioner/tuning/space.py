@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from captioner import notebook
-from captioner.config import DecoderConfig, OptimizerConfig, TrainConfig, TuneConfig
+from captioner.config import DECODER_KINDS, DecoderConfig, OptimizerConfig, TrainConfig, TuneConfig
+from captioner.decoders import decoder_class
 
 Hyperparameters = dict[str, str | int | float]
 
@@ -19,9 +20,7 @@ def draw_trials(config: TuneConfig, *, grid: bool) -> list[Hyperparameters]:
     if config.space == "notebook":
         return [dict(trial) for trial in notebook.SEARCH_SPACE]
     generator = np.random.default_rng(config.seed)
-    kinds = ["merge", "sequence_attention"]
-    if grid:
-        kinds += ["spatial_attention", "adaptive_attention", "transformer"]
+    kinds = [kind for kind in DECODER_KINDS if grid or "grid" not in decoder_class(kind).columns]
 
     def choose(*values: Any) -> Any:
         return values[int(generator.integers(len(values)))]

@@ -256,7 +256,7 @@ def test_published_weights_are_those_of_the_best_epoch(
         neighbours=1,
         memory=2**40,
     )
-    (batch,) = way.batches(way.plan(None), None)
+    (batch,) = way.ordered()
     with torch.no_grad():
         loss, correct = TeacherForcing(model.decoder).eval()(batch.features, batch.tokens)
     assert float(loss) / batch.global_targets == pytest.approx(
@@ -308,7 +308,7 @@ def test_model_directory_holds_history_curves_and_events(unbroken: TrainResult) 
     assert losses == pytest.approx(history["validation_loss"].tolist())
     assert {path.name for path in root.iterdir()} == {
         "_job.json", "config.json", "curves.png", "encoder.safetensors", "history.parquet",
-        "last.safetensors", "manifest.json", "metrics.json", "ngrams.safetensors", "summary.txt",
+        "last.safetensors", "manifest.json", "metrics.json", "ngrams.safetensors",
         "tensorboard", "vocab.json", "weights.safetensors",
     }  # fmt: skip
 

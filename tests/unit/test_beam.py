@@ -10,7 +10,7 @@ from captioner.config import DecodeConfig
 from captioner.decoders.base import Features, State
 from captioner.decoding.beam import search
 from captioner.text import END, PAD, START, UNK
-from tests.decoders import ATTENDING, CELLS, KINDS, features, small_decoder
+from tests.decoders import ATTENDING, KINDS, SHAPE, features, small_decoder
 
 
 class Table(nn.Module):
@@ -196,7 +196,7 @@ def test_a_caption_does_not_depend_on_its_batch(kind: str) -> None:
             if kind not in ATTENDING or not one.tokens:
                 assert one.attention is None
             else:
-                assert one.attention.shape == (len(one.tokens), CELLS)
+                assert one.attention.shape == (len(one.tokens), SHAPE.cells)
                 torch.testing.assert_close(one.attention.sum(dim=1), torch.ones(len(one.tokens)))
 
 

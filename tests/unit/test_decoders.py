@@ -1,22 +1,23 @@
 """What every decoder promises, and the merge decoder's equivalence to the notebook's training rows."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from captioner import decoders
 from captioner.artifacts.model_directory import pack_weights, unpack_weights
-from captioner.decoders.base import Standardize
-from captioner.decoders.lstm import LSTM
-from captioner.errors import ModelError
+from captioner.decoders import decoder_class
+from captioner.decoders.base import Decoder, Standardize
+from captioner.errors import ConfigError, ModelError
 from captioner.text import PAD
 from captioner.training.steps import OptimizerConfig, TeacherForcing, autocast, build_optimizer
 from tests.decoders import (
     ATTENDING,
-    CELLS,
-    CHANNELS,
     KINDS,
+    SHAPE,
     VOCABULARY,
     captions,
     features,
@@ -37,7 +38,7 @@ def decoder(request: pytest.FixtureRequest) -> nn.Module:
     return build(request.param)
 
 
-def test_whole_caption_loss_equals_the_seeds_prefix_rows(decoder: nn.Module) -> None:
+def test_whole_caption_loss_equals_the_notebooks_prefix_rows(decoder: nn.Module) -> None:
     image, tokens = features(1), captions(7)
     whole, _ = TeacherForcing(decoder)(image, tokens)
     rows = torch.tensor(0.0)
@@ -55,8 +56,9 @@ def test_steps_give_the_logits_of_the_whole_caption(decoder: nn.Module) -> None:
     for position in range(tokens.shape[1]):
         logits, state, attention = decoder.step(tokens[:, position], state)
         torch.testing.assert_close(logits, expected[:, position], rtol=1e-4, atol=1e-5)
+        assert (attention is not None) == decoder.attends
         if attention is not None:
-            assert attention.shape == (3, CELLS)
+            assert attention.shape == (3, SHAPE.cells)
             torch.testing.assert_close(attention.sum(dim=1), torch.ones(3))
 
 
@@ -73,7 +75,7 @@ def test_captions_of_one_image_share_what_describes_it(decoder: nn.Module) -> No
     for position in range(tokens.shape[1]):
         logits, state, attention = decoder.step(tokens[:, position], state)
         torch.testing.assert_close(logits, expected[:, position], rtol=1e-4, atol=1e-5)
-        assert attention is None or attention.shape == (6, CELLS)
+        assert attention is None or attention.shape == (6, SHAPE.cells)
         assert all(len(tensor) == 2 and state[name] is tensor for name, tensor in shared.items())
 
 
@@ -138,7 +140,7 @@ def test_eight_captions_can_be_learned_by_heart(decoder: nn.Module) -> None:
     optimizer = build_optimizer(OptimizerConfig(learning_rate=0.02), decoder)
     image, tokens = features(8), captions(5, 6, 7, 8, 5, 6, 7, 8)
     words = int((tokens[:, 1:] != PAD).sum())
-    for _ in range(150):
+    for _ in range(200):
         loss, correct = model(image, tokens)
         optimizer.zero_grad()
         (loss / words).backward()
@@ -182,27 +184,16 @@ def test_merge_computes_what_the_notebooks_layers_compute() -> None:
 
 
 def test_one_factor_for_all_channels_keeps_their_proportions() -> None:
-    seen = features(64)["pooled"] * torch.logspace(-2, 2, CHANNELS) + 1
-    standardize = Standardize(CHANNELS)
+    seen = features(64)["pooled"] * torch.logspace(-2, 2, SHAPE.pooled_channels) + 1
+    standardize = Standardize("pooled", SHAPE)
     standardize.fit(seen.mean(dim=0), seen.std(dim=0, correction=0), whole=True)
-    torch.testing.assert_close(standardize(seen), seen / seen.std(correction=0))
-
-
-def test_the_rewritten_cell_is_torchs() -> None:
-    decoder = small_decoder("spatial_attention")
-    image, word = {"grid": features(3)["grid"]}, torch.randn(3, 16)
-    state = decoder.start(image)
-    weights = decoder.weights()
-    new, context, _ = decoder.look(decoder.read(word, weights), state, weights)
-    hidden, cell = decoder.lstm(torch.cat([word, context], dim=1), (state["hidden"], state["cell"]))
-    torch.testing.assert_close(new["hidden"], hidden)
-    torch.testing.assert_close(new["cell"], cell)
+    torch.testing.assert_close(standardize({"pooled": seen}), seen / seen.std(correction=0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_gives_nearly_the_gradients_of_float32(kind: str) -> None:
     decoder = small_decoder(kind, width=32, dropout=0.0, feature_dropout=0.0)
-    image, tokens = features(4), captions(5, 8, 6, 7)
+    image, tokens = features(32), captions(*[5, 8, 6, 7] * 8)
     gradients = []
     for compute in ("float32", "bfloat16"):
         decoder.zero_grad()
@@ -214,18 +205,23 @@ def test_bfloat16_gives_nearly_the_gradients_of_float32(kind: str) -> None:
     assert float(gradients[1].norm() / gradients[0].norm()) == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_avx512_an_lstm_stays_in_float32(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
-    torch.manual_seed(0)
-    lstm = LSTM(8, 8, batch_first=True)
-    inputs = torch.randn(2, 3, 8).to(dtype)
-    memory = (torch.randn(1, 2, 8).to(dtype), torch.randn(1, 2, 8).to(dtype))
-    for state in (None, memory):
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs, (hidden, cell) = lstm(inputs, state)
-        expected, _ = lstm(inputs.float(), state and tuple(one.float() for one in state))
-        assert outputs.dtype == hidden.dtype == cell.dtype == torch.float32
-        assert torch.equal(outputs, expected)
+def test_every_kind_is_a_module_with_its_class() -> None:
+    folder = Path(decoders.__file__).parent
+    there = [
+        kind
+        for kind in (file.stem for file in sorted(folder.glob("*.py")))
+        if f"class {kind.title().replace('_', '')}Decoder(" in (folder / f"{kind}.py").read_text()
+    ]
+    assert there == KINDS
+    for kind in KINDS:
+        found = decoder_class(kind)
+        assert issubclass(found, Decoder)
+        # Of the class: what a decoder reads and gives is known before there is one.
+        assert set(found.columns) <= {"pooled", "grid"}
+        assert isinstance(found.attends, bool)
+
+
+@pytest.mark.parametrize("kind", ["adaptive_attention", "transformer"])
+def test_heads_that_do_not_divide_the_width_are_refused(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"decoder\.heads: 8 must divide width 20"):
+        small_decoder(kind, width=20, heads=8)

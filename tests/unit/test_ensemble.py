@@ -10,7 +10,7 @@ from captioner.decoders.ensemble import Ensemble
 from captioner.decoding.beam import search
 from captioner.errors import ModelError
 from captioner.training.steps import TeacherForcing
-from tests.decoders import CELLS, KINDS, VOCABULARY, captions, features, small_decoder
+from tests.decoders import KINDS, SHAPE, VOCABULARY, captions, features, small_decoder
 
 
 def member(kind: str, seed: int = 0, vocabulary: int = VOCABULARY) -> nn.Module:
@@ -42,7 +42,7 @@ def test_steps_give_the_log_probabilities_of_the_whole_caption(ensemble: Ensembl
         logits, state, attention = ensemble.step(tokens[:, position], state)
         torch.testing.assert_close(logits, expected[:, position], rtol=1e-4, atol=1e-4)
         assert attention is not None
-        assert attention.shape == (3, CELLS)
+        assert attention.shape == (3, SHAPE.cells)
         torch.testing.assert_close(attention.sum(dim=1), torch.ones(3))
 
 

@@ -27,11 +27,13 @@ from captioner.artifacts.schema import EncoderIdentity, StoreManifest
 from captioner.config import DecodeConfig, DecoderConfig, TextConfig
 from captioner.decoders import build_decoder
 from captioner.decoding.cider import NGramFrequencies
+from captioner.encoders.spec import FeatureShape
 from captioner.errors import ModelError
 from captioner.text import Vocabulary
 from tests.stores import CHANNELS, encoder_identity, write_store
 
 DECODER = DecoderConfig(width=8, output_width=8, dropout=0.5)
+SHAPE = FeatureShape(CHANNELS, CHANNELS, 7, 7)
 WORDS = Vocabulary.build([["a", "dog"], ["a", "cat"]])
 SEARCH = DecodeConfig(beam_size=4, no_repeat_ngram=2)
 FREQUENT = NGramFrequencies(images=2, counts={(4,): 2})
@@ -49,7 +51,7 @@ def model(tmp_path: Path, store: FeatureStore) -> Path:
     torch.manual_seed(7)
     record = save_model(
         output,
-        weights=pack_weights(build_decoder(DECODER, len(WORDS), CHANNELS)),
+        weights=pack_weights(build_decoder(DECODER, len(WORDS), SHAPE)),
         vocabulary=WORDS,
         ngrams=FREQUENT,
         decoder=DECODER,
@@ -71,7 +73,7 @@ def edit_config(model: Path, **changes: object) -> None:
 def test_a_loaded_model_is_the_saved_one(model: Path) -> None:
     loaded = load_model(str(model))
     torch.manual_seed(7)
-    expected = build_decoder(DECODER, len(WORDS), CHANNELS).state_dict()
+    expected = build_decoder(DECODER, len(WORDS), SHAPE).state_dict()
     torch.testing.assert_close(dict(loaded.decoder.state_dict()), dict(expected), rtol=0, atol=0)
     assert not loaded.decoder.training
     assert loaded.vocabulary == WORDS
@@ -120,7 +122,7 @@ def test_vocabulary_of_another_size_is_refused(model: Path) -> None:
 
 
 def test_weights_of_another_width_name_the_tensor_and_both_shapes(model: Path) -> None:
-    wider = build_decoder(DecoderConfig(width=16, output_width=8), len(WORDS), CHANNELS)
+    wider = build_decoder(DecoderConfig(width=16, output_width=8), len(WORDS), SHAPE)
     (model / WEIGHTS).write_bytes(pack_weights(wider))
     with pytest.raises(ModelError, match=r"dense\.weight is \(8, 16\), expected \(8, 8\)"):
         load_model(str(model))
@@ -128,7 +130,7 @@ def test_weights_of_another_width_name_the_tensor_and_both_shapes(model: Path) -
 
 @pytest.mark.parametrize("missing", [True, False])
 def test_missing_and_foreign_tensors_are_named(missing: bool) -> None:
-    decoder = build_decoder(DECODER, len(WORDS), CHANNELS)
+    decoder = build_decoder(DECODER, len(WORDS), SHAPE)
     tensors = safetensors.torch.load(pack_weights(decoder))
     tensors["foreign"] = torch.zeros(1)
     if missing:
@@ -139,7 +141,7 @@ def test_missing_and_foreign_tensors_are_named(missing: bool) -> None:
 
 
 def test_weights_of_another_training_are_refused(model: Path) -> None:
-    (model / WEIGHTS).write_bytes(pack_weights(build_decoder(DECODER, len(WORDS), CHANNELS)))
+    (model / WEIGHTS).write_bytes(pack_weights(build_decoder(DECODER, len(WORDS), SHAPE)))
     with pytest.raises(ModelError, match="not the file"):
         load_model(str(model))
 

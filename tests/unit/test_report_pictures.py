@@ -16,9 +16,9 @@ from captioner.artifacts.schema import SourceIdentity, SplitCounts, StoreManifes
 from captioner.captioning.captioner import Captioner
 from captioner.config import DecodeConfig, DecoderConfig, EncoderConfig, TextConfig
 from captioner.decoders import build_decoder
-from captioner.decoders.summary import summarize
 from captioner.decoding.cider import NGramFrequencies
 from captioner.encoders.resnet50 import identify, load_weights
+from captioner.encoders.spec import FeatureShape
 from captioner.evaluation.evaluate import caption_statistics
 from captioner.evaluation.pictures import draw_report
 from captioner.text import Vocabulary
@@ -45,7 +45,7 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
     vocabulary = Vocabulary.build([text.split() for text in CAPTIONS])
     decoder = DecoderConfig(kind="transformer", width=16, heads=2, layers=1)
     torch.manual_seed(0)
-    weights = pack_weights(build_decoder(decoder, len(vocabulary), 1024))
+    weights = pack_weights(build_decoder(decoder, len(vocabulary), FeatureShape(1024, 1024, 7, 7)))
     output = Output(str(root / "model"), {"job": "train"})
     with output:
         record = save_model(
@@ -137,13 +137,3 @@ def test_statistics_count_words_and_lengths() -> None:
     assert found["references"]["distinct_captions"] == 2
     assert found["references"]["vocabulary"] == 5
     assert found["references"]["lengths"] == {"2": 1, "3": 2}
-
-
-def test_summary_names_every_parameter_and_adds_up(captioner: Captioner) -> None:
-    decoder = captioner.model.decoder
-    text = summarize(decoder)
-    total = sum(parameter.numel() for parameter in decoder.parameters())
-    assert text.splitlines()[-1].split() == ["total", "TransformerDecoder", f"{total:,}"]
-    assert "embedding" in text
-    for name, _ in decoder.named_parameters():
-        assert name.split(".", 1)[-1] in text

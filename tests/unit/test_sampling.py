@@ -4,41 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from captioner.config import DecoderConfig
-from captioner.decoders import DECODERS, build_decoder
 from captioner.decoding.sampling import sample
 from captioner.text import END, PAD, START, UNK
-
-WORDS, CHANNELS = 12, 4
-
-
-def decoder(kind: str, dropout: float = 0.0) -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = DecoderConfig(
-        kind=kind,
-        width=16,
-        output_width=16,
-        attention_width=8,
-        heads=4,
-        layers=1,
-        picture_layers=1,
-        dropout=dropout,
-        feature_dropout=dropout,
-    )
-    return build_decoder(config, WORDS, CHANNELS).eval()
+from tests.decoders import KINDS, features, small_decoder
 
 
-def features(images: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "pooled": torch.randn(images, CHANNELS, generator=generator),
-        "grid": torch.randn(images, 49, CHANNELS, generator=generator),
-    }
-
-
-@pytest.mark.parametrize("kind", sorted(DECODERS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_samples_follow_the_decoders_own_distribution(kind: str) -> None:
-    model = decoder(kind)
+    model = small_decoder(kind, vocabulary=12)
     torch.manual_seed(1)
     drawn, log_probs = sample(model, features(2), 4000, 6)
     assert drawn.shape[0] == 8000
@@ -52,7 +25,7 @@ def test_samples_follow_the_decoders_own_distribution(kind: str) -> None:
     expected = torch.softmax(logits, dim=-1)
     for image in range(2):
         first = drawn[image * 4000 : (image + 1) * 4000, 1]
-        shares = torch.bincount(first, minlength=WORDS) / 4000
+        shares = torch.bincount(first, minlength=12) / 4000
         torch.testing.assert_close(shares, expected[image], atol=0.03, rtol=0)
     # The log-probabilities are those of the whole captions under teacher forcing.
     every = model(features(2), drawn[:, :-1])
@@ -63,9 +36,9 @@ def test_samples_follow_the_decoders_own_distribution(kind: str) -> None:
     assert not log_probs[~real].any()
 
 
-@pytest.mark.parametrize("kind", sorted(DECODERS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_word_is_dropped_out_alike_under_teacher_forcing_and_step_by_step(kind: str) -> None:
-    model = decoder(kind, dropout=0.5).train()
+    model = small_decoder(kind, picture_layers=1, dropout=0.5, feature_dropout=0.5).train()
     calls: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout):

@@ -1,5 +1,6 @@
 """Which captions a worker sees, in which order, and with which features."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from captioner.config import TextConfig, TrainConfig
 from captioner.errors import StoreError
 from captioner.text import END, PAD, START, Vocabulary, clean
 from captioner.training.data import Batch, CaptionData
-from captioner.training.ingest import Resident, Streaming, open_split
+from captioner.training.ingest import Ingest, Resident, Streaming, open_split
 from captioner.training.plan import WINDOW, Plan, caption_units, epoch_plan, sequential_plan
 from tests.stores import ANIMALS, CHANNELS, write_store
 
@@ -33,7 +34,7 @@ def resident(
 ) -> Resident:
     images = int(data.image_rows.max()) + 1
     pooled = np.arange(images * 2, dtype=np.float32).reshape(images, 2)
-    return Resident(data, {"pooled": pooled}, config, rank, workers)
+    return Resident(data, [{"pooled": torch.from_numpy(pooled)}], config, rank, workers)
 
 
 def captions_in(batch: Batch) -> list[int]:
@@ -65,7 +66,7 @@ def opened(
     workers: int = 1,
     memory: int = 2**40,
     **settings: object,
-) -> Resident | Streaming:
+) -> Ingest:
     if not root.joinpath("manifest.json").exists():
         write_store(root, {"train": 7, "validation": 3}, grid=True)
     store = FeatureStore.open(str(root))
@@ -138,8 +139,7 @@ def test_workers_together_see_one_workers_batches(
     data = fake_data(captions, images=captions // 3)
 
     def batches(rank: int, count: int) -> list[Batch]:
-        way = resident(data, rank, count, config)
-        return list(way.batches(way.plan(0), 0))
+        return list(resident(data, rank, count, config).epoch(0))
 
     alone = batches(0, 1)
     shared = [batches(rank, workers) for rank in range(workers)]
@@ -173,7 +173,7 @@ def test_captions_travel_with_the_features_of_their_image(
     assert len(way.data) == 21
     words = vocabulary(FeatureStore.open(str(tmp_path))).words
     seen = 0
-    for batch in way.batches(way.plan(0), 0):
+    for batch in way.epoch(0):
         assert batch.tokens.dtype == torch.int64
         assert batch.features["pooled"].dtype == torch.float32
         animals = batch.features["pooled"].argmax(dim=1)
@@ -200,19 +200,28 @@ def test_streaming_gives_every_caption_once_and_the_batches_of_resident_data(
     store = many_files(tmp_path, 9)
     config = CONFIG.model_copy(update={"group_captions": grouped})
     data = CaptionData.load(store, "train", vocabulary(store), config.text)
-    whole = store.load("train", ("grid",)).columns
+    whole = {"grid": torch.from_numpy(store.load("train", ("grid",)).columns["grid"])}
     seen: list[int] = []
     steps = set()
     for rank in range(workers):
         # Room for about five images, so that an epoch takes several windows.
         way = Streaming(
-            data, store, "train", ("grid",), config, rank, workers, 5 * store.column_bytes("grid")
+            data,
+            store,
+            "train",
+            ("grid",),
+            ("",),
+            config,
+            rank,
+            workers,
+            5 * store.column_bytes("grid"),
         )
         assert len(way.windows(epoch)) > 1
-        plan = way.plan(epoch)
-        steps.add(len(plan))
-        same = Resident(data, whole, config, rank, workers)
-        for streamed, held in zip(way.batches(plan, epoch), same.batches(plan, epoch), strict=True):
+        mine = way.ordered() if epoch is None else way.epoch(epoch)
+        steps.add(len(mine))
+        same = Resident(data, [whole], config, rank, workers)
+        held_pass = same.ordered() if epoch is None else same.epoch(epoch)
+        for streamed, held in zip(mine, replace(held_pass, plan=mine.plan), strict=True):
             assert torch.equal(streamed.tokens, held.tokens)
             assert torch.equal(streamed.features["grid"], held.features["grid"])
             assert streamed.global_targets == held.global_targets
@@ -227,7 +236,8 @@ def test_streaming_keeps_every_worker_busy(tmp_path: Path, workers: int, epoch: 
     store = FeatureStore.open(write_store(tmp_path, {"train": 300}, files=100))
     data = CaptionData.load(store, "train", vocabulary(store), CONFIG.text)
     # The whole split is a small part of one window.
-    plan = Streaming(data, store, "train", ("pooled",), CONFIG, 0, workers).plan(epoch)
+    way = Streaming(data, store, "train", ("pooled",), ("",), CONFIG, 0, workers)
+    plan = (way.ordered() if epoch is None else way.epoch(epoch)).plan
     shares = np.array([[len(share) for share in step] for step in plan])
     assert shares.sum() == len(data)
     assert (shares.sum(axis=0) > 0.9 * len(data) / workers).all()
@@ -239,7 +249,7 @@ def test_streaming_keeps_every_worker_busy(tmp_path: Path, workers: int, epoch: 
 def test_images_without_captions_are_passed_over(tmp_path: Path, ingest: str) -> None:
     write_store(tmp_path, {"train": 20, "validation": 3}, uncaptioned=2, files=7)
     way = opened(tmp_path, ingest=ingest)
-    seen = [number for batch in way.batches(way.plan(0), 0) for number in captions_in_share(batch)]
+    seen = [number for batch in way.epoch(0) for number in captions_in_share(batch)]
     assert sorted(seen) == list(range(18 * 3))
 
 
@@ -269,14 +279,20 @@ def test_captions_of_rejected_images_alone_are_none(tmp_path: Path) -> None:
 def test_streaming_order_differs_between_epochs_alone(tmp_path: Path) -> None:
     store = many_files(tmp_path, 9)
     data = CaptionData.load(store, "train", vocabulary(store), CONFIG.text)
-    way = Streaming(data, store, "train", ("grid",), CONFIG, 0, 1, 5 * store.column_bytes("grid"))
-    assert captions_of(way.plan(0)) == captions_of(way.plan(0)) != captions_of(way.plan(1))
+    way = Streaming(
+        data, store, "train", ("grid",), ("",), CONFIG, 0, 1, 5 * store.column_bytes("grid")
+    )
+    assert (
+        captions_of(way.epoch(0).plan)
+        == captions_of(way.epoch(0).plan)
+        != captions_of(way.epoch(1).plan)
+    )
 
 
 def test_long_captions_are_cut_and_stay_closed(tmp_path: Path) -> None:
     way = opened(tmp_path)
     assert way.data.lengths.max() == 6
-    for batch in way.batches(way.plan(None), None):
+    for batch in way.ordered():
         ends = (batch.tokens == END).sum(dim=1)
         assert (batch.tokens[:, 0] == START).all()
         assert ends.tolist() == [1] * len(batch.tokens)
@@ -285,14 +301,14 @@ def test_long_captions_are_cut_and_stay_closed(tmp_path: Path) -> None:
 def test_rejected_images_are_left_out(tmp_path: Path) -> None:
     way = opened(tmp_path, "validation")
     assert isinstance(way, Resident)
-    assert len(way.columns["pooled"]) == 3
+    assert len(way.views[0]["pooled"]) == 3
 
 
 def test_grid_stays_float16_in_memory_and_arrives_as_float32(tmp_path: Path) -> None:
     way = opened(tmp_path, columns=("grid",))
     assert isinstance(way, Resident)
-    assert way.columns["grid"].dtype == torch.float16
-    batch = next(way.batches(way.plan(None), None))
+    assert way.views[0]["grid"].dtype == torch.float16
+    batch = next(iter(way.ordered()))
     assert batch.features["grid"].dtype == torch.float32
     assert batch.features["grid"].shape == (8, GRID_CELLS, CHANNELS)
 
@@ -312,7 +328,7 @@ def test_features_over_half_of_the_memory_are_mapped_from_a_file(tmp_path: Path)
     held, mapped = (opened(tmp_path, memory=memory) for memory in (2 * size, 2 * size - 1))
     assert isinstance(held, Resident)
     assert isinstance(mapped, Resident)
-    assert torch.equal(held.columns["pooled"], mapped.columns["pooled"])
+    assert torch.equal(held.views[0]["pooled"], mapped.views[0]["pooled"])
     maps = [
         (int(start, 16), int(end, 16))
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -320,7 +336,7 @@ def test_features_over_half_of_the_memory_are_mapped_from_a_file(tmp_path: Path)
         for start, end in [line.split()[0].split("-")]
     ]
     inside = [
-        any(start <= way.columns["pooled"].data_ptr() < end for start, end in maps)
+        any(start <= way.views[0]["pooled"].data_ptr() < end for start, end in maps)
         for way in (held, mapped)
     ]
     assert inside == [False, True]
@@ -352,7 +368,7 @@ def test_an_epoch_shows_one_view_of_each_image_and_another_epoch_others(
         """By image: -1 the mirror image, 1 itself, 2 the first crop ..."""
         way = opened(tmp_path, split, ingest=ingest, mirrored=mirrored, crops=crops)
         found: dict[int, float] = {}
-        for batch in way.batches(way.plan(epoch), epoch):
+        for batch in way.ordered() if epoch is None else way.epoch(epoch):
             for image, vector in zip(
                 way.data.image_rows[batch.captions[:, 0]].tolist(),
                 batch.features["pooled"].numpy(),

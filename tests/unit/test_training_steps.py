@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from captioner.config import DecodeConfig, DecoderConfig, OptimizerConfig, Train
 from captioner.decoders import build_decoder
 from captioner.decoding.beam import search
 from captioner.decoding.cider import NGramFrequencies, cider_d
-from captioner.errors import TrainingError
+from captioner.encoders.spec import FeatureShape
+from captioner.errors import ConfigError, TrainingError
 from captioner.text import END, PAD, START
 from captioner.training.data import Batch, CaptionData
 from captioner.training.history import EpochRecord, finished
@@ -26,6 +28,7 @@ from captioner.training.steps import (
     Schedule,
     TeacherForcing,
     build_optimizer,
+    check_compute,
     require_finite,
     teacher_forcing,
     train_step,
@@ -34,11 +37,12 @@ from captioner.training.validation import GreedyCider
 
 WORDS = 20
 CHANNELS = 3
+SHAPE = FeatureShape(CHANNELS, CHANNELS, 2, 2)
 
 
 def decoder(seed: int = 0, dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(seed)
-    return build_decoder(DecoderConfig(width=8, output_width=8, dropout=dropout), WORDS, CHANNELS)
+    return build_decoder(DecoderConfig(width=8, output_width=8, dropout=dropout), WORDS, SHAPE)
 
 
 class Fixture(Resident):
@@ -46,11 +50,13 @@ class Fixture(Resident):
 
     def __init__(self, tokens: list[list[int]], image_rows: np.ndarray, pooled: np.ndarray):
         settings = TrainConfig(features="unused", output="unused", global_batch=8)
-        super().__init__(CaptionData(tokens, image_rows), {"pooled": pooled}, settings, 0, 1)
+        super().__init__(
+            CaptionData(tokens, image_rows), [{"pooled": torch.from_numpy(pooled)}], settings, 0, 1
+        )
 
     def whole(self) -> Batch:
         """All captions in one batch."""
-        return next(self.batches([[np.arange(len(self.data))[:, None]]], 0))
+        return next(iter(replace(self.epoch(0), plan=[[np.arange(len(self.data))[:, None]]])))
 
     def worker(self, rank: int, workers: int) -> "Fixture":
         other = copy.copy(self)
@@ -77,7 +83,7 @@ def change(model: nn.Module, data: Fixture, rank: int, workers: int, step: int) 
     """Minus the gradient of one worker's step, as one vector: what SGD of rate 1 adds to the weights."""
     replica = TeacherForcing(copy.deepcopy(model)).train()
     mine = data.worker(rank, workers)
-    batch = list(mine.batches(mine.plan(0), 0))[step]
+    batch = list(mine.epoch(0))[step]
     train_step(
         replica,
         torch.optim.SGD(replica.parameters(), lr=1.0),
@@ -122,7 +128,7 @@ def test_batched_scoring_agrees_with_the_training_loss() -> None:
         loss, correct = TeacherForcing(model).eval()(batch.features, batch.tokens)
     lists = [[int(token) for token in row if token != PAD] for row in batch.tokens]
     rows = torch.from_numpy(data.data.image_rows)
-    got = teacher_forcing(model, {"pooled": data.columns["pooled"]}, rows, lists)
+    got = teacher_forcing(model, data.views[0], rows, lists)
     assert got[0] == pytest.approx(float(loss), rel=1e-5)
     assert got[1:] == (int(correct), batch.global_targets)
 
@@ -143,7 +149,7 @@ def test_label_smoothing_is_for_training_alone() -> None:
 def test_mean_gradient_of_workers_is_one_workers_gradient(workers: int) -> None:
     # 17 captions in batches of 8: a batch of one leaves all but one worker without a caption.
     data, model = captions(17), decoder()
-    plan: Plan = data.plan(0)
+    plan: Plan = data.epoch(0).plan
     assert sorted(len(share) for (share,) in plan) == [1, 8, 8]
     for step in range(len(plan)):
         alone = change(model, data, 0, 1, step)
@@ -178,10 +184,10 @@ def test_clipping_bounds_the_norm_of_all_gradients_together() -> None:
 def test_eight_captions_can_be_learnt_by_heart(name: str, compute: str) -> None:
     generator = np.random.default_rng(2)
     tokens = [[START, *generator.integers(4, WORDS, 5).tolist(), END] for _ in range(8)]
-    data = Fixture(tokens, np.arange(8), np.eye(8, CHANNELS * 3, dtype=np.float32))
+    data = Fixture(tokens, np.arange(8), np.eye(8, 9, dtype=np.float32))
     torch.manual_seed(0)
     model = build_decoder(
-        DecoderConfig(width=32, output_width=32, dropout=0.0), WORDS, CHANNELS * 3
+        DecoderConfig(width=32, output_width=32, dropout=0.0), WORDS, FeatureShape(9, 9, 2, 2)
     )
     forcing, settings = TeacherForcing(model).train(), config(name=name, learning_rate=0.02)
     optimizer = build_optimizer(settings.optimizer, model)
@@ -249,7 +255,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_the_epoch(loss: float)
 def run_steps(state: TrainingState, data: Fixture, steps: range) -> None:
     """Steps of one epoch, as the training loop takes them."""
     model = TeacherForcing(state.decoder).train()
-    batches = list(data.batches(data.plan(3), 3))
+    batches = list(data.epoch(3))
     for step in steps:
         state.before_step(3 + step / len(batches))
         train_step(
@@ -317,13 +323,13 @@ def test_greedy_cider_is_that_of_the_decoders_own_captions() -> None:
     data = captions(12)
     judge = GreedyCider(data.data, max_length=6)
     model = decoder().eval()
-    (batch,) = data.batches(data.plan(None, images=4), None)
+    (batch,) = data.ordered(images=4)
     references = [
         [caption[1:] for number, caption in enumerate(map(data.data.caption, range(12))) if number % 4 == image]
         for image in range(4)
     ]  # fmt: skip
     counts = NGramFrequencies.count(references)
-    found = search(model, {"pooled": data.columns["pooled"]}, DecodeConfig(beam_size=1, max_length=6))  # fmt: skip
+    found = search(model, data.views[0], DecodeConfig(beam_size=1, max_length=6))  # fmt: skip
     expected = sum(
         cider_d(counts.vector([*one[0].tokens, END]), [counts.vector(caption) for caption in captions])
         for one, captions in zip(found, references, strict=True)
@@ -333,7 +339,7 @@ def test_greedy_cider_is_that_of_the_decoders_own_captions() -> None:
     parts = []
     for rank in range(5):
         mine = data.worker(rank, 5)
-        (share,) = mine.batches(mine.plan(None, images=4), None)
+        (share,) = mine.ordered(images=4)
         parts.append(judge.sums(model, share))
     assert parts[4].tolist() == [0.0, 0.0]
     assert torch.stack(parts).sum(dim=0).tolist() == pytest.approx([expected, 4])
@@ -356,3 +362,11 @@ def test_training_is_over_after_its_epochs_or_its_patience() -> None:
     assert over == [False, False, False, True, False, True]
     patient = settings.model_copy(update={"patience": None})
     assert not finished(history(1.0, 2.0, 3.0, 4.0), patient)
+
+
+def test_bfloat16_is_refused_where_there_is_no_lstm_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    check_compute(torch.device("cpu"), "float32")
+    check_compute(torch.device("cuda"), "bfloat16")
+    with pytest.raises(ConfigError, match="compute: bfloat16 wants AVX512"):
+        check_compute(torch.device("cpu"), "bfloat16")
