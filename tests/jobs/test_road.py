@@ -145,33 +145,6 @@ def test_finished_store_is_left_alone_and_another_is_refused(road: Path, run_job
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["extract_features", "--source", "{tmp}/absent"], "absent"),
-        (["extract_features", "--source", "{tmp}/empty"], "empty"),
-        (["train", "--features", "{tmp}/empty"], "not a feature store"),
-        (["train", "--features", "{road}/model"], "not a feature store"),
-        (["evaluate", "--features", "{road}/features", "--model", "{tmp}/empty"], "model"),
-        (["evaluate", "--features", "{road}/features", "--model", "{road}/model", "--split", "tset"],
-         "'train', 'validation', 'test'"),
-        (["caption", "--images", "{tmp}/absent.jpg", "--model", "{road}/model"], "absent.jpg"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_one_line_status_2_and_publishes_nothing(
-    road: Path, run_job: RunJob, tmp_path: Path, arguments: list[str], message: str
-) -> None:
-    (tmp_path / "empty").mkdir()
-    name, *rest = [text.format(tmp=tmp_path, road=road) for text in arguments]
-    done = run_job(name, *rest, "--output", f"{tmp_path}/out")
-    assert done.returncode == 2, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert message in errors[0]
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out" / "manifest.json").exists()
-
-
-@pytest.mark.parametrize(
     ("arguments", "rates"),
     [
         (["extract", "--source", "shapes", "--source-options.shapes.train", "100", "--grid",
