@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import psutil
 import ray
-from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
 from captioner.runtime.cluster import beside_driver
 from captioner.runtime.progress import Ticker, start_counter
+from captioner.runtime.ray_private import object_store
 
 _SECONDS = 0.5
 
@@ -46,8 +46,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         self.counter = start_counter()
-        self._state = get_state_from_address(ray.get_runtime_context().gcs_address)
-        self._before = get_memory_info_reply(self._state).store_stats.spilled_bytes_total
+        self._before = object_store().spilled
         raylet = _raylet_pid.options(scheduling_strategy=beside_driver()).remote()
         self._raylet = psutil.Process(ray.get(raylet))
         self._actors: set[int] = set()
@@ -73,9 +72,9 @@ class Watch:
     def _sample(self) -> None:
         done, _ = ray.get(self.counter.read.remote())
         self.samples.append(Sample(time.perf_counter(), done))
-        stats = get_memory_info_reply(self._state).store_stats
-        self.object_store = max(self.object_store, stats.object_store_bytes_used)
-        self.spilled = stats.spilled_bytes_total - self._before
+        store = object_store()
+        self.object_store = max(self.object_store, store.used)
+        self.spilled = store.spilled - self._before
         self.memory.driver = max(self.memory.driver, _resident(psutil.Process()))
         for worker in self._raylet.children():
             try:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
 from ray.data.expressions import col
 
 from captioner import notebook, storage
@@ -32,6 +32,7 @@ from captioner.errors import ModelError
 from captioner.evaluation.pictures import draw_report
 from captioner.evaluation.scores import StandardScores, has_java, score_standard
 from captioner.runtime.cluster import PoolPlan, plan_pool, start_ray
+from captioner.runtime.data_context import data_context
 from captioner.runtime.device import prepare_device
 from captioner.runtime.progress import ProgressLine
 from captioner.text import clean
@@ -210,36 +211,29 @@ def _score(
     if len(captions) < store.manifest.splits[config.split].ok:
         # What has no captions cannot be scored. (Every read task carries the list.)
         good &= col("image_id").is_in(list(captions))
-    context = DataContext.get_current()
-    bars = context.enable_progress_bars
-    try:
-        # A log file shows nothing of Ray's bars; the line below is for both. Read when a Dataset is made.
-        context.enable_progress_bars = False
-        with ProgressLine(len(captions)) as progress:
-            dataset = (
-                ray.data.read_parquet(files, filesystem=filesystem)
-                .select_columns(["image_id", "split", "error", *record.columns])
-                .filter(expr=good)
-                # A read task's rows are one block, which one actor would get whole.
-                .repartition(target_num_rows_per_block=config.batch_size)
-                .map_batches(
-                    ScoreImages,
-                    fn_constructor_kwargs={
-                        "model_uri": model_uri,
-                        "decode": decode,
-                        "captions": ray.put(captions),
-                        "threads": pool.threads,
-                        "counter": progress.counter,
-                    },
-                    compute=ActorPoolStrategy(size=pool.size),
-                    batch_size=config.batch_size,
-                    num_cpus=pool.num_cpus,
-                    num_gpus=pool.num_gpus or None,
-                )
+    with data_context(), ProgressLine(len(captions)) as progress:
+        dataset = (
+            ray.data.read_parquet(files, filesystem=filesystem)
+            .select_columns(["image_id", "split", "error", *record.columns])
+            .filter(expr=good)
+            # A read task's rows are one block, which one actor would get whole.
+            .repartition(target_num_rows_per_block=config.batch_size)
+            .map_batches(
+                ScoreImages,
+                fn_constructor_kwargs={
+                    "model_uri": model_uri,
+                    "decode": decode,
+                    "captions": ray.put(captions),
+                    "threads": pool.threads,
+                    "counter": progress.counter,
+                },
+                compute=ActorPoolStrategy(size=pool.size),
+                batch_size=config.batch_size,
+                num_cpus=pool.num_cpus,
+                num_gpus=pool.num_gpus or None,
             )
-            blocks = ray.get(dataset.to_arrow_refs())
-    finally:
-        context.enable_progress_bars = bars
+        )
+        blocks = ray.get(dataset.to_arrow_refs())
     rows = pa.concat_tables([block for block in blocks if len(block)]).sort_by("image_id")
     if rows["image_id"].to_pylist() != sorted(captions):
         raise ModelError(

@@ -7,8 +7,6 @@ on a restart it deletes files that a killed task left half-done. It needs ids th
 import errno
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +24,7 @@ from captioner.errors import ImageError, StoreError
 from captioner.features.row_marks import CHECKPOINT, count_done, distrust_double_marks, has_pending
 from captioner.images.load import load_image
 from captioner.runtime.cluster import TASK_CPUS, PoolPlan, num_cpus
+from captioner.runtime.data_context import data_context
 from captioner.runtime.progress import ProgressLine
 from captioner.sources.base import Source
 
@@ -145,10 +144,8 @@ def run_pipeline(
         logger.info("continuing: %s of %s images are done", f"{already:,}", f"{total:,}")
     if already == total and not has_pending(output):
         return
-    with (
-        _data_context(checkpoint, filesystem, store_bytes(pool)),
-        ProgressLine(total, already, counter=counter) as progress,
-    ):
+    with data_context() as context, ProgressLine(total, already, counter=counter) as progress:
+        _configure(context, checkpoint, filesystem, store_bytes(pool))
         images = ray.data.read_datasource(source.images(), num_cpus=TASK_CPUS)
         decoded = images.map_batches(
             load_rows,
@@ -200,18 +197,9 @@ def store_bytes(pool: PoolPlan) -> int:
     return _STORE_BYTES + pool.size * each
 
 
-@contextmanager
-def _data_context(
-    checkpoint: str, filesystem: pa.fs.FileSystem, object_store: int
-) -> Iterator[None]:
-    """Ray Data's settings for one job; they are read when a Dataset is made, and belong to this one alone."""
-    context = DataContext.get_current()
-    saved = (
-        context.checkpoint_config,
-        context.arrow_fixed_shape_tensor_format,
-        context.enable_progress_bars,
-        context.execution_options.resource_limits,
-    )
+def _configure(
+    context: DataContext, checkpoint: str, filesystem: pa.fs.FileSystem, object_store: int
+) -> None:
     filesystem.create_dir(checkpoint, recursive=True)
     context.checkpoint_config = CheckpointConfig(
         id_column="image_id",
@@ -223,19 +211,9 @@ def _data_context(
     # By default up to ten filter actors, each with a CPU for good, which on a small machine would be all of them.
     context.checkpoint_config.checkpoint_actor_pool_max_size = max(1, min(10, num_cpus() // 8))
     context.arrow_fixed_shape_tensor_format = FixedShapeTensorFormat.ARROW_NATIVE
-    context.enable_progress_bars = False
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=object_store
     )
-    try:
-        yield
-    finally:
-        (
-            context.checkpoint_config,
-            context.arrow_fixed_shape_tensor_format,
-            context.enable_progress_bars,
-            context.execution_options.resource_limits,
-        ) = saved
 
 
 def _reason(error: OSError) -> str:

@@ -1,23 +1,20 @@
 """Starts Ray or joins the cluster that a job was submitted to."""
 
 import contextlib
-import json
 import logging
 import os
 import secrets
 import socket
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from captioner.errors import ConfigError
+from captioner.runtime import ray_private
 from captioner.runtime.device import num_cores
 from captioner.storage import S3_ADDRESS_VARIABLES
 
@@ -30,8 +27,6 @@ TASK_CPUS = 0.99
 ACTOR_CPUS = 0.001
 # One for tasks, one that Ray Data's filter of finished rows holds in a continued run.
 LEAST_CPUS = 2
-# A node may start in so many seconds; where other work holds a laptop's cores, it takes more than Ray's own thirty.
-_START_SECONDS = "RAY_raylet_start_wait_time_s", "180"
 # Below that, another model actor costs more in starting than it gives.
 _LEAST_IMAGES = 256
 
@@ -45,8 +40,11 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     if address := os.environ.get("RAY_ADDRESS"):
-        with _alone() if _on_loopback_alone(address) else contextlib.nullcontext():
-            ray.init(logging_level=logging.WARNING, runtime_env=_s3_address())
+        found = {name: os.environ[name] for name in S3_ADDRESS_VARIABLES if os.environ.get(name)}
+        # Ray would refuse what the submitted job's runtime environment sets, too, although it is where we have it from.
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+        with ray_private.alone() if _on_loopback_alone(address) else contextlib.nullcontext():
+            ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": found})
     else:
         start_local_ray(logging_level=logging.WARNING)
     resources = ray.cluster_resources()
@@ -56,9 +54,7 @@ def start_ray() -> None:
 def start_local_ray(**options: Any) -> None:
     """Start Ray on this machine, listening on 127.0.0.1 alone, behind Ray's token.
 
-    It never attaches to an unrelated cluster that happens to run here, and its processes are told which Ray is theirs:
-    the one of Ray Train's that releases the workers of a dead training looks for a Ray on this machine otherwise,
-    finds the wrong one or two, and takes a running training for dead.
+    It never attaches to an unrelated cluster that happens to run here.
 
     Args:
         options: passed on to ``ray.init``; by default a logical CPU for each core, but two at least.
@@ -66,53 +62,14 @@ def start_local_ray(**options: Any) -> None:
     options.setdefault("num_cpus", max(LEAST_CPUS, num_cores()))
     if os.environ.get("RAY_AUTH_MODE", "token") == "token":
         _create_token()
-    port = os.environ.get(ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE) or _free_port()
-    wait, seconds = _START_SECONDS
-    variables = {
-        ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE: port,
-        ray_constants.RAY_ADDRESS_ENVIRONMENT_VARIABLE: f"127.0.0.1:{port}",
-        wait: os.environ.get(wait, seconds),
-        # It would start one more process for every training, and nobody takes this node away.
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    }
-    with _alone(), _environment(variables):
+    with ray_private.alone(), ray_private.local_settings(_free_port()):
         ray.init(address="local", dashboard_host="127.0.0.1", **options)
 
 
-def _free_port() -> str:
+def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Tell Ray, while it starts or is joined, that this machine is its only node.
-
-    On Linux it would otherwise replace 127.0.0.1 by the machine's own address, on which everybody can call it.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        with _environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
-            yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Variables that Ray's processes inherit, and that children of ours which start later must not."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        return int(found.getsockname()[1])
 
 
 def _on_loopback_alone(address: str) -> bool:
@@ -139,18 +96,6 @@ def _create_token() -> None:
         with contextlib.suppress(FileExistsError):
             os.link(file.name, path)
     path.chmod(0o600)
-
-
-def _s3_address() -> dict[str, dict[str, str]] | None:
-    """Runtime environment with the S3 variables that the submitted job's own does not set; Ray refuses a key twice."""
-    submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
-    given = (submitted.get("runtime_env") or {}).get("env_vars", {})
-    found = {
-        name: os.environ[name]
-        for name in S3_ADDRESS_VARIABLES
-        if os.environ.get(name) and name not in given
-    }
-    return {"env_vars": found} if found else None
 
 
 def num_gpus() -> int:

@@ -12,20 +12,17 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import torch
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-    get_or_create_autoscaling_coordinator,
-)
 from ray.train import (
     CheckpointConfig,
     FailureConfig,
+    LoggingConfig,
     RunConfig,
     ScalingConfig,
+    TrainingFailedError,
     UserCallback,
 )
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 from captioner import storage
 from captioner.artifacts.feature_store import ENCODER_WEIGHTS, FeatureStore
@@ -47,6 +44,7 @@ from captioner.errors import CaptionerError, ConfigError, StoreError, TrainingEr
 from captioner.plots import plot_history
 from captioner.runtime.cluster import num_cpus, num_gpus, start_ray
 from captioner.runtime.progress import MessageLog
+from captioner.runtime.ray_private import start_autoscaling_coordinator
 from captioner.text import Vocabulary, clean
 from captioner.training.history import EpochRecord, best_epoch, read_history
 from captioner.training.state import BEST, HISTORY, LAST
@@ -113,7 +111,7 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
     with output:
         vocabulary, ngrams = _read_captions(config, store)
         start_ray()
-        _start_coordinator()
+        start_autoscaling_coordinator()
         name = config.decoder.kind
         logger.info(
             "training %s on %s captions, %s words, %s worker%s",
@@ -160,15 +158,6 @@ def _read_captions(config: TrainConfig, store: FeatureStore) -> tuple[Vocabulary
     return vocabulary, NGramFrequencies.count(tokens)
 
 
-def _start_coordinator() -> None:
-    """Start the actor that Ray Train asks for its resources, and wait until it answers.
-
-    Train starts it too, but waits five seconds for its first answer and then warns with a traceback, over and over; on
-    a busy machine its start alone takes longer.
-    """
-    ray.get(get_or_create_autoscaling_coordinator().__ray_ready__.remote())
-
-
 def _fit(
     config: TrainConfig,
     output: Output,
@@ -209,6 +198,7 @@ def _fit(
                 failure_config=FailureConfig(max_failures=config.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 callbacks=list(callbacks),
+                logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
         try:

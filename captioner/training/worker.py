@@ -11,7 +11,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train.v2._internal.execution import context as train_context
 from torch import Tensor
 
 from captioner.artifacts.feature_store import FeatureStore
@@ -59,12 +58,8 @@ class Worker:
     """One data-parallel worker: its data, its replica of the decoder, and the state that a restart needs."""
 
     def __init__(self, config: TrainConfig, vocabulary: Vocabulary, messages: Any):
-        # Ray Train's own account of every report and checkpoint; ours is one line per epoch.
-        for name in (
-            "ray.train",
-            train_context.__file__,
-        ):  # one of its modules logs under its file's name
-            logging.getLogger(name).setLevel(logging.WARNING)
+        # Ray Train tells of every report under a name outside ray.train; ours is one line per epoch.
+        logging.getLogger().setLevel(logging.WARNING)
         context = ray.train.get_context()
         self.config, self.messages = config, messages
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()

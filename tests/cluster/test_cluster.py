@@ -1,6 +1,7 @@
 """How small a cluster may be, and what its workers are told."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.util.state import get_actor
 
 from captioner.artifacts.schema import feature_rows
@@ -17,9 +17,18 @@ from captioner.errors import ConfigError
 from captioner.features.extract import extract
 from captioner.features.pipeline import rows_per_file
 from captioner.runtime import cluster
+from captioner.storage import S3_ADDRESS_VARIABLES
 from tests.head import ROOT
 
 pytestmark = pytest.mark.timeout(600)
+
+SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+DRIVER = """
+import json, os, ray
+from captioner.runtime.cluster import start_ray
+start_ray()
+print(json.dumps(ray.get(ray.remote(lambda: dict(os.environ)).remote())))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -83,19 +92,28 @@ def test_processes_of_a_local_ray_know_which_ray_is_theirs() -> None:
 
 
 def test_workers_get_the_address_of_s3_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in cluster.S3_ADDRESS_VARIABLES:
+    for name in (*S3_ADDRESS_VARIABLES, *SECRETS):
         monkeypatch.delenv(name, raising=False)
-    assert cluster._s3_address() is None
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
-    monkeypatch.setenv("AWS_REGION", "eu-north-1")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something")
+    cluster.start_local_ray(num_cpus=2, include_dashboard=False, log_to_driver=False)
     address = {"AWS_ENDPOINT_URL": "http://store:9000", "AWS_REGION": "eu-north-1"}
-    assert cluster._s3_address() == {"env_vars": address}
-    # What the submitted job's runtime environment says already, Ray would refuse to hear again.
+    # As ray job submit hands a job its runtime environment, whose variables the driver then has, too.
     submitted = {"runtime_env": {"env_vars": {"AWS_REGION": "eu-north-1", "OTHER": "x"}}}
-    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps(submitted))
-    assert cluster._s3_address() == {"env_vars": {"AWS_ENDPOINT_URL": "http://store:9000"}}
+    driver = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        cwd=ROOT,
+        env=os.environ
+        | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        | {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(submitted), "OTHER": "x"}
+        | address
+        | dict.fromkeys(SECRETS, "something"),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    seen = json.loads(driver.stdout)
+    assert seen.items() >= (address | {"OTHER": "x"}).items()
+    assert seen.keys().isdisjoint(SECRETS)
 
 
 def test_large_stores_have_about_a_thousand_files_that_fit_in_memory() -> None:

@@ -21,8 +21,8 @@ import json, sys, ray
 from captioner.runtime import cluster
 cluster.start_ray()
 ray.get(ray.remote(lambda: 1).remote())
-node = ray._private.worker._global_node
-print(json.dumps({"session": node.get_session_dir_path(), "dashboard": node.webui_url}), flush=True)
+found = ray.init(ignore_reinit_error=True)
+print(json.dumps({"session": found.address_info["session_dir"], "dashboard": found.dashboard_url}), flush=True)
 sys.stdin.read()
 """
 

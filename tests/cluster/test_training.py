@@ -16,8 +16,7 @@ import pytest
 import ray
 import safetensors.torch
 import torch
-from ray.train import UserCallback
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.train import ControllerError, UserCallback, WorkerGroupError
 
 from captioner.artifacts.feature_store import FeatureStore
 from captioner.artifacts.model_directory import load_model

@@ -1,0 +1,101 @@
+"""What Ray does not offer in public, and yet is needed: every private name of Ray's that the project uses is in here.
+
+Each may be gone in Ray's next release. tests/unit/test_ray_private.py and tests/cluster/test_ray_private.py say what
+then no longer holds.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import ray
+from ray._private import ray_constants
+from ray._private.internal_api import get_memory_info_reply
+from ray._private.state import state
+
+# Of a Ray that a job starts for itself. Its processes inherit them.
+_GCS_PORT = ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE
+_LOCAL = {
+    # A node may start in so many seconds; where other work holds a laptop's cores, it takes more than Ray's own thirty.
+    "RAY_raylet_start_wait_time_s": "180",
+    # It would start one more process for every training, and nobody takes this node away.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """While the block runs, Ray starts or is joined as one that will never have a second node.
+
+    It then stays on 127.0.0.1; on Linux, without this, it replaces that by the machine's own address, on which
+    everybody can call it. ``ray.init`` has no parameter for it: what Ray reads is a variable, made for Windows and
+    macOS and read when Ray is imported.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def local_settings(free_port: int) -> Iterator[None]:
+    """While the block runs, a Ray that is started answers on ``free_port`` and tells its processes so.
+
+    They look for a Ray on this machine otherwise, and find the wrong one or two: the one that releases the workers of a
+    dead training then takes a running training for dead. ``ray.init`` has no parameter for the port, and once it has
+    returned it is too late to tell them. The user's own settings of the port and of the rest come first.
+    """
+    port = os.environ.get(_GCS_PORT, str(free_port))
+    settings = {name: os.environ.get(name, value) for name, value in _LOCAL.items()}
+    address = {_GCS_PORT: port, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    with _environment(settings | address):
+        yield
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Variables that Ray's processes inherit, and that children of ours which start later must not."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def start_autoscaling_coordinator() -> None:
+    """Start the actor that Ray Train asks for its resources, and wait until it answers.
+
+    Train starts it too, but waits five seconds for its first answer and then warns with a traceback, over and over; on
+    a busy machine its start alone takes longer.
+    """
+    # Imported here, for it takes Ray Data with it, which not everyone who starts Ray needs.
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
+    ray.get(get_or_create_autoscaling_coordinator().__ray_ready__.remote())
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """The object stores of all nodes together."""
+
+    used: int
+    """Bytes held now."""
+    spilled: int
+    """Bytes written to disk so far."""
+
+
+def object_store() -> ObjectStore:
+    """What the cluster's object stores hold. In public there is only the sum over Prometheus' scrapes."""
+    stats = get_memory_info_reply(state).store_stats
+    return ObjectStore(stats.object_store_bytes_used, stats.spilled_bytes_total)
