@@ -2,7 +2,6 @@
 
 from typing import Annotated, Literal
 
-import tyro
 from pydantic import Field
 
 from captioner.config.decoding import DecodeOverrides
@@ -21,9 +20,9 @@ from captioner.config.parts import (
 class BenchmarkConfig(Config):
     """What all benchmarks share."""
 
-    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None
+    json_file: Annotated[str | None, Field(alias="json")] = None
     """Also write the figures to this JSON file (path or URI)."""
-    csv_file: Annotated[str | None, tyro.conf.arg(name="csv")] = None
+    csv_file: Annotated[str | None, Field(alias="csv")] = None
     """Also append the figures to this CSV file (path or URI), a row a measurement, with date, commit, machine, versions
     and command."""
 

@@ -91,7 +91,7 @@ class TrainConfig(Config):
     ingest: Literal["auto", "resident", "streaming"] = "auto"
     """How features reach a worker. resident: in memory, or in a local file mapped to it. streaming: read from the store
     again in every epoch, which draws other batches from the same captions. auto: resident where it fits."""
-    compute: Literal["auto"] | Compute = "auto"
+    compute: Literal["auto", Compute] = "auto"
     """Arithmetic of the forward and backward passes; weights stay float32. auto: bfloat16 where it is fast."""
     seed: Seed = 0
     """Seed of weights, dropout and the order of captions."""

@@ -42,7 +42,7 @@ class EncoderConfig(Config):
     """IMAGENET1K_V2, IMAGENET1K_V1, random (seeded), or a .safetensors or .pth file (path or URI)."""
     layer: Literal["layer4", "layer3"] = "layer4"
     """Last stage to run. layer4: 7x7 cells x 2048 channels. layer3: 14x14 x 1024, averaged to 7x7 for the grid."""
-    compute: Literal["auto"] | Compute = "auto"
+    compute: Literal["auto", Compute] = "auto"
     """Arithmetic of the network; auto: bfloat16 where the processor has it, else float32."""
     seed: Seed = 0
     """Seed of the weights when weights=random."""
@@ -66,7 +66,7 @@ class SourceConfig(Config):
 
     captions: str | None = None
     """Captions file of a folder of images (path or URI); default: found in the folder by its name."""
-    split: Literal["auto"] | Split = "auto"
+    split: Literal["auto", Split] = "auto"
     """Split of images that carry none. auto: 80/10/10 by a hash of the id where there are captions, else test."""
     limit: Positive | None = None
     """Take only the first N images of each split."""
