@@ -29,7 +29,7 @@ install: $(INSTALLED) ## Create .venv with the pinned requirements (also done by
 # uv comes from pip where it is missing. pip's --target works without the venv module and on
 # distributions whose Python is marked as externally managed. Compiled at once, for a job is many processes that import
 # much: where Python may not write bytecode, each would compile it all again and take two to four times as long to start.
-$(INSTALLED): requirements.txt
+$(INSTALLED): requirements.txt pyproject.toml
 	@works() { "$$@" >/dev/null 2>&1; }; \
 	right="import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))"; \
 	python=; \
@@ -45,6 +45,7 @@ $(INSTALLED): requirements.txt
 	works $(PYTHON) -c "$$right" \
 		|| "$$uv" venv --quiet --allow-existing --python "$$("$$python" -c 'import sys; print(sys.executable)')" $(VENV); \
 	"$$uv" pip install --compile-bytecode --python $(PYTHON) -r requirements.txt; \
+	"$$uv" pip install --quiet --no-deps --no-build-isolation --python $(PYTHON) --editable .; \
 	touch $@
 
 demo: $(INSTALLED) ## Extract, train, evaluate and caption generated pictures; results in runs/demo

@@ -1,9 +1,7 @@
 """The benchmarks by name, and what is done with the figures of each."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
-
-from tyro.conf import subcommand
+from typing import Any
 
 from benchmarks.config import (
     BenchmarkConfig,
@@ -19,24 +17,17 @@ from benchmarks.serve import benchmark_serve
 from benchmarks.train import benchmark_train
 from captioner import storage
 
-AnyBenchmark = (
-    Annotated[BenchmarkExtractConfig, subcommand("extract")]
-    | Annotated[BenchmarkTrainConfig, subcommand("train")]
-    | Annotated[BenchmarkScoresConfig, subcommand("scores")]
-    | Annotated[BenchmarkServeConfig, subcommand("serve")]
-)
-
-_PROGRAMS: dict[type[BenchmarkConfig], Callable[[Any], Measurement]] = {
-    BenchmarkExtractConfig: benchmark_extract,
-    BenchmarkTrainConfig: benchmark_train,
-    BenchmarkScoresConfig: benchmark_scores,
-    BenchmarkServeConfig: benchmark_serve,
+PROGRAMS: dict[str, tuple[Callable[[Any], Measurement], type[BenchmarkConfig]]] = {
+    "extract": (benchmark_extract, BenchmarkExtractConfig),
+    "train": (benchmark_train, BenchmarkTrainConfig),
+    "scores": (benchmark_scores, BenchmarkScoresConfig),
+    "serve": (benchmark_serve, BenchmarkServeConfig),
 }
 
 
-def measure(config: BenchmarkConfig) -> None:
+def measure(name: str, config: BenchmarkConfig) -> None:
     """Run a benchmark, print its figures, and write them where ``config`` says."""
-    measured = _PROGRAMS[type(config)](config)
+    measured = PROGRAMS[name][0](config)
     print(measured.table())
     if config.json_file:
         storage.write_bytes(config.json_file, measured.model_dump_json(indent=1).encode())

@@ -63,6 +63,23 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def take_name(program: str, names: Mapping[str, str]) -> str:
+    """Take the first argument, one of ``names`` (with a line of help each), from ``sys.argv``; the rest is for ``run``.
+
+    Ends with status 0 after ``--help``, with status 2 where the name is missing or another.
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        width = max(map(len, names))
+        lines = [f"  {name:{width}}  {text}" for name, text in names.items()]
+        print("\n".join([f"usage: {program} NAME ..., NAME --help for more", "", *lines]))
+        raise SystemExit(0)
+    if name not in names:
+        fail(f"{program}: {shlex.quote(name)} is not one of {', '.join(names)}")
+    sys.argv[:2] = [f"{program} {name}"]
+    return name
+
+
 def parse(
     config_type: type[AnyConfig],
     arguments: Sequence[str],
