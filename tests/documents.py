@@ -28,8 +28,9 @@ WRITTEN = [
 
 
 def job_of(words: list[str]) -> tuple[str, list[str]]:
-    """Name and arguments of ``python -m ray_jobs.NAME``; the benchmark's stage belongs to the name."""
-    name, arguments = words[2].removeprefix("ray_jobs."), words[3:]
+    """Name and arguments of ``captioner NAME`` or ``python -m ray_jobs.NAME``; a benchmark's belongs to the name."""
+    start = 1 if words[0] == "captioner" else 2
+    name, arguments = words[start].removeprefix("ray_jobs."), words[start + 1 :]
     if name == "benchmark":
         name, arguments = f"{name} {arguments[0]}", arguments[1:]
     return name, arguments

@@ -58,7 +58,7 @@ WITH_PRIVATE_RAY = (
     "tests/unit/test_ray_private.py",
     "tests/cluster/test_ray_private.py",
     "tests/deploy/test_aws.py",
-    "tests/jobs/test_submit.py",
+    "tests/unit/test_submit.py",
 )
 PRIVATE_RAY = re.compile(r"\bray(\.\w+)*\.(_[a-z]\w*|v2)\b|\bfrom ray\S* import _[a-z]\w*")
 RANKS = {name: rank for rank, name in enumerate(ROOMS)}

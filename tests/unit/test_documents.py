@@ -136,6 +136,7 @@ def assert_files(words: list[str]) -> None:
 
 
 CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "captioner": lambda words: parse_job(*job_of(words)),
     "python": check_python,
     "make": check_make,
     "ray": check_click(ray_cli),
@@ -165,6 +166,8 @@ def test_command_of_a_document_is_a_valid_one(document: str, command: str) -> No
     [
         "python -m ray_jobs.train --featurs x --output y",
         "python -m ray_jobs.nothing --output y",
+        "captioner nothing --output y",
+        "captioner train --featurs x --output y",
         "make submit-nothing",
         "make submit-train ARGS='--epochs many'",
         "ray up absent.yaml",

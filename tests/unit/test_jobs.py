@@ -29,7 +29,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["tune", "--features", "{tmp}/empty"], "not a feature store"),
         (["evaluate", "--features", "{published}/features", "--model", "{tmp}/empty"], "model"),
         (["evaluate", "--features", "{published}/features", "--model", "{published}/model",
-          "--split", "tset"], "'train', 'validation', 'test'"),
+          "--split", "tset"], "'train', 'validation' or 'test'"),
         (["caption", "--images", "{tmp}/absent.jpg", "--model", "{published}/model"], "absent.jpg"),
     ],
 )  # fmt: skip
