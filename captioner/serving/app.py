@@ -126,7 +126,14 @@ def create_app(
         redoc_url=None,
         responses=_errors(*_EVERYWHERE),
     )
-    app.add_middleware(Guard, settings=guard, reject=reject, observe=observe)
+    paths: set[str] = set()
+
+    def observe_known(path: str, method: str, status: int, seconds: float) -> None:
+        # A client must not be able to make labels.
+        known = method if method in ("GET", "POST") else "other"
+        observe(path if path in paths else "other", known, status, seconds)
+
+    app.add_middleware(Guard, settings=guard, reject=reject, observe=observe_known)
 
     async def answer_error(request: Request, error: Exception) -> Response:
         if isinstance(error, RequestValidationError):
@@ -193,6 +200,7 @@ def create_app(
     for path, (name, media_type) in _PAGE.items():
         page = Response((files / name).read_bytes(), media_type=media_type)
         app.routes.append(Route(path, page, methods=["GET"]))
+    paths.update(route.path for route in app.routes if isinstance(route, Route))
     return app
 
 

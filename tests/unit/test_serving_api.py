@@ -163,6 +163,12 @@ def test_other_paths_and_methods_answer_in_json() -> None:
     answer = client.ask("GET", "/v1/captions")
     assert answer.status_code == 405
     assert answer.json()["error"]["code"] == "method_not_allowed"
+    # Labels of the metrics: clients cannot make more of them.
+    assert client.ask("MADE", "/openapi.json").status_code == 405
+    assert client.observed == [
+        ("other", "GET", 404), ("other", "GET", 404), ("/v1/captions", "GET", 405),
+        ("/openapi.json", "other", 405),
+    ]  # fmt: skip
 
 
 def test_models_health_and_metrics() -> None:
