@@ -28,6 +28,11 @@ def plot_history(history: Sequence[object], best_epoch: int | None = None) -> by
     Raises:
         ValueError: the history is empty.
     """
+    return to_png(draw_history(history, best_epoch))
+
+
+def draw_history(history: Sequence[object], best_epoch: int | None = None) -> Figure:
+    """The figure of ``plot_history``."""
     if not history:
         raise ValueError("the history is empty")
     epochs = _column(history, "epoch")
@@ -57,7 +62,7 @@ def plot_history(history: Sequence[object], best_epoch: int | None = None) -> by
                 axes.plot([], [], "o", color=color, markersize=7, label=name)
         _dress(axes, label)
     accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    return to_png(figure)
+    return figure
 
 
 def _column(history: Sequence[object], name: str) -> NDArray[np.float64]:

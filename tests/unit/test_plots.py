@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
 from captioner.plots import attention_maps, best_and_worst, caption_grid, plot_history
-from captioner.plots.render import font, literal, text_width, wrap
+from captioner.plots.curves import draw_history
+from captioner.plots.render import DPI, font, literal, text_width, wrap
 from captioner.plots.trials import spread
 
 RED, GREEN, BLUE = (220, 20, 20), (20, 200, 20), (20, 20, 220)
@@ -32,18 +32,16 @@ def covered(png: bytes, color: tuple[int, int, int]) -> NDArray[np.bool_]:
     return (np.abs(pixels(png).astype(int) - color) < 12).all(axis=-1)
 
 
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every text that is put on a figure."""
-    texts: list[str] = []
-    draw = Figure.text
+def changed(one: bytes, other: bytes) -> NDArray[np.bool_]:
+    """Where two pictures of one size differ."""
+    return (pixels(one) != pixels(other)).any(axis=-1)
 
-    def record(self: Figure, x: float, y: float, text: str, **options: object) -> object:
-        texts.append(text)
-        return draw(self, x, y, text, **options)
 
-    monkeypatch.setattr(Figure, "text", record)
-    return texts
+def middle(where: NDArray[np.bool_]) -> tuple[float, float]:
+    """Row and column around which something is."""
+    assert where.any()
+    row, column = np.argwhere(where).mean(axis=0)
+    return float(row), float(column)
 
 
 def epoch(number: int, validation_loss: float | None, **more: float | None) -> SimpleNamespace:
@@ -58,20 +56,10 @@ def epoch(number: int, validation_loss: float | None, **more: float | None) -> S
     return SimpleNamespace(**record | more)
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures with learning curves, instead of their pictures."""
-    drawn: list[Figure] = []
-    monkeypatch.setattr("captioner.plots.curves.to_png", lambda figure: drawn.append(figure) or b"")
-    return drawn
-
-
-def test_history_marks_the_best_epoch(figures: list[Figure]) -> None:
-    plot_history([epoch(1, 3.0), epoch(2, 2.5), epoch(3, None), epoch(4, 2.75)], 2)
-    (loss, accuracy) = figures[0].axes
-    labels = [
-        [text.get_text() for text in axes.get_legend().get_texts()] for axes in figures[0].axes
-    ]
+def test_history_marks_the_best_epoch() -> None:
+    figure = draw_history([epoch(1, 3.0), epoch(2, 2.5), epoch(3, None), epoch(4, 2.75)], 2)
+    (loss, accuracy) = figure.axes
+    labels = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
     assert labels == [
         ["train", "validation", "best epoch 2: 2.500"],
         ["train", "validation", "best epoch 2: 10.0%"],
@@ -80,19 +68,19 @@ def test_history_marks_the_best_epoch(figures: list[Figure]) -> None:
     assert list(accuracy.lines[0].get_xdata()) == [1, 2, 3, 4]
 
 
-def test_history_shows_scores_of_captions_where_there_are_any(figures: list[Figure]) -> None:
+def test_history_shows_scores_of_captions_where_there_are_any() -> None:
     # The epoch that is published is not the one of the lowest loss, nor of the highest CIDEr-D of all.
     ciders = [0.9, 0.5, 0.7]
     records = [
         epoch(number, 3.0 + number, validation_cider=cider)
         for number, cider in enumerate(ciders, 1)
     ]
-    plot_history(records, 3)
-    *_, scores = figures[0].axes
+    figure = draw_history(records, 3)
+    *_, scores = figure.axes
     assert scores.get_title(loc="left") == "CIDEr-D"
     labels = [text.get_text() for text in scores.get_legend().get_texts()]
     assert labels == ["validation, greedy"]
-    marked = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    marked = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert marked[-1] == "best epoch 3: 6.000"
 
 
@@ -131,27 +119,40 @@ def test_grid_keeps_proportions(height: int, width: int) -> None:
     assert tall / wide == pytest.approx(height / width, rel=0.05)
 
 
-def test_grid_writes_title_captions_and_references(written: list[str]) -> None:
-    caption_grid([photograph()], ["a dog runs"], [["A dog .", "One dog ."]], title="Test split")
-    assert written == ["Test split", "a dog runs", "A dog .", "One dog ."]
+def test_title_photograph_caption_and_references_come_below_each_other() -> None:
+    def grid(title: str = "Test", caption: str = "a dog", *references: str) -> bytes:
+        return caption_grid(
+            [photograph()], [caption], [references or ("A dog .", "One")], title=title
+        )
+
+    others = grid("Best"), grid("Test", "a cat"), grid("Test", "a dog", "A cat .", "One")
+    last = grid("Test", "a dog", "A dog .", "Two")
+    title, caption, first, second = (middle(changed(grid(), one))[0] for one in (*others, last))
+    assert title < middle(covered(grid(), RED))[0] < caption < first < second
 
 
-@pytest.mark.parametrize("text", ["costs $5 and $6", "$\\frac{1}{", "100% _a_ {b} \\alpha", "$$"])
-def test_text_is_literal(written: list[str], text: str) -> None:
-    caption_grid([photograph()], [text], [[text]])
-    assert written == [text, text]
+@pytest.mark.parametrize("text", ["costs $5 and $6", "100% _a_ {b} \\alpha", "$$ and $\\frac{1}{$"])
+def test_text_is_literal(text: str) -> None:
+    png = caption_grid([photograph()], [text])
+    below = pixels(png)[np.flatnonzero(covered(png, RED).any(axis=1)).max() + 4 :]
+    columns = np.flatnonzero((below < 128).all(axis=-1).any(axis=0))
+    assert np.ptp(columns) == pytest.approx(DPI * text_width(text, font(10, "bold")), rel=0.06)
 
 
-def test_characters_without_a_glyph_become_replacement_marks(written: list[str]) -> None:
-    # Warnings are errors in these tests, so a missing glyph would fail here by itself.
-    caption_grid([photograph()], ["\u72ac dog \U0001f415 \ud800\n\tna\u00efve \x00"])
-    assert written == ["\ufffd dog \ufffd \ufffd na\u00efve \ufffd"]
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        # Warnings are errors in these tests, so a missing glyph would fail here by itself.
+        (
+            "\u72ac dog \U0001f415 \ud800\n\tna\u00efve \x00",
+            "\ufffd dog \ufffd \ufffd na\u00efve \ufffd",
+        ),
+        ("", "(empty)"),
+    ],
+)
+def test_what_cannot_be_drawn_is_visible(text: str, shown: str) -> None:
+    assert caption_grid([photograph()], [text]) == caption_grid([photograph()], [shown])
     assert literal("caf\u00e9 \u0436") == "caf\u00e9 \u0436"
-
-
-def test_empty_caption_is_visible(written: list[str]) -> None:
-    caption_grid([photograph()], [""])
-    assert written == ["(empty)"]
 
 
 @pytest.mark.parametrize("text", ["a dog " * 60, "w" * 300, "iiii WWWW " * 30])
@@ -185,21 +186,43 @@ def test_grid_of_nothing_is_refused() -> None:
         caption_grid([], [])
 
 
-def test_best_and_worst_are_ranked_and_disjoint(written: list[str]) -> None:
-    captions = ["c0", "c1", "c2", "c3", "c4"]
-    best_and_worst([photograph()] * 5, captions, None, [0.3, 0.9, 0.1, 0.5, 0.2], count=2)
-    assert written == [
-        *("Highest CIDEr-D", "c1", "CIDEr-D 0.900", "c3", "CIDEr-D 0.500"),
-        *("Lowest CIDEr-D", "c2", "CIDEr-D 0.100", "c4", "CIDEr-D 0.200"),
-    ]
+COLORS = (RED, GREEN, BLUE, (220, 200, 20), (200, 20, 200))
 
 
-def test_best_and_worst_of_few_images_show_each_once(written: list[str]) -> None:
-    best_and_worst([photograph()] * 3, ["c0", "c1", "c2"], None, [1.0, 2.0, 3.0], "score")
-    assert [text for text in written if text.startswith("c")] == ["c2", "c1", "c0"]
-    written.clear()
-    best_and_worst([photograph()], ["c0"], None, [1.0], "score")
-    assert written == ["Highest score", "c0", "score 1.000"]
+def ranked(scores: list[float], **options: object) -> bytes:
+    """Photographs of as many colours."""
+    images = [photograph(color) for color, _ in zip(COLORS, scores, strict=False)]
+    return best_and_worst(images, ["a"] * len(scores), None, scores, **options)  # type: ignore[arg-type]
+
+
+def rows_of_colors(png: bytes) -> list[list[tuple[int, int, int]]]:
+    """The photographs of a picture by their colours, in reading order."""
+    places = [(middle(found), color) for color in COLORS if (found := covered(png, color)).any()]
+    rows: dict[int, list[tuple[float, tuple[int, int, int]]]] = {}
+    for (row, column), color in places:
+        rows.setdefault(round(row / 10), []).append((column, color))
+    return [[color for _, color in sorted(rows[row])] for row in sorted(rows)]
+
+
+def test_best_and_worst_are_ranked_and_disjoint() -> None:
+    scores = [0.3, 0.9, 0.1, 0.5, 0.2]
+    png = ranked(scores, count=2)
+    assert rows_of_colors(png) == [[COLORS[1], COLORS[3]], [COLORS[2], COLORS[4]]]
+    # A score is written under its photograph, with three decimals.
+    worse = changed(png, ranked([0.3, 0.9, 0.1, 0.499, 0.2], count=2))
+    row, column = middle(covered(png, COLORS[3]))
+    left = np.flatnonzero(covered(png, COLORS[3]).any(axis=0)).min()
+    assert middle(worse)[0] > row
+    assert left < middle(worse)[1] < column
+    # What the scores are is said over both parts, and by every photograph.
+    named = changed(png, ranked(scores, count=2, score_name="Meteor!"))
+    assert named[: int(row)].any()
+    assert np.count_nonzero(np.diff(named.any(axis=1).astype(int)) == 1) >= 4
+
+
+def test_best_and_worst_of_few_images_show_each_once() -> None:
+    assert rows_of_colors(ranked([1.0, 2.0, 3.0])) == [[COLORS[2], COLORS[1]], [COLORS[0]]]
+    assert rows_of_colors(ranked([1.0])) == [[COLORS[0]]]
 
 
 def test_best_and_worst_refuse_a_score_that_is_not_a_number() -> None:
@@ -220,15 +243,27 @@ def colored_center(png: bytes, panel: int) -> tuple[float, float]:
     return float((rows * color).sum() / total / 220), float((columns * color).sum() / total / 220)
 
 
-def test_attention_is_drawn_where_the_weight_is(written: list[str]) -> None:
+def test_attention_is_drawn_where_the_weight_is() -> None:
     attention = np.zeros((2, 49))
     attention[0, 0 * 7 + 6] = 1.0  # upper right
     attention[1, 5 * 7 + 1] = 1.0  # lower left
     grey = photograph((120, 120, 120), 70, 70)
     png = attention_maps(grey, ["dog", "$snow"], attention)
-    assert written == ["", "", "dog", "peak 100.0%", "$snow", "peak 100.0%"]
     assert colored_center(png, 1) == pytest.approx((0.5 / 7, 6.5 / 7), abs=0.05)
     assert colored_center(png, 2) == pytest.approx((5.5 / 7, 1.5 / 7), abs=0.05)
+    # Words and the largest weights are written over the panels that they are of, and nothing else changes with them.
+    places = [
+        middle(changed(png, attention_maps(grey, words, attention * weight)))
+        for words, weight in (
+            (["cat", "$snow"], [[1], [1]]),
+            (["dog", "$wind"], [[1], [1]]),
+            (["dog", "$snow"], [[0.5], [1]]),
+            (["dog", "$snow"], [[1], [0.5]]),
+        )
+    ]
+    panels = [sum(place[1] > 110 * (0.2 + 2.15 * panel) for panel in range(3)) for place in places]
+    assert panels == [2, 3, 2, 3]
+    assert all(place[0] < 110 * 0.7 for place in places)
 
 
 @pytest.mark.parametrize("shape", [(2, 48), (1, 49), (2, 7, 7), (2, 0)])
