@@ -3,9 +3,7 @@
 import csv
 import io
 import platform
-import shlex
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -36,15 +34,18 @@ class Measurement(Record):
         raise NotImplementedError
 
 
-def append_rows(uri: str, rows: Iterable[Row]) -> None:
+def append_rows(uri: str, rows: Iterable[Row], command: str) -> None:
     """Append rows, each with the circumstances, to a CSV file, which is made if it is not there.
 
     A column that the file lacks is added to it, empty in earlier rows.
 
+    Args:
+        command: what gave the rows.
+
     Raises:
         StoreError: the file cannot be read or written.
     """
-    around = circumstances()
+    around = circumstances() | {"command": command}
     there = storage.read_bytes(uri).decode() if storage.exists(uri) else ""
     table: list[Row] = list(csv.DictReader(io.StringIO(there, newline="")))
     table += [around | {name: _cell(value) for name, value in row.items()} for row in rows]
@@ -57,7 +58,7 @@ def append_rows(uri: str, rows: Iterable[Row]) -> None:
 
 
 def circumstances() -> dict[str, str]:
-    """When, where and how: date (UTC), commit, machine, versions, command. The machine is that of this process."""
+    """When and where: date (UTC), commit, machine, versions. The machine is that of this process."""
     processor, flags = _processor()
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -68,7 +69,6 @@ def circumstances() -> dict[str, str]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "ray": version("ray"),
-        "command": shlex.join(["python", "-m", "ray_jobs.benchmark", *sys.argv[1:]]),
     }
 
 

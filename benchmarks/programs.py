@@ -1,5 +1,7 @@
 """The benchmarks by name, and what is done with the figures of each."""
 
+import shlex
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -32,4 +34,5 @@ def measure(name: str, config: BenchmarkConfig) -> None:
     if config.json_file:
         storage.write_bytes(config.json_file, measured.model_dump_json(indent=1).encode())
     if config.csv_file:
-        append_rows(config.csv_file, measured.rows())
+        command = shlex.join(["python", "-m", "ray_jobs.benchmark", name, *sys.argv[1:]])
+        append_rows(config.csv_file, measured.rows(), command)
