@@ -5,7 +5,6 @@ import html
 import io
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -18,7 +17,7 @@ from captioner.artifacts.tensorboard import add_picture, event_file
 from captioner.config import CaptionConfig
 from captioner.errors import CaptionerError
 from captioner.images.load import load_thumbnail
-from captioner.plots import caption_grid
+from captioner.plots import Captioned, caption_grids
 from captioner.sources import read_image
 
 CONTACT_SHEET, GRID = "contact_sheet.html", "grid.png"
@@ -68,49 +67,51 @@ def write_contact_sheet(
                 table = pa.table(batch)
                 pieces.append(table.filter(pc.is_in(table["image_id"], wanted)))
     chosen = pa.concat_tables(pieces).sort_by("image_id").to_pylist()
-    figures: list[str] = []
-    grid: list[tuple[np.ndarray[Any, np.dtype[np.uint8]], str]] = []
     for row in chosen:
-        small = _picture(row, config)
-        figures.append(_figure(row, small))
-        if isinstance(small, Image.Image) and len(grid) < GRID_IMAGES:
-            grid.append((np.asarray(small), row["caption"]))
+        row["thumbnail"] = _thumbnail(row, config)
     page = _PAGE.format(
         title=f"Captions of {html.escape(config.images)}",
         shown=f"{len(chosen):,}",
         total=f"{len(rows):,}",
         model=html.escape(config.model),
-        figures="\n".join(figures),
+        figures="\n".join(map(_figure, chosen)),
     )
     storage.write_bytes(output.uri(CONTACT_SHEET), page.encode())
+    grid = [
+        Captioned(row["image_id"], row["thumbnail"], row["caption"])
+        for row in chosen
+        if row["error"] is None
+    ]
     if grid:
-        png = caption_grid([image for image, _ in grid], [caption for _, caption in grid])
+        png = caption_grids({"": grid[:GRID_IMAGES]})
         storage.write_bytes(output.uri(GRID), png)
         with event_file(output, "captions") as writer:
             add_picture(writer, "grid", png)
 
 
-def _picture(row: dict[str, str | None], config: CaptionConfig) -> Image.Image | str:
-    """A small picture, or why there is none."""
+def _thumbnail(row: dict[str, Any], config: CaptionConfig) -> bytes | None:
     if row["error"] is not None:
-        return row["error"]
+        return None
     try:
-        return load_thumbnail(read_image(str(row["uri"])), config.limits, _SIDE)
-    except CaptionerError as error:  # removed or changed since it was captioned
-        return str(error)
-
-
-def _figure(row: dict[str, str | None], small: Image.Image | str) -> str:
-    caption = f"<small>{html.escape(str(row['image_id']))}</small>"
-    text = html.escape(row["caption"] or "(no words)")
-    if row["error"] is None:
-        caption = f"<figcaption>{text}{caption}</figcaption>"
-    if isinstance(small, str):
-        return f'<figure><p class="error">{html.escape(small)}</p>{caption}</figure>'
+        small = load_thumbnail(read_image(str(row["uri"])), config.limits, _SIDE)
+    except CaptionerError:  # removed or changed since it was captioned
+        return None
     file = io.BytesIO()
     small.save(file, "JPEG", quality=80)
-    data = base64.b64encode(file.getvalue()).decode()
-    return (
-        f'<figure><img loading="lazy" alt="{text}" width="{small.width}" height="{small.height}" '
-        f'src="data:image/jpeg;base64,{data}">{caption}</figure>'
-    )
+    return file.getvalue()
+
+
+def _figure(row: dict[str, Any]) -> str:
+    caption = f"<small>{html.escape(row['image_id'])}</small>"
+    if row["error"] is not None:
+        return f'<figure><p class="error">{html.escape(row["error"])}</p>{caption}</figure>'
+    text = html.escape(row["caption"] or "(no words)")
+    picture = ""
+    if row["thumbnail"] is not None:
+        width, height = Image.open(io.BytesIO(row["thumbnail"])).size
+        data = base64.b64encode(row["thumbnail"]).decode()
+        picture = (
+            f'<img loading="lazy" alt="{text}" width="{width}" height="{height}" '
+            f'src="data:image/jpeg;base64,{data}">'
+        )
+    return f"<figure>{picture}<figcaption>{text}{caption}</figcaption></figure>"

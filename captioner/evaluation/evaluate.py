@@ -4,39 +4,32 @@ The two never share a name: ``standard`` and ``notebook`` scores compare free-ru
 ``loss`` and ``accuracy`` are those of the next word given the reference's own beginning.
 """
 
+import io
 import json
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
-import torch
-from ray.actor import ActorHandle
-from ray.data import ActorPoolStrategy
-from ray.data.expressions import col
 
 from captioner import notebook, storage
 from captioner.artifacts.feature_store import FeatureStore
-from captioner.artifacts.model_directory import check_features_fit, load_model, load_record
+from captioner.artifacts.model_directory import check_features_fit, load_model
 from captioner.artifacts.output import Output
 from captioner.artifacts.schema import ReportManifest
 from captioner.artifacts.tensorboard import add_picture, event_file
-from captioner.captioning.captioner import Captioner
-from captioner.config import DecodeConfig, EvaluateConfig
-from captioner.errors import ModelError
-from captioner.evaluation.pictures import draw_report
-from captioner.evaluation.scores import StandardScores, has_java, score_standard
-from captioner.runtime.cluster import PoolPlan, plan_pool, start_ray
-from captioner.runtime.data_context import data_context
-from captioner.runtime.device import prepare_device
-from captioner.runtime.progress import ProgressLine
-from captioner.text import clean
-from captioner.training.steps import teacher_forcing
+from captioner.config import EvaluateConfig
+from captioner.errors import CaptionerError
+from captioner.evaluation.pictures import choose_images, draw_report
+from captioner.evaluation.pipeline import score_split
+from captioner.evaluation.ptb import has_java
+from captioner.evaluation.scores import caption_statistics, score_standard
+from captioner.images.load import load_thumbnail
+from captioner.runtime.cluster import start_ray
+from captioner.sources import read_image
 
 logger = logging.getLogger(__name__)
 
@@ -48,53 +41,6 @@ class Report:
     uri: str
     scores: dict[str, Any]
     """The content of ``scores.json``."""
-
-
-class ScoreImages:
-    """Ray Data actor: features of a batch of images -> captions and teacher-forced sums."""
-
-    def __init__(
-        self,
-        model_uri: str,
-        decode: DecodeConfig,
-        captions: "ray.ObjectRef[dict[str, list[str]]]",
-        threads: int,
-        counter: ActorHandle,
-    ):
-        self.captioner = Captioner.load(model_uri, prepare_device(threads=threads))
-        self.decode = decode
-        self.captions: dict[str, list[str]] = ray.get(captions)
-        self.counter = counter
-
-    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-        model = self.captioner.model
-        features = {
-            name: torch.from_numpy(np.array(batch[name])).float().to(self.captioner.device)
-            for name in model.decoder.columns
-        }
-        found = self.captioner.caption_features(features, self.decode)
-        references = [self.captions[str(name)] for name in batch["image_id"]]
-        image = torch.tensor([row for row, texts in enumerate(references) for _ in texts])
-        text = model.record.text
-        tokens = [
-            model.vocabulary.encode(clean(caption, text.rules), text.max_length)
-            for captions in references
-            for caption in captions
-        ]
-        loss, correct, words = teacher_forcing(model.decoder, features, image, tokens)
-        rows = len(found)
-        # Waited for, a millisecond, so that the last line counts every image.
-        ray.get(self.counter.add.remote(rows, 0))
-        # Sums of the whole batch travel on its first row.
-        first = np.arange(rows) == 0
-        return {
-            "image_id": batch["image_id"],
-            "caption": np.array([caption.text for caption in found], object),
-            "log_prob": np.array([caption.log_prob for caption in found], np.float32),
-            "loss_sum": np.where(first, loss, 0.0),
-            "correct": np.where(first, correct, 0),
-            "words": np.where(first, words, 0),
-        }
 
 
 def evaluate(config: EvaluateConfig) -> Report:
@@ -127,25 +73,51 @@ def evaluate(config: EvaluateConfig) -> Report:
     with output:
         start_ray()
         captions = store.captions(config.split)
-        rows = _score(config, store, model_uri, captions, decode)
+        chosen = choose_images(list(captions), config.seed)
+        rows = score_split(
+            store,
+            config.split,
+            captions,
+            model_uri,
+            record.columns,
+            decode,
+            drawn=frozenset(chosen[: config.attention_images]),
+            batch_size=config.batch_size,
+        )
         references = [captions[name] for name in rows["image_id"].to_pylist()]
         hypotheses = rows["caption"].to_pylist()
         standard = score_standard(references, hypotheses, meteor=config.meteor and has_java())
+        loss, correct, targets = (
+            pc.sum(rows[name]).as_py() for name in ("loss_sum", "correct", "targets")
+        )
         scores = {
-            "standard": standard.summary(),
+            "standard": {**standard.corpus, "tokenizer": standard.tokenizer},
             "notebook": notebook.score(
                 references, hypotheses, cleaned=record.text.rules == "notebook"
             ).model_dump(),
-            "loss": pa.compute.sum(rows["loss_sum"]).as_py()
-            / pa.compute.sum(rows["words"]).as_py(),
-            "accuracy": pa.compute.sum(rows["correct"]).as_py()
-            / pa.compute.sum(rows["words"]).as_py(),
+            "loss": loss / targets,
+            "accuracy": correct / targets,
             "images": len(rows),
             "split": config.split,
             "decode": decode.model_dump(),
-            "statistics": caption_statistics(references, hypotheses),
+            "statistics": {
+                "captions": caption_statistics(hypotheses),
+                "references": caption_statistics([text for texts in references for text in texts]),
+            },
         }
-        _publish(config, output, store, rows, references, scores, standard, decode)
+        predictions = {
+            **{name: rows[name] for name in ("image_id", "caption", "log_prob")},
+            "references": pa.array(references, pa.list_(pa.string())),
+            **{name: pa.array(values, pa.float32()) for name, values in standard.per_image.items()},
+        }
+        looked = {name: rows[name] for name in ("words", "attention")}
+        pictures = draw_report(
+            pa.table({**predictions, **looked}),
+            chosen,
+            _thumbnails(store, config.split),
+            grid=(record.encoder.shape.rows, record.encoder.shape.columns),
+        )
+        _publish(config, output, store, scores, pa.table(predictions), pictures)
     return Report(output.root, scores)
 
 
@@ -170,113 +142,22 @@ def score_table(report: Report) -> str:
     return "\n".join([*lines, "", f"report: {report.uri}"])
 
 
-def caption_statistics(
-    references: Sequence[Sequence[str]], hypotheses: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """How varied and how long captions are, beside the references: counts, and lengths in cleaned words."""
-
-    def describe(texts: list[str]) -> dict[str, Any]:
-        words = [clean(text) for text in texts]
-        lengths = Counter(len(caption) for caption in words)
-        return {
-            "captions": len(texts),
-            "distinct_captions": len({" ".join(caption) for caption in words}),
-            "vocabulary": len({word for caption in words for word in caption}),
-            "mean_length": sum(map(len, words)) / len(words),
-            "longest": max(lengths),
-            "lengths": {str(length): lengths[length] for length in sorted(lengths)},
-        }
-
-    return {
-        "captions": describe(list(hypotheses)),
-        "references": describe([text for texts in references for text in texts]),
-    }
-
-
-def _score(
-    config: EvaluateConfig,
-    store: FeatureStore,
-    model_uri: str,
-    captions: dict[str, list[str]],
-    decode: DecodeConfig,
-) -> pa.Table:
-    record = load_record(model_uri)
-    filesystem, path = storage.resolve(store.uri)
-    files = [
-        f"{path}/{file.path}" for file in store.manifest.files if file.path.startswith("features/")
-    ]
-    pool: PoolPlan = plan_pool(len(captions))
-    logger.info("captioning %s images of split %s", f"{len(captions):,}", config.split)
-    good = (col("split") == config.split) & col("error").is_null()
-    if len(captions) < store.manifest.splits[config.split].ok:
-        # What has no captions cannot be scored. (Every read task carries the list.)
-        good &= col("image_id").is_in(list(captions))
-    with data_context(), ProgressLine(len(captions)) as progress:
-        dataset = (
-            ray.data.read_parquet(files, filesystem=filesystem)
-            .select_columns(["image_id", "split", "error", *record.columns])
-            .filter(expr=good)
-            # A read task's rows are one block, which one actor would get whole.
-            .repartition(target_num_rows_per_block=config.batch_size)
-            .map_batches(
-                ScoreImages,
-                fn_constructor_kwargs={
-                    "model_uri": model_uri,
-                    "decode": decode,
-                    "captions": ray.put(captions),
-                    "threads": pool.threads,
-                    "counter": progress.counter,
-                },
-                compute=ActorPoolStrategy(size=pool.size),
-                batch_size=config.batch_size,
-                num_cpus=pool.num_cpus,
-                num_gpus=pool.num_gpus or None,
-            )
-        )
-        blocks = ray.get(dataset.to_arrow_refs())
-    rows = pa.concat_tables([block for block in blocks if len(block)]).sort_by("image_id")
-    if rows["image_id"].to_pylist() != sorted(captions):
-        raise ModelError(
-            f"{store.uri}: {len(captions)} images have captions in split {config.split!r}, "
-            f"{len(rows)} were scored"
-        )
-    return rows
-
-
 def _publish(
     config: EvaluateConfig,
     output: Output,
     store: FeatureStore,
-    rows: pa.Table,
-    references: list[list[str]],
     scores: dict[str, Any],
-    standard: StandardScores,
-    decode: DecodeConfig,
+    predictions: pa.Table,
+    pictures: Iterable[tuple[str, bytes]],
 ) -> None:
-    predictions = rows.select(["image_id", "caption", "log_prob"]).append_column(
-        "references", pa.array(references, pa.list_(pa.string()))
-    )
-    for name, values in standard.per_image.items():
-        predictions = predictions.append_column(name, pa.array(values, pa.float32()))
     with storage.atomic_writer(output.uri("predictions.parquet")) as file:
         pq.write_table(predictions, file)
     files = ["scores.json", "predictions.parquet"]
-    uris = store.image_uris(config.split)
-    drawn = draw_report(
-        [uris[name] for name in rows["image_id"].to_pylist()],
-        rows["caption"].to_pylist(),
-        references,
-        standard.per_image["cider"],
-        Captioner.load(config.model),
-        decode,
-        attention_images=config.attention_images,
-        seed=config.seed,
-    )
     with event_file(output, "report") as writer:
         for name, value in scores["standard"].items():
             if isinstance(value, float):
                 writer.add_scalar(f"standard/{name}", value)
-        for name, picture in drawn:
+        for name, picture in pictures:
             storage.write_bytes(output.uri(name), picture)
             files.append(name)
             add_picture(writer, name.removesuffix(".png"), picture)
@@ -285,7 +166,26 @@ def _publish(
         model=storage.absolute(config.model),
         features=store.uri,
         split=config.split,
-        images=len(rows),
+        images=len(predictions),
         files=files,
     )
     output.publish(manifest.model_dump_json(indent=1))
+
+
+def _thumbnails(store: FeatureStore, split: str) -> Callable[[Sequence[str]], dict[str, bytes]]:
+    uris = store.image_uris(split)
+
+    def read(image_ids: Sequence[str]) -> dict[str, bytes]:
+        found = {}
+        for name in image_ids:
+            try:
+                small = load_thumbnail(read_image(uris[name]), None, 320)
+            except CaptionerError as error:
+                logger.warning("%s", error)
+                continue
+            file = io.BytesIO()
+            small.save(file, "JPEG")
+            found[name] = file.getvalue()
+        return found
+
+    return read

@@ -1,97 +1,73 @@
 """Pictures of a report: a grid of captioned images, the best and the worst of them, and where the decoder looked."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from captioner import storage
-from captioner.captioning.captioner import Captioner
-from captioner.config import DecodeConfig
-from captioner.errors import CaptionerError
-from captioner.images.load import SIDE, load_image
-from captioner.plots import attention_maps, best_and_worst, caption_grid
-from captioner.sources import read_image
+from captioner.plots import Captioned, attention_maps, caption_grids
 
 logger = logging.getLogger(__name__)
 
-GRID_IMAGES = 16
-BEST_AND_WORST = 10
-
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+GRID_IMAGES, EXTREMES = 16, 10
 
 
-class Pictures(Sequence[Pixels]):
-    """Images by their URIs, decoded when asked for: uint8 RGB [224, 224, 3] each.
-
-    Features outlive the photographs they were made from: one that can no longer be read is a grey square.
-    """
-
-    def __init__(self, uris: Sequence[str]):
-        self.uris = uris
-        self.missing: dict[str, str] = {}
-        """Why, by URI."""
-
-    def __len__(self) -> int:
-        return len(self.uris)
-
-    @overload
-    def __getitem__(self, index: int) -> Pixels: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Pictures": ...
-    def __getitem__(self, index: int | slice) -> "Pixels | Pictures":
-        if isinstance(index, slice):
-            return Pictures(self.uris[index])
-        uri = self.uris[index]
-        try:
-            return load_image(read_image(uri))
-        except CaptionerError as error:
-            self.missing[uri] = str(error)
-            return np.full((SIDE, SIDE, 3), 224, np.uint8)
+def choose_images(image_ids: Sequence[str], seed: int) -> list[str]:
+    """The images of a report's grid, at most sixteen."""
+    order = np.random.default_rng(seed).permutation(len(image_ids))
+    return [image_ids[place] for place in order[:GRID_IMAGES]]
 
 
 def draw_report(
-    uris: Sequence[str],
-    captions: Sequence[str],
-    references: Sequence[Sequence[str]],
-    cider: Sequence[float],
-    captioner: Captioner,
-    decode: DecodeConfig,
+    scored: pa.Table,
+    chosen: Sequence[str],
+    thumbnails: Callable[[Sequence[str]], dict[str, bytes]],
     *,
-    attention_images: int,
-    seed: int,
+    grid: tuple[int, int],
 ) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the PNG files of a report.
 
     Args:
-        uris, captions, references, cider: one of each per image.
-        attention_images: images whose attention is drawn, if the decoder looks at places.
-        seed: of the choice of images.
+        scored: image_id, caption, references and cider of every image; words and attention of some, null of others.
+        chosen: ids of the grid's images.
+        thumbnails: ids -> the small pictures of those that have one.
+        grid: rows and columns of the cells that attention is over.
     """
-    pictures = Pictures(uris)
-    chosen = np.random.default_rng(seed).permutation(len(uris))[:GRID_IMAGES].tolist()
-    yield (
-        "grid.png",
-        caption_grid(
-            [pictures[row] for row in chosen],
-            [captions[row] for row in chosen],
-            [references[row] for row in chosen],
-        ),
-    )
-    yield (
-        "best_and_worst.png",
-        best_and_worst(pictures, captions, references, cider, count=BEST_AND_WORST, columns=5),
-    )
-    looks = captioner.model.decoder.attends
-    for number, row in enumerate(chosen[:attention_images] if looks else ()):
-        pixels = pictures[row]
-        if uris[row] in pictures.missing:
-            continue
-        (found,) = captioner.caption_pixels(pixels[None], decode)
-        if found.attention is not None and found.text:
-            maps = attention_maps(pixels, found.text.split(), found.attention)
+    order = np.argsort(-scored["cider"].to_numpy(), kind="stable")
+    count = min(EXTREMES, (len(order) + 1) // 2)  # no image is in both
+    extremes = {"Highest CIDEr-D": order[:count], "Lowest CIDEr-D": order[count:][::-1][:count]}
+    first = pc.index_in(pa.array(chosen), scored["image_id"]).to_numpy()
+    drawn = np.unique(np.concatenate([first, *extremes.values()]))
+    rows = dict(zip(drawn.tolist(), scored.take(pa.array(drawn)).to_pylist(), strict=True))
+    small = thumbnails([row["image_id"] for row in rows.values()])
+    if missing := len(rows) - len(small):
+        logger.warning("%d of the report's %d pictures are grey: no thumbnails", missing, len(rows))
+
+    def cells(places: np.ndarray[Any, Any], note: str = "") -> list[Captioned]:
+        return [
+            Captioned(
+                row["image_id"],
+                small.get(row["image_id"]),
+                row["caption"],
+                row["references"],
+                note.format(**row),
+            )
+            for row in (rows[place] for place in places.tolist())
+        ]
+
+    yield "grid.png", caption_grids({"": cells(first)})
+    sections = {
+        heading: cells(places, "CIDEr-D {cider:.3f}") for heading, places in extremes.items()
+    }
+    yield "best_and_worst.png", caption_grids(sections, columns=5)
+    for number, place in enumerate(first.tolist()):
+        row = rows[place]
+        thumbnail = small.get(row["image_id"])
+        if row["words"] and thumbnail is not None:
+            weights = np.array(row["attention"]).reshape(-1, *grid)
+            maps = attention_maps(thumbnail, row["words"], weights)
             yield storage.join("attention", f"{number}.png"), maps
-    if pictures.missing:
-        first = next(iter(pictures.missing.values()))
-        logger.warning("%d of the report's photographs are grey: %s", len(pictures.missing), first)

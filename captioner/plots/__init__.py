@@ -2,7 +2,7 @@
 
 from captioner.plots.attention import attention_maps
 from captioner.plots.curves import plot_history
-from captioner.plots.grids import best_and_worst, caption_grid
+from captioner.plots.grids import Captioned, caption_grids
 from captioner.plots.trials import plot_trials
 
-__all__ = ["attention_maps", "best_and_worst", "caption_grid", "plot_history", "plot_trials"]
+__all__ = ["Captioned", "attention_maps", "caption_grids", "plot_history", "plot_trials"]

@@ -1,84 +1,69 @@
 """Where a decoder looked while it wrote each word."""
 
 from collections.abc import Sequence
-from math import isqrt
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
 
-from captioner.plots.render import DPI, GREY, font, line_height, to_png, wrap, write
+from captioner.plots.render import DPI, GREY, fit, font, ink, open_picture, to_png
 
-# Inches; panels keep the proportions of the photograph.
-MARGIN, GAP, PANEL_WIDTH, COLUMNS = 0.2, 0.15, 2.0, 6
-WORD, NOTE = font(11, "bold"), font(7.5)
-TEXT_HEIGHT = line_height(WORD) + line_height(NOTE) + 0.06
+# Inches.
+WIDTH, TEXT_HEIGHT, COLUMNS = 2.0, 0.5, 6
+WORD, NOTE = font(11, "bold"), font(8)
 
 
 def attention_maps(
-    image: NDArray[np.uint8],
+    thumbnail: bytes,
     words: Sequence[str],
     attention: NDArray[np.floating],
+    box: tuple[float, float, float, float] | None = None,
 ) -> bytes:
-    """The photograph, then one panel per word with the cells the decoder weighed most in colour.
+    """The picture, then one panel per word with the cells the decoder weighed most in colour.
 
-    Each map is scaled to its own largest weight, which is printed under the word: a weight of 1 / P there
-    means that the decoder looked everywhere alike.
+    Each map is scaled to its own largest weight, which is printed below it: a weight of 1 / P there means that the
+    decoder looked everywhere alike.
 
     Args:
-        image: uint8 [height, width, 3], RGB.
+        thumbnail: the picture, as a file.
         words: the caption's words, in order.
-        attention: [words, P], weights over a square grid of P cells in row-major order, each row of sum 1.
+        attention: [words, rows, columns], weights over a grid of P = rows x columns cells, the sum of each grid 1.
+        box: left, top, right and bottom edge of the grid, in the thumbnail's pixels; None: it covers all of it.
 
     Returns:
         A PNG.
 
     Raises:
-        ValueError: attention is not one square grid per word.
+        ValueError: attention is not one grid per word, or there are no words.
     """
-    attention = np.asarray(attention, dtype=np.float32)
-    side = isqrt(attention.shape[-1]) if attention.ndim == 2 else 0
-    if not len(words) or attention.shape != (len(words), side * side) or not side:
-        raise ValueError(
-            f"{len(words)} words need one square grid each, got attention {list(attention.shape)}"
+    if not words or attention.ndim != 3 or len(attention) != len(words) or not attention.size:
+        raise ValueError(f"{len(words)} words need one grid each, not {list(attention.shape)}")
+    picture = open_picture(thumbnail)
+    grey, (width, height) = picture.convert("L"), picture.size
+    left, top, right, bottom = box or (0, 0, width, height)
+    whole = (0, width, height, 0)
+    columns = min(COLUMNS, 1 + len(words))
+    rows = -(-(1 + len(words)) // columns)
+    size = (columns * WIDTH, rows * (WIDTH * height / width + TEXT_HEIGHT))
+    figure = Figure(size, DPI, layout="constrained")
+    panels = [figure.add_subplot(rows, columns, 1 + place) for place in range(1 + len(words))]
+    panels[0].imshow(picture, interpolation="lanczos", extent=whole)
+    for axes, word, weights in zip(panels[1:], words, attention, strict=True):
+        peak = float(weights.max())
+        axes.set_title(fit(word, WIDTH, WORD, 1), loc="left", **ink(WORD))
+        axes.set_xlabel(f"peak {peak:.1%}", loc="left", **ink(NOTE, GREY))
+        # Grey and rather pale, so that the colours stand out.
+        axes.imshow(grey, "gray", vmin=-50, vmax=290, interpolation="lanczos", extent=whole)
+        axes.imshow(
+            weights,
+            "inferno",
+            vmin=-peak / 3,
+            vmax=peak or 1.0,
+            alpha=0.7 * weights / (peak or 1.0),
+            interpolation="gaussian",
+            extent=(left, right, bottom, top),
         )
-    panels: list[tuple[str, str, NDArray[np.uint8]]] = [("", "", image)]
-    for word, weights in zip(words, attention, strict=True):
-        grid = weights.reshape(side, side)
-        panels.append((word, f"peak {weights.max():.1%}", _overlay(image, grid)))
-    return _draw(panels, PANEL_WIDTH * image.shape[0] / image.shape[1])
-
-
-def _overlay(image: NDArray[np.uint8], grid: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """``image`` in grey, coloured where ``grid``, smoothly enlarged to its size, is high."""
-    height, width, _ = image.shape
-    # Pillow's bicubic resize aligns the corners of the areas, as the cells of a convolutional grid do.
-    enlarged = Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)
-    peak = float(grid.max())
-    weights = np.clip(np.asarray(enlarged) / peak, 0, 1) if peak > 0 else np.zeros((height, width))
-    grey = np.asarray(Image.fromarray(image).convert("L"), dtype=np.float32)[..., None] / 255
-    colour = colormaps["inferno"](0.25 + 0.7 * weights)[..., :3]
-    opacity = 0.65 * weights[..., None]
-    mixed = (1 - opacity) * (0.15 + 0.75 * grey) + opacity * colour
-    return np.asarray(np.rint(255 * mixed), dtype=np.uint8)
-
-
-def _draw(panels: list[tuple[str, str, NDArray[np.uint8]]], panel_height: float) -> bytes:
-    columns = min(COLUMNS, len(panels))
-    rows = -(-len(panels) // columns)
-    width = 2 * MARGIN + columns * PANEL_WIDTH + (columns - 1) * GAP
-    height = 2 * MARGIN + rows * (panel_height + TEXT_HEIGHT) + (rows - 1) * GAP
-    figure = Figure(figsize=(width, height), dpi=DPI)
-    for index, (word, note, picture) in enumerate(panels):
-        row, column = divmod(index, columns)
-        left = MARGIN + column * (PANEL_WIDTH + GAP)
-        top = MARGIN + row * (panel_height + TEXT_HEIGHT + GAP)
-        write(figure, (left, top), wrap(word, PANEL_WIDTH, WORD, 1)[0], WORD)
-        write(figure, (left, top + line_height(WORD)), note, NOTE, color=GREY)
-        bottom = 1 - (top + TEXT_HEIGHT + panel_height) / height
-        axes = figure.add_axes((left / width, bottom, PANEL_WIDTH / width, panel_height / height))
-        axes.imshow(picture, interpolation="lanczos", aspect="auto")
-        axes.set_axis_off()
+    for axes in panels:
+        axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
     return to_png(figure)

@@ -1,221 +1,145 @@
-"""Grids of photographs with the captions a model gave them."""
+"""Grids of pictures with the captions a model gave them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.font_manager import FontProperties
+from PIL import Image
 
-from captioner.plots.render import DPI, FAINT, GREY, font, line_height, to_png, wrap, write
+from captioner.plots.render import DPI, FAINT, GREY, INK, fit, font, ink, open_picture, to_png
 
-Image = NDArray[np.uint8]
+# Inches: the most a picture takes, the room between two, and that of a heading.
+WIDTH, HEIGHT, GAP, HEADING_HEIGHT = 3.0, 2.25, 0.25, 0.5
+HEADING, CAPTION, NOTE, REFERENCE = font(14, "bold"), font(10, "bold"), font(8), font(7.5)
+# Lines of a caption and of a reference, and references of a picture.
+CAPTION_LINES, REFERENCE_LINES, REFERENCES = 6, 3, 5
 
-# Inches.
-MARGIN, GAP, PICTURE_WIDTH, PICTURE_HEIGHT = 0.25, 0.25, 3.0, 2.25
-HEADING, CAPTION, REFERENCE, NOTE = font(14, "bold"), font(10, "bold"), font(7.5), font(8)
-MAX_HEADING_LINES, MAX_CAPTION_LINES, MAX_REFERENCE_LINES, MAX_REFERENCES = 3, 6, 3, 5
+
+@dataclass(frozen=True)
+class Captioned:
+    """A picture and what was written about it, in texts of any length."""
+
+    image_id: str
+    thumbnail: bytes | None
+    """The picture, small, as a file; None: a grey field with the id is drawn."""
+    caption: str
+    references: Sequence[str] = ()
+    """What people wrote; five of them are shown."""
+    note: str = ""
+
+
+def caption_grids(sections: Mapping[str, Sequence[Captioned]], columns: int = 4) -> bytes:
+    """Pictures in their proportions, captions in bold below and, small and grey, what people wrote.
+
+    Args:
+        sections: grids below each other, by heading; "" is no heading, and an empty grid is left out.
+        columns: pictures in a row.
+
+    Returns:
+        A PNG.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    columns = min(columns, max(map(len, sections.values()), default=0))
+    if not columns:
+        raise ValueError("there are no pictures to draw")
+    rows = [
+        _Row("" if start else heading, [_cell(one) for one in cells[start : start + columns]])
+        for heading, cells in sections.items()
+        for start in range(0, len(cells), columns)
+    ]
+    heights = [row.height for row in rows]
+    figure = Figure((columns * (WIDTH + GAP) + GAP, sum(heights)), DPI)
+    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, row in zip(parts, rows, strict=True):
+        row.draw(part, columns)
+    return to_png(figure)
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """One photograph and the lines under it."""
+    """Sizes are inches."""
 
-    image: Image
-    caption: list[str]
-    references: list[list[str]]
-    note: str | None
+    picture: Image.Image
+    label: str
+    """Written over the picture."""
+    texts: list[tuple[str, FontProperties, str]]
+    """Written below it, with fonts and colours."""
 
     @property
     def picture_height(self) -> float:
-        """Height of the photograph as drawn, in inches; its proportions are kept."""
-        height, width, _ = self.image.shape
-        return float(min(PICTURE_HEIGHT, PICTURE_WIDTH * height / width))
+        return min(HEIGHT, WIDTH * self.picture.height / self.picture.width)
 
     @property
     def text_height(self) -> float:
-        """Height of everything under the photograph, in inches."""
-        height = 0.08 + len(self.caption) * line_height(CAPTION)
-        if self.note is not None:
-            height += line_height(NOTE)
-        for reference in self.references:
-            height += 0.03 + len(reference) * line_height(REFERENCE)
-        return height
-
-
-@dataclass(frozen=True)
-class _Section:
-    heading: list[str]
-    rows: list[list[_Cell]]
-
-    @property
-    def height(self) -> float:
-        heading = len(self.heading) * line_height(HEADING) + 0.12 if self.heading else 0.0
-        return heading + sum(sum(_heights(row)) + GAP for row in self.rows)
-
-
-def caption_grid(
-    images: Sequence[Image],
-    captions: Sequence[str],
-    references: Sequence[Sequence[str]] | None = None,
-    columns: int = 4,
-    title: str | None = None,
-) -> bytes:
-    """Photographs with their captions in bold and, in small grey print, what people wrote.
-
-    Args:
-        images: uint8 [height, width, 3], RGB, of any sizes.
-        captions: one per image, of any length.
-        references: human captions of each image; at most five of them are shown.
-        columns: photographs per row.
-        title: heading over the grid.
-
-    Returns:
-        A PNG.
-
-    Raises:
-        ValueError: nothing to draw, or lists of unequal lengths.
-    """
-    _check(images, captions, references)
-    cells = _cells(range(len(images)), images, captions, references, None)
-    return _draw([_section(title, cells, columns)], min(columns, len(images)))
-
-
-def best_and_worst(
-    images: Sequence[Image],
-    captions: Sequence[str],
-    references: Sequence[Sequence[str]] | None,
-    scores: Sequence[float],
-    score_name: str = "CIDEr-D",
-    count: int = 8,
-    columns: int = 4,
-) -> bytes:
-    """Two grids in one picture: the ``count`` highest and the ``count`` lowest scores, the extreme first.
-
-    No photograph is in both. Only those drawn are taken from ``images``, so a lazy sequence decodes no others.
-
-    Args:
-        images, captions, references: as for :func:`caption_grid`.
-        scores: one per image, higher is better; equal scores keep the order of the images.
-        score_name: what the scores are, for the labels.
-        count: photographs in each grid; fewer when there are not twice as many images.
-        columns: photographs per row.
-
-    Returns:
-        A PNG.
-
-    Raises:
-        ValueError: nothing to draw, lists of unequal lengths, or a score that is not a number.
-    """
-    _check(images, captions, references)
-    if len(scores) != len(images):
-        raise ValueError(f"{len(images)} images need as many scores, got {len(scores)}")
-    if np.isnan(np.asarray(scores, dtype=np.float64)).any():
-        raise ValueError("scores must be numbers, got nan")
-    ranked = sorted(range(len(scores)), key=lambda index: -scores[index])
-    count = min(count, (len(ranked) + 1) // 2)
-    best, worst = ranked[:count], ranked[count:][::-1][:count]
-    sections = []
-    for name, chosen in (("Highest", best), ("Lowest", worst)):
-        if chosen:
-            notes = [f"{score_name} {scores[index]:.3f}" for index in chosen]
-            cells = _cells(chosen, images, captions, references, notes)
-            sections.append(_section(f"{name} {score_name}", cells, columns))
-    return _draw(sections, min(columns, len(best)))
-
-
-def _check(
-    images: Sequence[Image],
-    captions: Sequence[str],
-    references: Sequence[Sequence[str]] | None,
-) -> None:
-    if not len(images):
-        raise ValueError("there are no images to draw")
-    if len(captions) != len(images):
-        raise ValueError(f"{len(images)} images need as many captions, got {len(captions)}")
-    if references is not None and len(references) != len(images):
-        raise ValueError(f"{len(images)} images need as many references, got {len(references)}")
-
-
-def _cells(
-    indices: Sequence[int],
-    images: Sequence[Image],
-    captions: Sequence[str],
-    references: Sequence[Sequence[str]] | None,
-    notes: Sequence[str] | None,
-) -> Iterator[_Cell]:
-    for place, index in enumerate(indices):
-        shown = () if references is None else references[index][:MAX_REFERENCES]
-        yield _Cell(
-            image=images[index],
-            caption=wrap(captions[index] or "(empty)", PICTURE_WIDTH, CAPTION, MAX_CAPTION_LINES),
-            references=[
-                wrap(reference, PICTURE_WIDTH, REFERENCE, MAX_REFERENCE_LINES)
-                for reference in shown
-            ],
-            note=None if notes is None else notes[place],
+        return sum(
+            (1.2 * properties.get_size_in_points() * (text.count("\n") + 1) + 4) / 72
+            for text, properties, _ in self.texts
         )
 
 
-def _width(columns: int) -> float:
-    return columns * PICTURE_WIDTH + (columns - 1) * GAP
+def _cell(one: Captioned) -> _Cell:
+    texts = [(fit(one.caption or "(empty)", WIDTH, CAPTION, CAPTION_LINES), CAPTION, INK)]
+    if one.note:
+        texts.append((fit(one.note, WIDTH, NOTE, 1), NOTE, INK))
+    for reference in one.references[:REFERENCES]:
+        texts.append((fit(reference, WIDTH, REFERENCE, REFERENCE_LINES), REFERENCE, GREY))
+    if one.thumbnail is None:
+        label = fit(one.image_id, WIDTH - GAP, NOTE, CAPTION_LINES)
+        return _Cell(Image.new("RGB", (4, 3), FAINT), label, texts)
+    return _Cell(open_picture(one.thumbnail), "", texts)
 
 
-def _section(heading: str | None, cells: Iterator[_Cell], columns: int) -> _Section:
-    listed = list(cells)
-    rows = [listed[start : start + columns] for start in range(0, len(listed), columns)]
-    width = _width(min(columns, len(listed)))
-    return _Section(wrap(heading, width, HEADING, MAX_HEADING_LINES) if heading else [], rows)
+@dataclass(frozen=True)
+class _Row:
+    """Sizes are inches."""
 
+    heading: str
+    cells: list[_Cell]
 
-def _heights(row: list[_Cell]) -> tuple[float, float]:
-    """Room that the photographs of a row and the text under them need."""
-    return max(cell.picture_height for cell in row), max(cell.text_height for cell in row)
+    @property
+    def top(self) -> float:
+        return HEADING_HEIGHT if self.heading else GAP / 2
 
+    @property
+    def bottom(self) -> float:
+        return GAP / 2 + max(cell.text_height for cell in self.cells)
 
-def _draw(sections: list[_Section], columns: int) -> bytes:
-    width = 2 * MARGIN + _width(columns)
-    height = 2 * MARGIN - GAP + sum(section.height for section in sections)
-    figure = Figure(figsize=(width, height), dpi=DPI)
-    top = MARGIN
-    for section in sections:
-        for line in section.heading:
-            write(figure, (MARGIN, top), line, HEADING)
-            top += line_height(HEADING)
-        top += 0.12 if section.heading else 0.0
-        for row in section.rows:
-            picture_height, text_height = _heights(row)
-            for column, cell in enumerate(row):
-                left = MARGIN + column * (PICTURE_WIDTH + GAP)
-                _draw_cell(figure, left, top, picture_height, cell)
-            top += picture_height + text_height + GAP
-    return to_png(figure)
+    @property
+    def height(self) -> float:
+        return self.top + max(cell.picture_height for cell in self.cells) + self.bottom
 
-
-def _draw_cell(figure: Figure, left: float, top: float, picture_height: float, cell: _Cell) -> None:
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes(
-        (
-            left / width,
-            1 - (top + picture_height) / height,
-            PICTURE_WIDTH / width,
-            picture_height / height,
-        ),
-        anchor="SW",
-    )
-    axes.imshow(cell.image, interpolation="lanczos")
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_color(FAINT)
-
-    top += picture_height + 0.08
-    for line in cell.caption:
-        write(figure, (left, top), line, CAPTION)
-        top += line_height(CAPTION)
-    if cell.note is not None:
-        write(figure, (left, top), cell.note, NOTE)
-        top += line_height(NOTE)
-    for reference in cell.references:
-        top += 0.03
-        for line in reference:
-            write(figure, (left, top), line, REFERENCE, color=GREY)
-            top += line_height(REFERENCE)
+    def draw(self, figure: SubFigure, columns: int) -> None:
+        margin, height = GAP / (columns * (WIDTH + GAP) + GAP), self.height
+        grid = figure.add_gridspec(
+            1,
+            columns,
+            left=margin,
+            right=1 - margin,
+            bottom=self.bottom / height,
+            top=1 - self.top / height,
+            wspace=GAP / WIDTH,
+        )
+        figure.text(margin, 1 - self.top / 2 / height, self.heading, va="center", **ink(HEADING))
+        for place, cell in enumerate(self.cells):
+            axes = figure.add_subplot(grid[place], anchor="SW", xticks=[], yticks=[])
+            axes.imshow(cell.picture, interpolation="lanczos")
+            axes.spines[:].set_color(FAINT)
+            axes.annotate(
+                cell.label, (0.5, 0.5), xycoords="axes fraction", ha="center", **ink(NOTE, GREY)
+            )
+            above: Any = axes.transAxes
+            for text, properties, color in cell.texts:
+                # At the lower left corner of what is above it.
+                above = axes.annotate(
+                    text,
+                    (0, 0),
+                    xycoords=above,
+                    xytext=(0, -4),
+                    textcoords="offset points",
+                    va="top",
+                    **ink(properties, color),
+                )

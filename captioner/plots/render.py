@@ -1,12 +1,18 @@
-"""Figures in memory and literal text in them, on matplotlib's object interface (no global state, safe in threads)."""
+"""What all figures share: fonts, colours, text that is taken literally and fits, and the PNG at the end.
 
+Figures are made on matplotlib's object interface, which has no global state and is safe in threads.
+"""
+
+import textwrap
 from functools import cache
 from io import BytesIO
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.textpath import TextToPath
+from PIL import Image
 
 # Comes with matplotlib, so that a picture looks the same on every machine.
 FAMILY = "DejaVu Sans"
@@ -27,73 +33,52 @@ def font(size: float, weight: str = "normal") -> FontProperties:
     return FontProperties(family=FAMILY, size=size, weight=weight)
 
 
+def ink(properties: FontProperties, color: str = INK) -> dict[str, Any]:
+    """Options of a text that is taken literally: a dollar sign starts no formula."""
+    return {"fontproperties": properties, "color": color, "parse_math": False}
+
+
 @cache
-def _glyphs(weight: str) -> frozenset[int]:
+def _characters(weight: str) -> frozenset[int]:
     return frozenset(get_font(findfont(font(10, weight))).get_charmap())
 
 
-def literal(text: str, weight: str = "normal") -> str:
-    """``text`` on one line, each character that the font cannot draw replaced by U+FFFD."""
-    known = _glyphs(weight)
-    return "".join(c if ord(c) in known else "\ufffd" for c in " ".join(text.split()))
+def fit(text: str, width: float, properties: FontProperties, max_lines: int) -> str:
+    """``text`` in lines of at most ``width`` inches; what is past ``max_lines`` becomes an ellipsis.
+
+    Characters that the font lacks become U+FFFD.
+    """
+    known = _characters(str(properties.get_weight()))
+    text = "".join(c if ord(c) in known else "\ufffd" for c in " ".join(text.split()))
+    columns = len(text)
+    while True:
+        lines = textwrap.wrap(text, max(columns, 1))
+        if len(lines) > max_lines:
+            lines[max_lines - 1 :] = [lines[max_lines - 1][: columns - 1].rstrip() + "\u2026"]
+        excess = max((_width(line, properties) for line in lines), default=0.0) / width
+        if excess <= 1 or columns <= 1:
+            return "\n".join(lines)
+        # Little by little: the widest line of these need not be that of the next.
+        columns = min(columns - 1, int(1.1 * columns / excess))
 
 
-def text_width(text: str, properties: FontProperties) -> float:
-    """Width of a line in inches."""
-    width, _, _ = TextToPath().get_text_width_height_descent(text, properties, ismath=False)
+def _width(line: str, properties: FontProperties) -> float:
+    """In inches."""
+    width, _, _ = TextToPath().get_text_width_height_descent(line, properties, ismath=False)
     return float(width) / 72
 
 
-def wrap(text: str, width: float, properties: FontProperties, max_lines: int) -> list[str]:
-    """Break ``text`` into lines of at most ``width`` inches; past ``max_lines`` it ends in an ellipsis.
-
-    Lines are measured in the font they are drawn in. A word wider than a line is broken inside.
-    """
-    lines = [""]
-    for word in literal(text, str(properties.get_weight())).split(" "):
-        longer = f"{lines[-1]} {word}".lstrip()
-        if text_width(longer, properties) <= width:
-            lines[-1] = longer
-            continue
-        if lines[-1]:
-            lines.append("")
-        for character in word:
-            if lines[-1] and text_width(lines[-1] + character, properties) > width:
-                lines.append("")
-            lines[-1] += character
-        if len(lines) > max_lines:
-            break
-    if len(lines) <= max_lines:
-        return lines
-    last = lines[max_lines - 1]
-    while last and text_width(last + "\u2026", properties) > width:
-        last = last[:-1]
-    return [*lines[: max_lines - 1], last.rstrip() + "\u2026"]
+def dress(axes: Axes, title: str, xlabel: str = "") -> None:
+    """The look of a diagram."""
+    axes.set_xlabel(xlabel, **ink(font(9)))
+    axes.set_title(title, loc="left", **ink(font(10, "bold")))
+    axes.grid(color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=9, labelfontfamily=FAMILY)
 
 
-def line_height(properties: FontProperties) -> float:
-    """Distance between lines in inches."""
-    return 1.3 * float(properties.get_size_in_points()) / 72
-
-
-def write(
-    figure: Figure,
-    position: tuple[float, float],
-    text: str,
-    properties: FontProperties,
-    **options: Any,
-) -> None:
-    """Draw one line of ``text`` with its upper left corner at ``position``, in inches from the upper left.
-
-    The text is taken literally: a dollar sign starts no formula.
-    """
-    width, height = figure.get_size_inches()
-    options = {"color": INK, "ha": "left", "va": "top", **options}
-    figure.text(
-        position[0] / width,
-        1 - position[1] / height,
-        literal(text, str(properties.get_weight())),
-        fontproperties=properties,
-        parse_math=False,
-        **options,
-    )
+def open_picture(data: bytes) -> Image.Image:
+    """A thumbnail, RGB."""
+    return Image.open(BytesIO(data)).convert("RGB")

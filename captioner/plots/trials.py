@@ -1,38 +1,43 @@
 """The trials of a search: their learning curves, and what each hyperparameter did."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from captioner.plots.render import DPI, FAINT, GREY, INK, font, to_png
+from captioner.plots.render import DPI, dress, font, to_png
 
-BEST, FINISHED, STOPPED, FAILED = "#d1603d", "#3b6fb6", "#9aa5b1", "#8b1e3f"
+BEST = "#d1603d"
+# Colour and mark.
+STATUSES = {"finished": ("#3b6fb6", "o"), "stopped": ("#9aa5b1", "x"), "failed": ("#8b1e3f", "X")}
 COLUMNS = 4
-# Most values of a hyperparameter that are drawn side by side, and most characters of their labels before they slant.
-CHOICES, LABEL_CHARACTERS = 6, 34
-# Distance of the numbers at the ends of curves, in points.
-LABEL_POINTS = 6.0
+# Most numbers that stand side by side as choices; more are a range.
+CHOICES = 6
 
 
-@dataclass(frozen=True)
-class TrialCurve:
+class Trial(Protocol):
     """One trial, as far as it is drawn."""
 
-    number: int
-    hyperparameters: dict[str, str | int | float]
-    status: str
-    """finished, stopped or failed."""
-    curve: Sequence[tuple[int, float]]
-    """(epoch, metric) in order."""
+    @property
+    def number(self) -> int: ...
+    @property
+    def hyperparameters(self) -> Mapping[str, str | int | float]:
+        """Of the same names in all trials."""
+
+    @property
+    def status(self) -> str:
+        """finished, stopped or failed."""
+
+    @property
+    def curve(self) -> Sequence[tuple[int, float]]:
+        """(epoch, metric) in order."""
 
 
-def plot_trials(trials: Sequence[TrialCurve], best: int, metric: str, *, largest: bool) -> bytes:
-    """Learning curves on top, stopped trials grey with a cross at their end; below, the metric against each
-    hyperparameter that differs between trials.
+def plot_trials(trials: Sequence[Trial], best: int, metric: str, *, largest: bool) -> bytes:
+    """Learning curves on top, by status; below, the metric's best value against each hyperparameter that differs.
 
     Args:
         best: number of the best trial.
@@ -53,129 +58,52 @@ def plot_trials(trials: Sequence[TrialCurve], best: int, metric: str, *, largest
         if len({trial.hyperparameters[name] for trial in trials}) > 1
     ]
     rows = -(-len(names) // COLUMNS)
-    figure = Figure(figsize=(11, 4.2 + 2.6 * rows), dpi=DPI, layout="constrained")
+    figure = Figure((11, 4.2 + 2.6 * rows), DPI, layout="constrained")
     grid = figure.add_gridspec(1 + rows, COLUMNS, height_ratios=[1.6, *[1.0] * rows])
     curves = figure.add_subplot(grid[0, :])
-    label = metric.replace("_", " ")
-    for trial in sorted(trials, key=lambda one: one.number == best):
-        _draw_curve(curves, trial, trial.number == best)
-    for text, color, marker in (
-        (f"best: trial {best}", BEST, "."),
-        ("finished", FINISHED, "."),
-        ("stopped early", STOPPED, "x"),
-        ("failed", FAILED, "X"),
-    ):
-        curves.plot([], [], color=color, marker=marker, label=text)
+    # The best trial last, over the others.
+    ordered = sorted(trials, key=lambda trial: trial.number == best)
+    for trial in ordered:
+        color, mark = _style(trial, best)
+        curves.plot(*np.reshape(trial.curve, (-1, 2)).T, ".-", color=color)
+        curves.plot(*np.reshape(trial.curve[-1:], (-1, 2)).T, mark, color=color, markersize=8)
+    curves.plot([], [], "o-", color=BEST, label=f"best: trial {best}")
+    for status, (color, mark) in STATUSES.items():
+        curves.plot([], [], mark, color=color, linestyle="-", label=status)
     curves.legend(prop=font(9), frameon=False, ncols=4)
     curves.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _dress(curves, f"{label} of every trial", "Epoch")
-    for position, name in enumerate(names):
-        axes = figure.add_subplot(grid[1 + position // COLUMNS, position % COLUMNS])
-        _draw_effect(axes, trials, name, best, largest)
-        _dress(axes, name.replace("_", " "), "")
-    figure.draw_without_rendering()  # only now have the axes their size
-    _label_ends(curves, trials, best)
+    dress(curves, f"{metric.replace('_', ' ')} of every trial", "Epoch")
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(grid[1 + place // COLUMNS, place % COLUMNS])
+        values = [trial.hyperparameters[name] for trial in ordered]
+        places = _scale(axes, values)
+        for trial, x in zip(ordered, places, strict=True):
+            found = [value for _, value in trial.curve if np.isfinite(value)]
+            if found:
+                color, mark = _style(trial, best)
+                axes.plot(x, max(found) if largest else min(found), mark, color=color, markersize=7)
+        dress(axes, name.replace("_", " "))
     return to_png(figure)
 
 
-def _color(trial: TrialCurve, best: bool) -> str:
-    return BEST if best else {"finished": FINISHED, "failed": FAILED}.get(trial.status, STOPPED)
+def _style(trial: Trial, best: int) -> tuple[str, str]:
+    return (BEST, "o") if trial.number == best else STATUSES[trial.status]
 
 
-def _draw_curve(axes: Axes, trial: TrialCurve, best: bool) -> None:
-    if not trial.curve:
-        return
-    epochs, values = zip(*trial.curve, strict=True)
-    color = _color(trial, best)
-    axes.plot(epochs, values, color=color, linewidth=2.4 if best else 1.3, marker=".")
-    if trial.status != "finished":
-        axes.plot(epochs[-1], values[-1], "x" if trial.status == "stopped" else "X", color=color)
-
-
-def _label_ends(axes: Axes, trials: Sequence[TrialCurve], best: int) -> None:
-    """The number of each trial at the end of its curve; above each other where curves end together."""
-    low, high = axes.get_ylim()
-    points = axes.get_window_extent().height * 72 / DPI / (high - low)
-    ends: dict[int, list[tuple[float, TrialCurve]]] = {}
-    for trial in trials:
-        if not trial.curve:
-            continue
-        epoch, value = trial.curve[-1]
-        if np.isfinite(value):
-            ends.setdefault(epoch, []).append((value, trial))
-    for epoch, labels in ends.items():
-        labels.sort(key=lambda end: (end[0], end[1].number))
-        places = spread([value * points for value, _ in labels], LABEL_POINTS)
-        for place, (value, trial) in zip(places, labels, strict=True):
-            axes.annotate(
-                str(trial.number),
-                (epoch, value),
-                xytext=(4, place - value * points),
-                textcoords="offset points",
-                fontproperties=font(7.5),
-                color=_color(trial, trial.number == best),
-                va="center",
-            )
-
-
-def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Ascending places moved until they lie ``gap`` apart: those too close are spread around their mean."""
-    groups: list[list[float]] = []  # of each, its places in turn
-    for place in places:
-        groups.append([place])
-        while len(groups) > 1 and _first(groups[-1], gap) < _last(groups[-2], gap) + gap:
-            groups[-2:] = [groups[-2] + groups[-1]]
-    return [_first(group, gap) + gap * number for group in groups for number in range(len(group))]
-
-
-def _first(group: Sequence[float], gap: float) -> float:
-    return sum(group) / len(group) - gap * (len(group) - 1) / 2
-
-
-def _last(group: Sequence[float], gap: float) -> float:
-    return _first(group, gap) + gap * (len(group) - 1)
-
-
-def _draw_effect(
-    axes: Axes, trials: Sequence[TrialCurve], name: str, best: int, largest: bool
-) -> None:
-    values = [trial.hyperparameters[name] for trial in trials]
-    # A few choices stand side by side; what was drawn from a range has a scale.
-    chosen = len(set(values)) <= CHOICES or any(isinstance(value, str) for value in values)
-    choices = sorted(set(values), key=lambda value: str(value) if isinstance(value, str) else value)
-    for trial in trials:
-        found = [value for _, value in trial.curve if np.isfinite(value)]
-        if not found:
-            continue
-        value = trial.hyperparameters[name]
-        place = choices.index(value) if chosen else float(value)
-        axes.plot(
-            place,
-            max(found) if largest else min(found),
-            "o" if trial.status == "finished" else "x",
-            color=_color(trial, trial.number == best),
-            markersize=7 if trial.number == best else 5,
-        )
-    if chosen:
-        labels = [one if isinstance(one, str) else f"{one:g}" for one in choices]
-        # Long names are too wide to stand side by side.
-        axes.set_xticks(range(len(choices)), labels)
-        if sum(map(len, labels)) > LABEL_CHARACTERS:
-            for label in axes.get_xticklabels():
-                label.set(rotation=25, horizontalalignment="right")
-        axes.set_xlim(-0.5, len(choices) - 0.5)
-    elif name == "learning_rate":
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _dress(axes: Axes, title: str, below: str) -> None:
-    axes.set_title(title, fontproperties=font(10, "bold"), color=INK, loc="left")
-    axes.set_xlabel(below, fontproperties=font(9), color=INK)
-    axes.grid(color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=8, labelfontfamily=font(8).get_name())
+def _scale(axes: Axes, values: Sequence[str | int | float]) -> Sequence[str | int | float]:
+    """Places of a hyperparameter's values on the x axis, which gets its scale and labels."""
+    numbers = sorted({value for value in values if not isinstance(value, str)})
+    names = sorted({value for value in values if isinstance(value, str)})
+    if len(numbers) > CHOICES and not names:
+        if numbers[0] > 0:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(NullLocator())
+        return values
+    choices = [*numbers, *names]
+    axes.set_xticks(range(len(choices)), [*(f"{value:g}" for value in numbers), *names])
+    axes.set_xlim(-0.5, len(choices) - 0.5)
+    if names:  # too wide to stand side by side
+        axes.tick_params("x", labelrotation=20, labelrotation_mode="xtick")
+    return [choices.index(value) for value in values]

@@ -21,7 +21,7 @@ from captioner.artifacts.schema import SCHEMA_VERSION, Record
 from captioner.config import TuneConfig
 from captioner.decoders import decoder_class
 from captioner.errors import TrainingError
-from captioner.plots.trials import TrialCurve, plot_trials
+from captioner.plots import plot_trials
 from captioner.runtime.cluster import num_cpus, num_gpus, start_ray
 from captioner.training.run import run_training
 from captioner.tuning.space import Hyperparameters, draw_trials, training_of
@@ -275,11 +275,7 @@ def _publish(config: TuneConfig, output: Output, trials: list[Trial]) -> SearchR
             files.append(f"tensorboard/{file.path}")
     with storage.atomic_writer(output.uri(TRIALS)) as handle:
         pq.write_table(_table(trials, metric, largest), handle)
-    curves = [
-        TrialCurve(trial.number, trial.hyperparameters, trial.status, trial.curve)
-        for trial in trials
-    ]
-    picture = plot_trials(curves, best.number, metric, largest=largest)
+    picture = plot_trials(trials, best.number, metric, largest=largest)
     storage.write_bytes(output.uri(PICTURE), picture)
     manifest = SearchManifest(
         best=best.number, metric=metric, trials=len(trials), files=[*files, TRIALS, PICTURE]

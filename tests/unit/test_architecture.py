@@ -45,7 +45,7 @@ WITH_RAY = (
     "captioner.training.run",
     "captioner.captioning.collection",
     "captioner.tuning",
-    "captioner.evaluation.evaluate",
+    "captioner.evaluation.pipeline",
     "captioner.serving",
     "ray_jobs",
 )

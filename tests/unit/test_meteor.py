@@ -15,11 +15,10 @@ NLG_EVAL_METEOR = 0.295797
 
 def test_published_meteor_is_reproduced() -> None:
     scores = score_standard(NLG_EVAL_REFERENCES, NLG_EVAL_HYPOTHESES, meteor=True)
-    assert scores.meteor == pytest.approx(NLG_EVAL_METEOR, abs=1e-6)
-    assert scores.summary()["meteor"] == scores.meteor
+    assert scores.corpus["meteor"] == pytest.approx(NLG_EVAL_METEOR, abs=1e-6)
+    assert len(scores.per_image["meteor"]) == len(NLG_EVAL_HYPOTHESES)
 
 
 def test_meteor_survives_an_empty_caption() -> None:
     scores = score_standard(NLG_EVAL_REFERENCES, ["", NLG_EVAL_HYPOTHESES[1]], meteor=True)
-    assert scores.meteor is not None
-    assert 0 < scores.meteor < NLG_EVAL_METEOR
+    assert 0 < scores.corpus["meteor"] < NLG_EVAL_METEOR

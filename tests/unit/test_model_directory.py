@@ -24,6 +24,7 @@ from captioner.artifacts.model_directory import (
 )
 from captioner.artifacts.output import Output
 from captioner.artifacts.schema import EncoderIdentity, StoreManifest
+from captioner.captioning.captioner import Captioner
 from captioner.config import DecodeConfig, DecoderConfig, TextConfig
 from captioner.decoders import build_decoder
 from captioner.decoding.cider import NGramFrequencies
@@ -35,7 +36,7 @@ from tests.stores import CHANNELS, encoder_identity, write_store
 DECODER = DecoderConfig(width=8, output_width=8, dropout=0.5)
 SHAPE = FeatureShape(CHANNELS, CHANNELS, 7, 7)
 WORDS = Vocabulary.build([["a", "dog"], ["a", "cat"]])
-SEARCH = DecodeConfig(beam_size=4, no_repeat_ngram=2)
+SEARCH = DecodeConfig(beam_size=4, num_captions=3, max_length=5, no_repeat_ngram=2)
 FREQUENT = NGramFrequencies(images=2, counts={(4,): 2})
 
 
@@ -82,6 +83,15 @@ def test_a_loaded_model_is_the_saved_one(model: Path) -> None:
     assert loaded.record.decode == SEARCH
     assert loaded.record.columns == ("pooled",)
     assert loaded.record.parameters == sum(value.numel() for value in loaded.decoder.parameters())
+
+
+def test_a_model_is_searched_as_it_was_trained_to_be(model: Path) -> None:
+    captioner = Captioner.load(str(model), "cpu")
+    features = {"pooled": torch.ones(1, CHANNELS)}
+    (own,) = captioner.caption_features(features)
+    (asked,) = captioner.caption_features(features, SEARCH)
+    assert [one.text for one in own.candidates] == [one.text for one in asked.candidates]
+    assert len(own.candidates) == 3
 
 
 def test_model_needs_nothing_outside_its_directory(model: Path, tmp_path: Path) -> None:

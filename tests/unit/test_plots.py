@@ -1,25 +1,39 @@
 """Pictures: what is drawn, where, and that no text can break them."""
 
+from dataclasses import dataclass
 from io import BytesIO
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextToPath
 from numpy.typing import NDArray
 from PIL import Image
 
-from captioner.plots import attention_maps, best_and_worst, caption_grid, plot_history
-from captioner.plots.curves import draw_history
-from captioner.plots.render import DPI, font, literal, text_width, wrap
-from captioner.plots.trials import spread
+from captioner.plots import (
+    Captioned,
+    attention_maps,
+    caption_grids,
+    plot_history,
+    plot_trials,
+)
+from captioner.plots.render import GREY, INK, fit, font
 
+Color = tuple[int, int, int]
 RED, GREEN, BLUE = (220, 20, 20), (20, 200, 20), (20, 20, 220)
+TRAIN, VALIDATION = (0x3B, 0x6F, 0xB6), (0xD1, 0x60, 0x3D)
 
 
-def photograph(
-    color: tuple[int, int, int] = RED, height: int = 60, width: int = 80
-) -> NDArray[np.uint8]:
-    return np.full((height, width, 3), color, dtype=np.uint8)
+def photograph(color: Color = RED, height: int = 60, width: int = 80) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (width, height), color).save(file, "PNG")
+    return file.getvalue()
+
+
+def cell(
+    caption: str = "a dog", color: Color = RED, references: tuple[str, ...] = (), note: str = ""
+) -> Captioned:
+    return Captioned("1.jpg", photograph(color), caption, references, note)
 
 
 def pixels(png: bytes) -> NDArray[np.uint8]:
@@ -27,84 +41,111 @@ def pixels(png: bytes) -> NDArray[np.uint8]:
     return np.asarray(Image.open(BytesIO(png)).convert("RGB"))
 
 
-def covered(png: bytes, color: tuple[int, int, int]) -> NDArray[np.bool_]:
+def covered(png: bytes, color: Color) -> NDArray[np.bool_]:
     """Where the picture shows a colour."""
     return (np.abs(pixels(png).astype(int) - color) < 12).all(axis=-1)
 
 
-def changed(one: bytes, other: bytes) -> NDArray[np.bool_]:
-    """Where two pictures of one size differ."""
-    return (pixels(one) != pixels(other)).any(axis=-1)
+def amount(png: bytes, color: str) -> int:
+    """Pixels of a colour of text."""
+    red, green, blue = bytes.fromhex(color[1:])
+    return int(np.count_nonzero(covered(png, (red, green, blue))))
 
 
-def middle(where: NDArray[np.bool_]) -> tuple[float, float]:
-    """Row and column around which something is."""
-    assert where.any()
-    row, column = np.argwhere(where).mean(axis=0)
-    return float(row), float(column)
+@dataclass(frozen=True)
+class Epoch:
+    epoch: int
+    validation_loss: float
+    validation_cider: float | None = None
+    train_loss: float = 2.3
+    train_accuracy: float = 0.3
+    validation_accuracy: float = 0.2
 
 
-def epoch(number: int, validation_loss: float | None, **more: float | None) -> SimpleNamespace:
-    record = {
-        "epoch": number,
-        "train_loss": 4.0 / number,
-        "validation_loss": validation_loss,
-        "train_accuracy": 0.1 * number,
-        "validation_accuracy": 0.05 * number,
-        "validation_cider": None,
-    }
-    return SimpleNamespace(**record | more)
+LOSSES = [3.0, 2.5, 2.4, 2.35]
+
+
+def mark_at(png: bytes) -> int:
+    """Column of the first large mark on a validation curve; the legends' stand further right."""
+    where = np.lib.stride_tricks.sliding_window_view(covered(png, VALIDATION), (6, 6))
+    return int(np.argwhere(where.all(axis=(2, 3)))[:, 1].min())
 
 
 def test_history_marks_the_best_epoch() -> None:
-    figure = draw_history([epoch(1, 3.0), epoch(2, 2.5), epoch(3, None), epoch(4, 2.75)], 2)
-    (loss, accuracy) = figure.axes
-    labels = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
-    assert labels == [
-        ["train", "validation", "best epoch 2: 2.500"],
-        ["train", "validation", "best epoch 2: 10.0%"],
-    ]
-    assert list(loss.lines[0].get_ydata()) == [4.0, 2.0, 4.0 / 3, 1.0]
-    assert list(accuracy.lines[0].get_xdata()) == [1, 2, 3, 4]
+    history = [Epoch(number, loss) for number, loss in enumerate(LOSSES, 1)]
+    second, third = plot_history(history, 2), plot_history(history, 3)
+    assert mark_at(second) < mark_at(third)
+    for png in (second, third):
+        assert covered(png, TRAIN).sum() > 100
+        assert covered(png, VALIDATION).sum() > 100
 
 
-def test_history_shows_scores_of_captions_where_there_are_any() -> None:
-    # The epoch that is published is not the one of the lowest loss, nor of the highest CIDEr-D of all.
-    ciders = [0.9, 0.5, 0.7]
-    records = [
-        epoch(number, 3.0 + number, validation_cider=cider)
-        for number, cider in enumerate(ciders, 1)
-    ]
-    figure = draw_history(records, 3)
-    *_, scores = figure.axes
-    assert scores.get_title(loc="left") == "CIDEr-D"
-    labels = [text.get_text() for text in scores.get_legend().get_texts()]
-    assert labels == ["validation, greedy"]
-    marked = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert marked[-1] == "best epoch 3: 6.000"
+def test_history_has_a_diagram_more_where_captions_were_scored() -> None:
+    plain = plot_history([Epoch(number, loss) for number, loss in enumerate(LOSSES, 1)], 2)
+    scored = plot_history([Epoch(number, loss, 0.1) for number, loss in enumerate(LOSSES, 1)], 2)
+    assert pixels(scored).shape[1] == pytest.approx(1.5 * pixels(plain).shape[1], abs=1)
 
 
-def test_history_of_one_epoch_without_validation_is_drawn() -> None:
-    assert pixels(plot_history([epoch(1, None, validation_accuracy=None)])).std() > 0
+def test_history_of_one_epoch_is_drawn() -> None:
+    assert pixels(plot_history([Epoch(1, 3.0)], 1)).std() > 0
 
 
 def test_empty_history_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
-        plot_history([])
+        plot_history([], 1)
+
+
+@dataclass(frozen=True)
+class Trial:
+    number: int
+    hyperparameters: dict[str, str | int | float]
+    status: str
+    curve: list[tuple[int, float]]
+
+
+def test_trials_of_every_status_are_drawn() -> None:
+    trials = [
+        Trial(0, {"width": 8, "optimizer": "adam"}, "finished", [(1, 3.0), (2, 2.5)]),
+        Trial(1, {"width": 16, "optimizer": "adamw"}, "stopped", [(1, 3.5)]),
+        Trial(2, {"width": 16, "optimizer": "adam"}, "failed", []),
+        Trial(3, {"width": 8, "optimizer": "adamw"}, "failed", [(1, float("nan"))]),
+    ]
+    png = plot_trials(trials, 0, "validation_loss", largest=False)
+    assert png == plot_trials(trials, 0, "validation_loss", largest=False)
+    assert min(pixels(png).shape[:2]) > 500
+    best = covered(png, VALIDATION)
+    # Among the curves, and in the diagram of each hyperparameter.
+    assert best[: len(best) // 2].sum() > 100
+    assert best[len(best) // 2 :].sum() > 100
+
+
+def test_trials_that_differ_in_nothing_have_curves_alone() -> None:
+    trials = [Trial(n, {"width": 8}, "finished", [(1, 3.0), (2, 2.0 + n)]) for n in range(2)]
+    small = pixels(plot_trials(trials, 0, "validation_cider", largest=True))
+    ranges = [
+        Trial(n, {"width": 8, "rate": 1e-4 * (n + 1), "decay": n / 10}, "finished", [(1, 1.0 + n)])
+        for n in range(12)
+    ]
+    assert len(small) < len(pixels(plot_trials(ranges, 0, "validation_cider", largest=True)))
+
+
+def test_a_search_without_trials_is_refused() -> None:
+    with pytest.raises(ValueError, match="no trials"):
+        plot_trials([], 0, "validation_loss", largest=False)
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, 1), (4, 1), (5, 2), (16, 4), (20, 5)])
 def test_grid_of_any_number_of_images_draws_each_in_rows_of_four(count: int, rows: int) -> None:
-    where = covered(caption_grid([photograph()] * count, ["a dog"] * count), RED)
+    where = covered(caption_grids({"": [cell()] * count}), RED)
     # A photograph starts wherever a covered row of pixels follows an uncovered one.
     assert np.count_nonzero(np.diff(where.any(axis=1).astype(int)) == 1) == rows
     assert np.count_nonzero(np.diff(where.any(axis=0).astype(int)) == 1) == min(count, 4)
-    one = np.count_nonzero(covered(caption_grid([photograph()], ["a dog"]), RED))
+    one = np.count_nonzero(covered(caption_grids({"": [cell()]}), RED))
     assert np.count_nonzero(where) == pytest.approx(count * one, rel=0.03)
 
 
 def test_grid_shows_images_in_reading_order() -> None:
-    png = caption_grid([photograph(c) for c in (RED, GREEN, BLUE)], ["a", "b", "c"], columns=2)
+    png = caption_grids({"": [cell(color=color) for color in (RED, GREEN, BLUE)]}, columns=2)
     red, green, blue = (np.argwhere(covered(png, c)).mean(axis=0) for c in (RED, GREEN, BLUE))
     assert red[0] == pytest.approx(green[0], abs=1)
     assert red[1] < green[1]
@@ -112,174 +153,158 @@ def test_grid_shows_images_in_reading_order() -> None:
     assert blue[1] == pytest.approx(red[1], abs=1)
 
 
+def test_sections_stand_below_each_other_under_their_headings() -> None:
+    sections = {"Highest": [cell(color=RED)], "Lowest": [cell(color=BLUE)]}
+    png = caption_grids(sections)
+    first, second = (np.argwhere(covered(png, color))[:, 0] for color in (RED, BLUE))
+    assert first.max() < second.min()
+    bare = caption_grids({"": [cell(color=RED), cell(color=BLUE)]}, columns=1)
+    assert amount(png, INK) > amount(bare, INK)
+    assert len(pixels(caption_grids({**sections, "Others": []}))) == len(pixels(png))
+
+
 @pytest.mark.parametrize(("height", "width"), [(40, 120), (120, 40), (50, 50)])
 def test_grid_keeps_proportions(height: int, width: int) -> None:
-    where = np.argwhere(covered(caption_grid([photograph(RED, height, width)], ["a"]), RED))
+    one = Captioned("1.jpg", photograph(RED, height, width), "a")
+    where = np.argwhere(covered(caption_grids({"": [one]}), RED))
     tall, wide = np.ptp(where, axis=0) + 1
     assert tall / wide == pytest.approx(height / width, rel=0.05)
 
 
-def test_title_photograph_caption_and_references_come_below_each_other() -> None:
-    def grid(title: str = "Test", caption: str = "a dog", *references: str) -> bytes:
-        return caption_grid(
-            [photograph()], [caption], [references or ("A dog .", "One")], title=title
-        )
+def test_captions_are_dark_and_references_grey() -> None:
+    bare = caption_grids({"": [cell()]})
+    noted = caption_grids({"": [cell(note="CIDEr-D 1.000")]})
+    full = caption_grids({"": [cell(references=("A dog runs on the beach .",) * 5)]})
+    assert amount(bare, INK) > 20
+    assert amount(noted, INK) > amount(bare, INK)
+    assert amount(full, GREY) > 3 * amount(bare, GREY)
+    assert amount(full, INK) == pytest.approx(amount(bare, INK), rel=0.1)
+    assert len(pixels(full)) > len(pixels(noted)) > len(pixels(bare))
 
-    others = grid("Best"), grid("Test", "a cat"), grid("Test", "a dog", "A cat .", "One")
-    last = grid("Test", "a dog", "A dog .", "Two")
-    title, caption, first, second = (middle(changed(grid(), one))[0] for one in (*others, last))
-    assert title < middle(covered(grid(), RED))[0] < caption < first < second
+
+def test_a_picture_that_is_missing_is_a_grey_field_with_its_id() -> None:
+    png = caption_grids({"": [Captioned("1.jpg", None, "a dog")]})
+    assert covered(png, (0xD9, 0xD9, 0xD9)).sum() > 10_000
+    assert amount(png, GREY) > 20
 
 
-@pytest.mark.parametrize("text", ["costs $5 and $6", "100% _a_ {b} \\alpha", "$$ and $\\frac{1}{$"])
-def test_text_is_literal(text: str) -> None:
-    png = caption_grid([photograph()], [text])
-    below = pixels(png)[np.flatnonzero(covered(png, RED).any(axis=1)).max() + 4 :]
-    columns = np.flatnonzero((below < 128).all(axis=-1).any(axis=0))
-    assert np.ptp(columns) == pytest.approx(DPI * text_width(text, font(10, "bold")), rel=0.06)
+def test_an_empty_caption_is_visible() -> None:
+    assert amount(caption_grids({"": [cell(caption="")]}), INK) > 20
+
+
+def test_equal_pictures_are_equal_bytes() -> None:
+    once, again = (caption_grids({"a": [cell(references=("A dog .",))]}) for _ in range(2))
+    assert once == again
+    assert once != caption_grids({"a": [cell(references=("A cat .",))]})
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    "text",
     [
-        # Warnings are errors in these tests, so a missing glyph would fail here by itself.
-        (
-            "\u72ac dog \U0001f415 \ud800\n\tna\u00efve \x00",
-            "\ufffd dog \ufffd \ufffd na\u00efve \ufffd",
-        ),
-        ("", "(empty)"),
+        "costs $5 and $6",
+        "$\\frac{1}{",
+        "100% _a_ {b} \\alpha",
+        "$$",
+        "\u4e00\u53ea\u72d7\u5728\u8349\u5730\u4e0a\u5954\u8dd1" * 20,
+        "\u0e2a\u0e38\u0e19\u0e31\u0e02\u0e27\u0e34\u0e48\u0e07" * 20,
+        "\u0643\u0644\u0628 \u064a\u062c\u0631\u064a",
+        "\U0001f415 \ud800\n\tna\u00efve \x00",
+        "a dog " * 500,
+        "w" * 3000,
     ],
 )
-def test_what_cannot_be_drawn_is_visible(text: str, shown: str) -> None:
-    assert caption_grid([photograph()], [text]) == caption_grid([photograph()], [shown])
-    assert literal("caf\u00e9 \u0436") == "caf\u00e9 \u0436"
+def test_any_text_is_drawn_without_a_warning(text: str) -> None:
+    # Warnings are errors in these tests, so a missing glyph fails by itself.
+    one = Captioned(text, None, text, [text] * 7, text)
+    assert max(pixels(caption_grids({"": [one, one]})).shape) < 1200
+    attention_maps(photograph(), [text[:200]], np.ones((1, 7, 7)) / 49)
+
+
+def test_a_dollar_sign_is_drawn_as_one() -> None:
+    plain, dollars = (caption_grids({"": [cell(caption=text)]}) for text in ("x", "$x$"))
+    assert amount(dollars, INK) > 2 * amount(plain, INK)
+
+
+def test_characters_without_a_glyph_become_replacement_marks() -> None:
+    text = "\u72ac dog \U0001f415 \ud800\n\tna\u00efve \x00"
+    assert fit(text, 9.0, font(10), 1) == "\ufffd dog \ufffd \ufffd na\u00efve \ufffd"
+    assert fit("caf\u00e9 \u0436", 9.0, font(10), 1) == "caf\u00e9 \u0436"
+
+
+def text_width(line: str, properties: FontProperties) -> float:
+    width, _, _ = TextToPath().get_text_width_height_descent(line, properties, ismath=False)
+    return float(width) / 72
 
 
 @pytest.mark.parametrize("text", ["a dog " * 60, "w" * 300, "iiii WWWW " * 30])
-def test_wrapped_lines_fit_their_width(text: str) -> None:
-    lines = wrap(text, 2.0, font(10), max_lines=4)
-    assert len(lines) == 4
-    assert lines[-1].endswith("\u2026")
-    assert max(text_width(line, font(10)) for line in lines) <= 2.0
+@pytest.mark.parametrize("lines", [1, 4])
+def test_lines_fit_their_width_and_end_in_an_ellipsis(text: str, lines: int) -> None:
+    found = fit(text, 2.0, font(10), lines).split("\n")
+    assert len(found) == lines
+    assert len(found[-1]) > 8
+    assert found[-1].endswith("\u2026")
+    assert max(text_width(line, font(10)) for line in found) <= 2.0
 
 
 def test_wrapping_loses_no_word() -> None:
     text = "two brown dogs run through the snow beside a very small red shed"
-    lines = wrap(text, 1.5, font(10), max_lines=20)
+    lines = fit(text, 1.5, font(10), 20).split("\n")
     assert len(lines) > 2
     assert " ".join(lines) == text
 
 
-@pytest.mark.parametrize(
-    ("captions", "references", "complaint"),
-    [(["a"], None, "as many captions"), (["a", "b"], [["a"]], "as many references")],
-)
-def test_unequal_lists_are_refused(
-    captions: list[str], references: list[list[str]] | None, complaint: str
-) -> None:
-    with pytest.raises(ValueError, match=complaint):
-        caption_grid([photograph()] * 2, captions, references)
+@pytest.mark.parametrize("sections", [{}, {"": []}])
+def test_grid_of_nothing_is_refused(sections: dict[str, list[Captioned]]) -> None:
+    with pytest.raises(ValueError, match="no pictures"):
+        caption_grids(sections)
 
 
-def test_grid_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="no images"):
-        caption_grid([], [])
-
-
-COLORS = (RED, GREEN, BLUE, (220, 200, 20), (200, 20, 200))
-
-
-def ranked(scores: list[float], **options: object) -> bytes:
-    """Photographs of as many colours."""
-    images = [photograph(color) for color, _ in zip(COLORS, scores, strict=False)]
-    return best_and_worst(images, ["a"] * len(scores), None, scores, **options)  # type: ignore[arg-type]
-
-
-def rows_of_colors(png: bytes) -> list[list[tuple[int, int, int]]]:
-    """The photographs of a picture by their colours, in reading order."""
-    places = [(middle(found), color) for color in COLORS if (found := covered(png, color)).any()]
-    rows: dict[int, list[tuple[float, tuple[int, int, int]]]] = {}
-    for (row, column), color in places:
-        rows.setdefault(round(row / 10), []).append((column, color))
-    return [[color for _, color in sorted(rows[row])] for row in sorted(rows)]
-
-
-def test_best_and_worst_are_ranked_and_disjoint() -> None:
-    scores = [0.3, 0.9, 0.1, 0.5, 0.2]
-    png = ranked(scores, count=2)
-    assert rows_of_colors(png) == [[COLORS[1], COLORS[3]], [COLORS[2], COLORS[4]]]
-    # A score is written under its photograph, with three decimals.
-    worse = changed(png, ranked([0.3, 0.9, 0.1, 0.499, 0.2], count=2))
-    row, column = middle(covered(png, COLORS[3]))
-    left = np.flatnonzero(covered(png, COLORS[3]).any(axis=0)).min()
-    assert middle(worse)[0] > row
-    assert left < middle(worse)[1] < column
-    # What the scores are is said over both parts, and by every photograph.
-    named = changed(png, ranked(scores, count=2, score_name="Meteor!"))
-    assert named[: int(row)].any()
-    assert np.count_nonzero(np.diff(named.any(axis=1).astype(int)) == 1) >= 4
-
-
-def test_best_and_worst_of_few_images_show_each_once() -> None:
-    assert rows_of_colors(ranked([1.0, 2.0, 3.0])) == [[COLORS[2], COLORS[1]], [COLORS[0]]]
-    assert rows_of_colors(ranked([1.0])) == [[COLORS[0]]]
-
-
-def test_best_and_worst_refuse_a_score_that_is_not_a_number() -> None:
-    with pytest.raises(ValueError, match="nan"):
-        best_and_worst([photograph()], ["c0"], None, [float("nan")])
-
-
-def colored_center(png: bytes, panel: int) -> tuple[float, float]:
-    """Centre of the coloured part of a panel of a grey photograph, in panel coordinates 0..1."""
-    picture = pixels(png).astype(float)
-    width = picture.shape[1]
-    inches = width / 110
-    left = (0.2 + panel * 2.15) / inches * width
-    panel_pixels = picture[-int(2.2 * 110) : -int(0.2 * 110), round(left) : round(left) + 220]
-    color = np.ptp(panel_pixels, axis=-1)
+def colored_center(png: bytes, panel: int, panels: int) -> tuple[float, float]:
+    """Centre of the coloured part of a panel: fractions of the height and width of its grey photograph."""
+    picture = pixels(png).astype(int)
+    width = picture.shape[1] / panels
+    part = picture[:, round(panel * width) : round((panel + 1) * width)]
+    color = np.ptp(part, axis=-1)
+    grey = np.argwhere((color > 0) | (np.abs(part[..., 0] - 128) < 4))
+    (top, left), (bottom, right) = grey.min(axis=0), grey.max(axis=0)
+    color = color[top : bottom + 1, left : right + 1]
     rows, columns = np.mgrid[: color.shape[0], : color.shape[1]]
     total = color.sum()
-    return float((rows * color).sum() / total / 220), float((columns * color).sum() / total / 220)
+    return (
+        float((rows * color).sum() / total / color.shape[0]),
+        float((columns * color).sum() / total / color.shape[1]),
+    )
 
 
-def test_attention_is_drawn_where_the_weight_is() -> None:
-    attention = np.zeros((2, 49))
-    attention[0, 0 * 7 + 6] = 1.0  # upper right
-    attention[1, 5 * 7 + 1] = 1.0  # lower left
-    grey = photograph((120, 120, 120), 70, 70)
-    png = attention_maps(grey, ["dog", "$snow"], attention)
-    assert colored_center(png, 1) == pytest.approx((0.5 / 7, 6.5 / 7), abs=0.05)
-    assert colored_center(png, 2) == pytest.approx((5.5 / 7, 1.5 / 7), abs=0.05)
-    # Words and the largest weights are written over the panels that they are of, and nothing else changes with them.
-    places = [
-        middle(changed(png, attention_maps(grey, words, attention * weight)))
-        for words, weight in (
-            (["cat", "$snow"], [[1], [1]]),
-            (["dog", "$wind"], [[1], [1]]),
-            (["dog", "$snow"], [[0.5], [1]]),
-            (["dog", "$snow"], [[1], [0.5]]),
-        )
-    ]
-    panels = [sum(place[1] > 110 * (0.2 + 2.15 * panel) for panel in range(3)) for place in places]
-    assert panels == [2, 3, 2, 3]
-    assert all(place[0] < 110 * 0.7 for place in places)
+GRAY = (120, 120, 120)
 
 
-@pytest.mark.parametrize("shape", [(2, 48), (1, 49), (2, 7, 7), (2, 0)])
+@pytest.mark.parametrize("grid", [(7, 7), (4, 8), (16, 16)])
+def test_attention_is_drawn_where_the_weight_is(grid: tuple[int, int]) -> None:
+    rows, columns = grid
+    attention = np.zeros((2, rows, columns))
+    attention[0, 0, columns - 1] = 1.0
+    attention[1, rows - 2, 1] = 1.0
+    png = attention_maps(photograph(GRAY, 70, 70), ["dog", "$snow"], attention)
+    upper, lower = 0.5 / rows, (rows - 1.5) / rows
+    right, left = (columns - 0.5) / columns, 1.5 / columns
+    assert colored_center(png, 1, 3) == pytest.approx((upper, right), abs=0.06)
+    assert colored_center(png, 2, 3) == pytest.approx((lower, left), abs=0.06)
+
+
+def test_attention_lies_over_the_part_that_the_encoder_saw() -> None:
+    attention = np.zeros((1, 7, 7))
+    attention[0, 3, 6] = 1.0
+    # The centre of a picture twice as wide as it is high.
+    png = attention_maps(photograph(GRAY, 50, 100), ["dog"], attention, (25, 0, 75, 50))
+    assert colored_center(png, 1, 2) == pytest.approx((0.5, 0.25 + 6.5 / 14), abs=0.05)
+
+
+@pytest.mark.parametrize("shape", [(2, 49), (1, 7, 7), (2, 7, 0), (2, 0, 7)])
 def test_attention_of_a_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="one square grid each"):
+    with pytest.raises(ValueError, match="one grid each"):
         attention_maps(photograph(), ["a", "dog"], np.ones(shape))
 
 
 def test_attention_of_many_words_and_no_weight_is_drawn() -> None:
-    assert pixels(attention_maps(photograph(), ["w"] * 15, np.zeros((15, 49)))).std() > 0
-
-
-def test_labels_too_close_are_spread_around_their_mean() -> None:
-    assert spread([], 8) == []
-    assert spread([0, 20, 40], 8) == [0, 20, 40]
-    assert spread([10, 10, 30], 8) == [6, 14, 30]
-    assert spread([0, 7, 14], 8) == [-1, 7, 15]
-    # Two that move apart come too close to a third.
-    assert spread([0, 9, 9], 8) == pytest.approx([-2, 6, 14])
+    assert pixels(attention_maps(photograph(), ["w"] * 15, np.zeros((15, 7, 7)))).std() > 0

@@ -12,7 +12,9 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from pydantic import ValidationError
 
 from captioner.errors import ConfigError
-from captioner.evaluation.scores import StandardScores, ptb_tokens, score_standard
+from captioner.evaluation import scores as scores_module
+from captioner.evaluation.ptb import ptb_tokens
+from captioner.evaluation.scores import caption_statistics, score_standard
 
 FLICKR8K = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "flickr8k"
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
@@ -58,20 +60,16 @@ def real_captions() -> list[list[str]]:
     return [list(row.values()) for row in table.to_pylist()]
 
 
-def corpus(scores: StandardScores) -> dict[str, float | str]:
-    return {name: value for name, value in scores.summary().items() if name != "tokenizer"}
-
-
 def test_published_scores_are_reproduced() -> None:
     scores = score_standard(NLG_EVAL_REFERENCES, NLG_EVAL_HYPOTHESES)
-    assert corpus(scores) == pytest.approx(NLG_EVAL_SCORES, abs=1e-6)
+    assert scores.corpus == pytest.approx(NLG_EVAL_SCORES, abs=1e-6)
 
 
 @pytest.mark.usefixtures("no_java")
 def test_published_scores_are_reproduced_without_java(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "captioner.evaluation.scores"):
+    with caplog.at_level(logging.WARNING, "captioner.evaluation.ptb"):
         scores = score_standard(NLG_EVAL_REFERENCES, NLG_EVAL_HYPOTHESES)
-    assert corpus(scores) == pytest.approx(NLG_EVAL_SCORES, abs=1e-6)
+    assert scores.corpus == pytest.approx(NLG_EVAL_SCORES, abs=1e-6)
     assert scores.tokenizer == "built-in"
     assert "no Java" in caplog.text
 
@@ -84,8 +82,8 @@ def test_meteor_without_java_is_a_clear_error() -> None:
 
 def test_meteor_is_left_out_unless_asked_for() -> None:
     scores = score_standard(NLG_EVAL_REFERENCES, NLG_EVAL_HYPOTHESES)
-    assert scores.meteor is None
-    assert "meteor" not in scores.summary()
+    assert "meteor" not in scores.corpus
+    assert "meteor" not in scores.per_image
 
 
 @needs_java
@@ -140,10 +138,10 @@ def test_both_tokenizers_give_the_same_scores(
     monkeypatch.setattr(shutil, "which", lambda name: None)
     built_in = score_standard(references, hypotheses)
     assert (stanford.tokenizer, built_in.tokenizer) == ("stanford", "built-in")
-    assert corpus(stanford) == corpus(built_in)
+    assert stanford.corpus == built_in.corpus
     assert stanford.per_image == built_in.per_image
     # People's captions against each other: what a perfect model would reach.
-    assert 0.15 < stanford.bleu_4 < 0.30
+    assert 0.15 < stanford.corpus["bleu_4"] < 0.30
 
 
 @needs_java
@@ -157,7 +155,7 @@ def test_failing_java_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("space", ["\n", "\r", "\u2028", "\x0b", "\x85", "\t", "\u00a0"])
 def test_line_breaks_inside_a_caption_do_not_shift_the_others(space: str) -> None:
     broken = [[text.replace(" ", space, 2) for text in texts] for texts in NLG_EVAL_REFERENCES]
-    assert corpus(score_standard(broken, NLG_EVAL_HYPOTHESES)) == pytest.approx(
+    assert score_standard(broken, NLG_EVAL_HYPOTHESES).corpus == pytest.approx(
         NLG_EVAL_SCORES, abs=1e-6
     )
 
@@ -165,7 +163,7 @@ def test_line_breaks_inside_a_caption_do_not_shift_the_others(space: str) -> Non
 def test_case_and_punctuation_do_not_count() -> None:
     references = [[text.capitalize() + " ." for text in texts] for texts in NLG_EVAL_REFERENCES]
     scores = score_standard(references, [text.upper() + "!" for text in NLG_EVAL_HYPOTHESES])
-    assert corpus(scores) == pytest.approx(NLG_EVAL_SCORES, abs=1e-6)
+    assert scores.corpus == pytest.approx(NLG_EVAL_SCORES, abs=1e-6)
 
 
 @pytest.mark.parametrize("java", [True, False])
@@ -173,18 +171,18 @@ def test_empty_captions_score_zero(java: bool, monkeypatch: pytest.MonkeyPatch) 
     if not java:
         monkeypatch.setattr(shutil, "which", lambda name: None)
     scores = score_standard(NLG_EVAL_REFERENCES, ["", " . "])
-    assert corpus(scores) == pytest.approx(dict.fromkeys(NLG_EVAL_SCORES, 0.0), abs=1e-6)
+    assert scores.corpus == pytest.approx(dict.fromkeys(NLG_EVAL_SCORES, 0.0), abs=1e-6)
     partly = score_standard(NLG_EVAL_REFERENCES, ["", NLG_EVAL_HYPOTHESES[1]])
     assert partly.per_image["cider"][0] == 0
     assert partly.per_image["cider"][1] > 0
-    assert 0 < partly.bleu_1 < NLG_EVAL_SCORES["bleu_1"]
+    assert 0 < partly.corpus["bleu_1"] < NLG_EVAL_SCORES["bleu_1"]
 
 
 def test_image_scores_are_in_the_order_given() -> None:
     scores = score_standard(NLG_EVAL_REFERENCES, NLG_EVAL_HYPOTHESES)
     turned = score_standard(NLG_EVAL_REFERENCES[::-1], NLG_EVAL_HYPOTHESES[::-1])
-    assert corpus(turned) == pytest.approx(corpus(scores))
-    assert set(scores.per_image) == {"bleu_4", "rouge_l", "cider"}
+    assert turned.corpus == pytest.approx(scores.corpus)
+    assert scores.per_image.keys() == scores.corpus.keys()
     for name, values in scores.per_image.items():
         assert turned.per_image[name] == pytest.approx(values[::-1])
         assert values[0] != pytest.approx(values[1])
@@ -199,8 +197,8 @@ def test_image_scores_are_those_of_the_image_alone() -> None:
         zip(NLG_EVAL_REFERENCES, NLG_EVAL_HYPOTHESES, strict=True)
     ):
         alone = score_standard([references], [hypothesis])
-        assert scores.per_image["bleu_4"][row] == pytest.approx(alone.bleu_4)
-        assert scores.per_image["rouge_l"][row] == pytest.approx(alone.rouge_l)
+        assert scores.per_image["bleu_4"][row] == pytest.approx(alone.corpus["bleu_4"])
+        assert scores.per_image["rouge_l"][row] == pytest.approx(alone.corpus["rouge_l"])
 
 
 def test_scores_do_not_depend_on_the_hash_seed() -> None:
@@ -253,4 +251,32 @@ def test_references_without_a_word_are_refused() -> None:
 def test_scores_cannot_be_changed() -> None:
     scores = score_standard(NLG_EVAL_REFERENCES, NLG_EVAL_HYPOTHESES)
     with pytest.raises(ValidationError, match="frozen"):
-        scores.bleu_1 = 1.0  # type: ignore[misc]
+        scores.tokenizer = "stanford"  # type: ignore[misc]
+
+
+def test_a_metric_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lengths(
+        _: scores_module.Tokens, hypotheses: scores_module.Tokens
+    ) -> dict[str, scores_module.Score]:
+        words = [float(len(text.split())) for (text,) in hypotheses.values()]
+        return {"length": (sum(words) / len(words), words)}
+
+    monkeypatch.setattr(scores_module, "METRICS", (*scores_module.METRICS, lengths))
+    scores = score_standard(NLG_EVAL_REFERENCES, ["a dog", "a dog runs ."])
+    assert scores.corpus["length"] == 2.5
+    assert scores.per_image["length"] == [2.0, 3.0]
+
+
+def test_statistics_count_words_and_lengths() -> None:
+    assert caption_statistics(["a dog", "a dog"]) == {
+        "captions": 2,
+        "distinct_captions": 1,
+        "vocabulary": 2,
+        "mean_length": 2.0,
+        "longest": 2,
+        "lengths": {"2": 2},
+    }
+    found = caption_statistics(["A dog runs.", "Two dogs!", "A dog, runs"])
+    assert found["distinct_captions"] == 2
+    assert found["vocabulary"] == 5
+    assert found["lengths"] == {"2": 1, "3": 2}

@@ -1,13 +1,8 @@
-"""What a search tries is decided by its settings alone; and its picture."""
-
-import io
+"""What a search tries is decided by its settings alone."""
 
 import pytest
-from PIL import Image
 
 from captioner.config import TuneConfig
-from captioner.plots import plot_trials
-from captioner.plots.trials import TrialCurve
 from captioner.tuning.space import draw_trials, training_of
 
 BASE = TuneConfig(features="f", output="o")
@@ -44,16 +39,3 @@ def test_every_trial_is_a_valid_training_run(space: str) -> None:
         assert training.optimizer.name == trial["optimizer"]
         assert (training.epochs, training.patience) == (4, None)
         assert training.validation_cider
-
-
-def test_picture_shows_trials_of_every_status() -> None:
-    trials = [
-        TrialCurve(0, {"width": 8, "optimizer": "adam"}, "finished", [(1, 3.0), (2, 2.5)]),
-        TrialCurve(1, {"width": 16, "optimizer": "adamw"}, "stopped", [(1, 3.5)]),
-        TrialCurve(2, {"width": 16, "optimizer": "adam"}, "failed", []),
-    ]
-    picture = plot_trials(trials, 0, "validation_loss", largest=False)
-    image = Image.open(io.BytesIO(picture))
-    assert min(image.size) > 500
-    with pytest.raises(ValueError, match="no trials"):
-        plot_trials([], 0, "validation_loss", largest=False)

@@ -1,0 +1,175 @@
+"""The scoring pass on Ray Data: features of a split -> captions, attention and teacher-forced sums."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray.actor import ActorHandle
+from ray.data import ActorPoolStrategy
+from ray.data.expressions import col
+
+from captioner import storage
+from captioner.artifacts.feature_store import FeatureStore
+from captioner.captioning.captioner import Captioner
+from captioner.config import DecodeConfig
+from captioner.errors import ModelError
+from captioner.runtime.cluster import plan_pool
+from captioner.runtime.data_context import data_context
+from captioner.runtime.device import prepare_device
+from captioner.runtime.progress import ProgressLine
+from captioner.text import clean
+from captioner.training.steps import teacher_forcing
+
+logger = logging.getLogger(__name__)
+
+# The sums over a batch's references under teacher forcing travel on its first row.
+SCORED_ROWS = pa.schema(
+    [
+        pa.field("image_id", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("log_prob", pa.float32()),
+        # The words and, for each, its weights of the grid's cells; null for images that are not drawn.
+        pa.field("words", pa.list_(pa.string())),
+        pa.field("attention", pa.list_(pa.list_(pa.float32()))),
+        pa.field("loss_sum", pa.float64()),
+        pa.field("correct", pa.int64()),
+        pa.field("targets", pa.int64()),
+    ]
+)
+
+
+class ScoreImages:
+    """Ray Data actor: features of a batch of images -> ``SCORED_ROWS``."""
+
+    def __init__(
+        self,
+        model_uri: str,
+        decode: DecodeConfig,
+        captions: "ray.ObjectRef[dict[str, list[str]]]",
+        drawn: frozenset[str],
+        threads: int,
+        counter: ActorHandle,
+    ):
+        """
+        Args:
+            captions: raw references of every image, by id.
+            drawn: ids of the images whose attention is returned.
+        """
+        self.captioner = Captioner.load(model_uri, prepare_device(threads=threads))
+        self.decode = decode
+        self.captions: dict[str, list[str]] = ray.get(captions)
+        self.drawn = drawn
+        self.counter = counter
+
+    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> pa.Table:
+        model = self.captioner.model
+        features = {
+            name: torch.from_numpy(np.array(batch[name])).float().to(self.captioner.device)
+            for name in model.decoder.columns
+        }
+        names = batch["image_id"].tolist()
+        found = self.captioner.caption_features(features, self.decode)
+        references = [self.captions[name] for name in names]
+        image = torch.tensor([row for row, texts in enumerate(references) for _ in texts])
+        text = model.record.text
+        tokens = [
+            model.vocabulary.encode(clean(caption, text.rules), text.max_length)
+            for captions in references
+            for caption in captions
+        ]
+        loss, correct, targets = teacher_forcing(model.decoder, features, image, tokens)
+        # Waited for, a millisecond, so that the last line counts every image.
+        ray.get(self.counter.add.remote(len(names), 0))
+        looked = [
+            one.attention if name in self.drawn else None
+            for name, one in zip(names, found, strict=True)
+        ]
+        others = len(names) - 1
+        return pa.table(
+            {
+                "image_id": names,
+                "caption": [one.text for one in found],
+                "log_prob": [one.log_prob for one in found],
+                "words": [
+                    None if weights is None else one.text.split()
+                    for one, weights in zip(found, looked, strict=True)
+                ],
+                "attention": [None if weights is None else weights.tolist() for weights in looked],
+                "loss_sum": [loss] + [0.0] * others,
+                "correct": [correct] + [0] * others,
+                "targets": [targets] + [0] * others,
+            },
+            SCORED_ROWS,
+        )
+
+
+def score_split(
+    store: FeatureStore,
+    split: str,
+    captions: dict[str, list[str]],
+    model_uri: str,
+    columns: Sequence[str],
+    decode: DecodeConfig,
+    *,
+    drawn: frozenset[str],
+    batch_size: int,
+) -> pa.Table:
+    """Caption and score every image of a split that has captions.
+
+    Args:
+        captions: raw references by image id.
+        columns: feature columns that the model reads.
+        drawn: ids of the images whose attention is wanted.
+        batch_size: images.
+
+    Returns:
+        ``SCORED_ROWS``, sorted by image id.
+
+    Raises:
+        ModelError: an image was lost, or the model is unusable.
+    """
+    filesystem, path = storage.resolve(store.uri)
+    files = [
+        f"{path}/{file.path}" for file in store.manifest.files if file.path.startswith("features/")
+    ]
+    pool = plan_pool(len(captions))
+    logger.info("captioning %s images of split %s", f"{len(captions):,}", split)
+    good = (col("split") == split) & col("error").is_null()
+    if len(captions) < store.manifest.splits[split].ok:
+        # What has no captions cannot be scored. (Every read task carries the list.)
+        good &= col("image_id").is_in(list(captions))
+    with data_context(), ProgressLine(len(captions)) as progress:
+        dataset = (
+            ray.data.read_parquet(files, filesystem=filesystem)
+            .select_columns(["image_id", "split", "error", *columns])
+            .filter(expr=good)
+            # A read task's rows are one block, which one actor would get whole.
+            .repartition(target_num_rows_per_block=batch_size)
+            .map_batches(
+                ScoreImages,
+                fn_constructor_kwargs={
+                    "model_uri": model_uri,
+                    "decode": decode,
+                    "captions": ray.put(captions),
+                    "drawn": drawn,
+                    "threads": pool.threads,
+                    "counter": progress.counter,
+                },
+                compute=ActorPoolStrategy(size=pool.size),
+                batch_size=batch_size,
+                num_cpus=pool.num_cpus,
+                num_gpus=pool.num_gpus or None,
+            )
+        )
+        blocks = ray.get(dataset.to_arrow_refs())
+    rows = pa.concat_tables([block for block in blocks if len(block)]).sort_by("image_id")
+    if rows["image_id"].to_pylist() != sorted(captions):
+        raise ModelError(
+            f"{store.uri}: {len(captions)} images have captions in split {split!r}, "
+            f"{len(rows)} were scored"
+        )
+    return rows

@@ -1,0 +1,74 @@
+"""Evaluation's pass over a split: what comes back of every image, and of those that a report draws."""
+
+import numpy as np
+import pytest
+import torch
+
+from captioner.artifacts.feature_store import FeatureStore
+from captioner.artifacts.model_directory import ModelManifest, pack_weights, save_model
+from captioner.artifacts.output import Output
+from captioner.captioning.captioner import Captioner
+from captioner.config import DecodeConfig, DecoderConfig, TextConfig
+from captioner.decoders import build_decoder
+from captioner.decoding.cider import NGramFrequencies
+from captioner.evaluation.pipeline import score_split
+from captioner.text import END, Vocabulary
+from tests.stores import ANIMALS, write_store
+
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
+
+DECODE = DecodeConfig(beam_size=2, max_length=4)
+WORDS = Vocabulary.build([["a", "runs", *ANIMALS]])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    root = tmp_path_factory.mktemp("stores") / "features"
+    return FeatureStore.open(write_store(root, {"validation": 9}, grid=True))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, store: FeatureStore) -> str:
+    """A transformer with fresh weights: its captions mean nothing, but it looks at the picture."""
+    config = DecoderConfig(kind="transformer", width=16, heads=2, layers=1)
+    torch.manual_seed(0)
+    decoder = build_decoder(config, len(WORDS), store.manifest.encoder.shape)
+    with torch.no_grad():
+        decoder.output.bias[END] -= 2  # or they would be empty
+    output = Output(str(tmp_path_factory.mktemp("models") / "model"), {"job": "train"})
+    with output:
+        record = save_model(
+            output,
+            weights=pack_weights(decoder),
+            vocabulary=WORDS,
+            ngrams=NGramFrequencies(images=2, counts={(5,): 2}),
+            decoder=config,
+            text=TextConfig(),
+            decode=DECODE,
+            store=store,
+            training={},
+        )
+        published = ModelManifest(weights_sha256=record.weights_sha256, files=[])
+        output.publish(published.model_dump_json())
+    return output.root
+
+
+def test_attention_comes_back_for_the_images_drawn_alone(store: FeatureStore, model: str) -> None:
+    captions = store.captions("validation")
+    drawn = frozenset(list(captions)[2:4])
+    rows = score_split(
+        store, "validation", captions, model, ("grid",), DECODE, drawn=drawn, batch_size=4
+    ).to_pylist()
+    assert [row["image_id"] for row in rows] == sorted(captions)
+    assert {row["image_id"] for row in rows if row["attention"] is not None} == drawn
+    words = sum(len(text.rstrip(".").split()) + 1 for texts in captions.values() for text in texts)
+    assert sum(row["targets"] for row in rows) == words
+    table = store.load("validation", ("grid",))
+    features = {"grid": torch.from_numpy(table.columns["grid"]).float()}
+    expected = Captioner.load(model, "cpu").caption_features(features, DECODE)
+    assert [row["caption"] for row in rows] == [one.text for one in expected]
+    for row, one in zip(rows, expected, strict=True):
+        if row["image_id"] in drawn:
+            assert row["words"] == one.text.split()
+            assert one.attention is not None
+            np.testing.assert_allclose(row["attention"], one.attention, atol=1e-5)
