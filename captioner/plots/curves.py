@@ -41,6 +41,11 @@ def plot_history(history: Sequence[Epoch], best_epoch: int) -> bytes:
     Raises:
         ValueError: the history is empty.
     """
+    return to_png(draw_history(history, best_epoch))
+
+
+def draw_history(history: Sequence[Epoch], best_epoch: int) -> Figure:
+    """The figure of ``plot_history``."""
     if not history:
         raise ValueError("the history is empty")
     panels = {
@@ -69,4 +74,4 @@ def plot_history(history: Sequence[Epoch], best_epoch: int) -> bytes:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.legend(prop=font(9), frameon=False)
         dress(axes, title, "Epoch")
-    return to_png(figure)
+    return figure

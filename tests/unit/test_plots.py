@@ -1,10 +1,11 @@
 """Pictures: what is drawn, where, and that no text can break them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 from numpy.typing import NDArray
@@ -17,7 +18,8 @@ from captioner.plots import (
     plot_history,
     plot_trials,
 )
-from captioner.plots.render import GREY, INK, fit, font
+from captioner.plots.curves import draw_history
+from captioner.plots.render import DPI, GREY, INK, fit, font
 
 Color = tuple[int, int, int]
 RED, GREEN, BLUE = (220, 20, 20), (20, 200, 20), (20, 20, 220)
@@ -46,6 +48,18 @@ def covered(png: bytes, color: Color) -> NDArray[np.bool_]:
     return (np.abs(pixels(png).astype(int) - color) < 12).all(axis=-1)
 
 
+def changed(one: bytes, other: bytes) -> NDArray[np.bool_]:
+    """Where two pictures of one size differ."""
+    return (pixels(one) != pixels(other)).any(axis=-1)
+
+
+def middle(where: NDArray[np.bool_]) -> tuple[float, float]:
+    """Row and column around which something is."""
+    assert where.any()
+    row, column = np.argwhere(where).mean(axis=0)
+    return float(row), float(column)
+
+
 def amount(png: bytes, color: str) -> int:
     """Pixels of a colour of text."""
     red, green, blue = bytes.fromhex(color[1:])
@@ -62,28 +76,40 @@ class Epoch:
     validation_accuracy: float = 0.2
 
 
-LOSSES = [3.0, 2.5, 2.4, 2.35]
+HISTORY = [
+    Epoch(number, loss, cider)
+    for number, (loss, cider) in enumerate([(3.0, 0.9), (2.5, 0.5), (2.75, 0.7)], 1)
+]
 
 
-def mark_at(png: bytes) -> int:
-    """Column of the first large mark on a validation curve; the legends' stand further right."""
-    where = np.lib.stride_tricks.sliding_window_view(covered(png, VALIDATION), (6, 6))
-    return int(np.argwhere(where.all(axis=(2, 3)))[:, 1].min())
+def legend(axes: Axes) -> list[str]:
+    found = axes.get_legend()
+    assert found is not None
+    return [text.get_text() for text in found.get_texts()]
 
 
 def test_history_marks_the_best_epoch() -> None:
-    history = [Epoch(number, loss) for number, loss in enumerate(LOSSES, 1)]
-    second, third = plot_history(history, 2), plot_history(history, 3)
-    assert mark_at(second) < mark_at(third)
-    for png in (second, third):
-        assert covered(png, TRAIN).sum() > 100
-        assert covered(png, VALIDATION).sum() > 100
+    # The epoch that is published need not be that of the lowest loss, nor of the highest CIDEr-D of all.
+    loss, accuracy, cider = draw_history(HISTORY, 3).axes
+    assert legend(loss) == ["train", "validation", "best epoch 3: 2.750"]
+    assert legend(accuracy) == ["train", "validation", "best epoch 3: 0.200"]
+    assert legend(cider) == ["validation, greedy", "best epoch 3: 0.700"]
+    assert [axes.get_title(loc="left") for axes in (loss, cider)] == [
+        "Loss (nats per token)",
+        "CIDEr-D",
+    ]
+    assert list(loss.lines[1].get_xdata()) == [1, 2, 3]
+    assert list(loss.lines[1].get_ydata()) == [3.0, 2.5, 2.75]
+    png = plot_history(HISTORY, 3)
+    assert covered(png, TRAIN).sum() > 100
+    assert covered(png, VALIDATION).sum() > 100
 
 
-def test_history_has_a_diagram_more_where_captions_were_scored() -> None:
-    plain = plot_history([Epoch(number, loss) for number, loss in enumerate(LOSSES, 1)], 2)
-    scored = plot_history([Epoch(number, loss, 0.1) for number, loss in enumerate(LOSSES, 1)], 2)
-    assert pixels(scored).shape[1] == pytest.approx(1.5 * pixels(plain).shape[1], abs=1)
+def test_history_has_no_cider_where_captions_were_not_scored() -> None:
+    history = [replace(record, validation_cider=None) for record in HISTORY]
+    assert len(draw_history(history, 1).axes) == 2
+    narrow, wide = pixels(plot_history(history, 1)), pixels(plot_history(HISTORY, 1))
+    assert 1.5 * narrow.shape[1] == pytest.approx(wide.shape[1], abs=1)
 
 
 def test_history_of_one_epoch_is_drawn() -> None:
@@ -182,14 +208,40 @@ def test_captions_are_dark_and_references_grey() -> None:
     assert len(pixels(full)) > len(pixels(noted)) > len(pixels(bare))
 
 
+def test_heading_photograph_caption_note_and_references_come_below_each_other() -> None:
+    def grid(heading: str, caption: str, note: str, first: str, second: str) -> bytes:
+        return caption_grids({heading: [cell(caption, RED, (first, second), note)]})
+
+    texts = ["Best", "a dog", "CIDEr-D 1", "A dog .", "One"]
+    png = grid(*texts)
+    rows = [
+        middle(changed(png, grid(*texts[:place], "Other", *texts[place + 1 :])))[0]
+        for place in range(len(texts))
+    ]
+    rows.insert(1, middle(covered(png, RED))[0])
+    assert rows == sorted(rows)
+
+
 def test_a_picture_that_is_missing_is_a_grey_field_with_its_id() -> None:
     png = caption_grids({"": [Captioned("1.jpg", None, "a dog")]})
     assert covered(png, (0xD9, 0xD9, 0xD9)).sum() > 10_000
     assert amount(png, GREY) > 20
 
 
-def test_an_empty_caption_is_visible() -> None:
-    assert amount(caption_grids({"": [cell(caption="")]}), INK) > 20
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "\u72ac dog \U0001f415 \ud800\n\tna\u00efve \x00",
+            "\ufffd dog \ufffd \ufffd na\u00efve \ufffd",
+        ),
+        ("", "(empty)"),
+    ],
+)
+def test_what_cannot_be_drawn_is_visible(text: str, shown: str) -> None:
+    assert caption_grids({"": [cell(text)]}) == caption_grids({"": [cell(shown)]})
+    assert fit(text, 9.0, font(10), 1) in (shown, "")
+    assert fit("caf\u00e9 \u0436", 9.0, font(10), 1) == "caf\u00e9 \u0436"
 
 
 def test_equal_pictures_are_equal_bytes() -> None:
@@ -220,20 +272,17 @@ def test_any_text_is_drawn_without_a_warning(text: str) -> None:
     attention_maps(photograph(), [text[:200]], np.ones((1, 7, 7)) / 49)
 
 
-def test_a_dollar_sign_is_drawn_as_one() -> None:
-    plain, dollars = (caption_grids({"": [cell(caption=text)]}) for text in ("x", "$x$"))
-    assert amount(dollars, INK) > 2 * amount(plain, INK)
-
-
-def test_characters_without_a_glyph_become_replacement_marks() -> None:
-    text = "\u72ac dog \U0001f415 \ud800\n\tna\u00efve \x00"
-    assert fit(text, 9.0, font(10), 1) == "\ufffd dog \ufffd \ufffd na\u00efve \ufffd"
-    assert fit("caf\u00e9 \u0436", 9.0, font(10), 1) == "caf\u00e9 \u0436"
-
-
 def text_width(line: str, properties: FontProperties) -> float:
     width, _, _ = TextToPath().get_text_width_height_descent(line, properties, ismath=False)
     return float(width) / 72
+
+
+@pytest.mark.parametrize("text", ["costs $5 and $6", "100% _a_ {b} \\alpha", "$$ and $\\frac{1}{$"])
+def test_text_is_literal(text: str) -> None:
+    png = caption_grids({"": [cell(text)]})
+    below = pixels(png)[np.flatnonzero(covered(png, RED).any(axis=1)).max() + 4 :]
+    columns = np.flatnonzero((below < 128).all(axis=-1).any(axis=0))
+    assert np.ptp(columns) == pytest.approx(DPI * text_width(text, font(10, "bold")), rel=0.06)
 
 
 @pytest.mark.parametrize("text", ["a dog " * 60, "w" * 300, "iiii WWWW " * 30])
@@ -290,6 +339,24 @@ def test_attention_is_drawn_where_the_weight_is(grid: tuple[int, int]) -> None:
     right, left = (columns - 0.5) / columns, 1.5 / columns
     assert colored_center(png, 1, 3) == pytest.approx((upper, right), abs=0.06)
     assert colored_center(png, 2, 3) == pytest.approx((lower, left), abs=0.06)
+
+
+def test_words_and_weights_are_written_at_the_panels_that_they_are_of() -> None:
+    attention = np.zeros((2, 7, 7))
+    attention[:, 3, 3] = 1.0
+    photo = photograph(GRAY, 70, 70)
+    png = attention_maps(photo, ["dog", "$snow"], attention)
+    rows, width = pixels(png).shape[:2]
+    for words, weights, panel, above in (
+        (["cat", "$snow"], (1.0, 1.0), 1, True),
+        (["dog", "$wind"], (1.0, 1.0), 2, True),
+        (["dog", "$snow"], (0.5, 1.0), 1, False),
+        (["dog", "$snow"], (1.0, 0.5), 2, False),
+    ):
+        other = attention_maps(photo, words, attention * np.reshape(weights, (2, 1, 1)))
+        row, column = middle(changed(png, other))
+        assert column * 3 // width == panel
+        assert (row < rows / 4) if above else (row > rows * 3 / 4)
 
 
 def test_attention_lies_over_the_part_that_the_encoder_saw() -> None:
