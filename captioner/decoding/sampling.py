@@ -1,4 +1,4 @@
-"""Captions drawn at random from a decoder's own distribution."""
+"""Captions sampled from a decoder's own distribution."""
 
 import torch
 from torch import Tensor
@@ -16,19 +16,19 @@ def sample(
     temperature: float = 1.0,
     noise: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw ``count`` captions for each image.
+    """Sample ``count`` captions for each image.
 
     Args:
         features: columns of N images.
         max_length: words before ``<end>``; a caption that has not ended then has one word more, and no ``<end>``.
         temperature: what the logits are divided by.
-        noise: a generator on the CPU whose numbers all images share, so that what is drawn for one depends neither on
+        noise: a generator on the CPU whose numbers all images share, so that the samples of one depend neither on
             the others nor on the device; default: torch's own, and every image has its own numbers.
 
     Returns:
         int64 [N * count, T], ``<start>`` first, ``<end>`` last where the caption came to its end, ``<pad>`` after it;
-        the captions of an image follow each other. And float32 [N * count, T - 1], the log-probability each next word
-        was drawn with, 0 at the padding; gradients pass through it.
+        the captions of an image follow each other. And float32 [N * count, T - 1], the log-probability each target
+        token was sampled with, 0 at the padding; gradients pass through it.
     """
     state = start_captions(decoder, features, count)
     images, device = len(next(iter(features.values()))), next(iter(features.values())).device

@@ -1,6 +1,6 @@
 """The arithmetic of training, on tensors alone: loss, optimizer, schedule.
 
-Shapes: B captions, T tokens, O output width, V vocabulary, W next words that are not padding.
+Shapes: B captions, T tokens, O output width, V vocabulary, W target tokens, padding left out.
 """
 
 import math
@@ -17,7 +17,7 @@ from captioner.decoders.ensemble import Ensemble
 from captioner.errors import ConfigError, TrainingError
 from captioner.text import PAD
 from captioner.training.data import Batch
-from captioner.training.loss import IGNORED, linear_cross_entropy
+from captioner.training.loss import IGNORED, cross_entropy
 
 _ROUND = 64
 
@@ -31,7 +31,7 @@ class TeacherForcing(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, features: Features, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over all next words of the captions ``tokens`` int64 [B, T].
+        """Sums over all target tokens of the captions ``tokens`` int64 [B, T].
 
         Args:
             features: columns of N images, each with B / N captions that follow each other.
@@ -49,7 +49,7 @@ class TeacherForcing(nn.Module):
 
     def _sums(self, decoder: Decoder, features: Features, tokens: Tensor) -> tuple[Tensor, Tensor]:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        # Only real words meet the vocabulary: that projection is most of the work.
+        # Padding does not meet the vocabulary: that projection is most of the work.
         places = (targets != PAD).flatten().nonzero().squeeze(1)  # (W,)
         wanted = targets.flatten()[places]
         # Rounded up with words that count for nothing: oneDNN keeps buffers for every shape it has met.
@@ -57,20 +57,8 @@ class TeacherForcing(nn.Module):
         places = functional.pad(places, (0, excess))
         wanted = functional.pad(wanted, (0, excess), value=IGNORED)
         hidden = decoder.hidden(features, inputs).flatten(0, 1).index_select(0, places)
-        output = decoder.output
         smoothing = self.label_smoothing if self.training else 0.0
-        if isinstance(output, nn.Linear):
-            return linear_cross_entropy(
-                hidden,
-                output.weight,
-                output.bias,
-                wanted,
-                label_smoothing=smoothing,
-            )
-        log_probs = output(hidden).float()  # an ensemble's, (W, V)
-        loss = functional.nll_loss(log_probs, wanted, reduction="sum", ignore_index=IGNORED)
-        correct = (log_probs.argmax(dim=-1) == wanted).sum()
-        return loss, correct
+        return cross_entropy(decoder.output, hidden, wanted, label_smoothing=smoothing)
 
 
 @torch.inference_mode()

@@ -48,7 +48,7 @@ def test_each_against_each_is_the_same_number(split: tuple[list[Captions], Capti
     captions = [*found, [5, 6, 5, 6, 5, 6, 5], [5, 6, 5, 6], [5, 5, 5, 5, 5], [7], []]
     vectors = [frequencies.vector(words) for words in captions]
     expected = [[cider_d(one, [other]) for other in vectors] for one in vectors]
-    np.testing.assert_allclose(frequencies.agreements(captions), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(frequencies.pairwise(captions), expected, rtol=1e-9, atol=1e-12)
     assert np.count_nonzero(expected) > 2 * len(captions)
 
 

@@ -1,4 +1,4 @@
-"""Captions ranked by how well they agree with captions drawn at random."""
+"""Minimum-Bayes-risk decoding: captions ranked by their expected utility and their score."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from captioner.decoders.base import Features, State
 from captioner.decoders.ensemble import members_of
 from captioner.decoding.beam import Hypothesis, search
 from captioner.decoding.cider import NGramFrequencies, cider_d
-from captioner.decoding.mbr import agreements, search_mbr
+from captioner.decoding.mbr import expected_utilities, search_mbr
 from captioner.decoding.sampling import sample
 from captioner.text import END, START, UNK, Vocabulary
 from tests.decoders import ATTENDING, KINDS, VOCABULARY, features, small_decoder
@@ -42,32 +42,40 @@ class Opinions(nn.Module):
         return chances[tokens].log(), state, None
 
 
-def test_the_caption_that_most_agree_with_comes_first() -> None:
+def test_the_caption_of_highest_expected_utility_comes_first() -> None:
     config = DecodeConfig(beam_size=9, num_captions=9, max_length=6)
     one = {"pooled": torch.zeros(1, 1)}
     decoder = Opinions()
     [by_score] = search(decoder, one, config)
     assert by_score[0].tokens == MODE
     ranked = config.model_copy(update={"mbr_samples": 64})
-    [by_consensus] = search_mbr(decoder, one, ranked, RARE)
-    assert by_consensus[-1].tokens == MODE
-    assert {one.tokens for one in by_consensus} == {one.tokens for one in by_score}
+    [by_utility] = search_mbr(decoder, one, ranked, RARE)
+    assert by_utility[-1].tokens == MODE
+    assert {one.tokens for one in by_utility} == {one.tokens for one in by_score}
     few = ranked.model_copy(update={"num_captions": 1})
-    assert search_mbr(decoder, one, few, RARE) == [by_consensus[:1]]
+    assert search_mbr(decoder, one, few, RARE) == [by_utility[:1]]
 
 
-@pytest.mark.parametrize("members", [1, 2])
-def test_rank_is_score_plus_weighted_mean_root_of_cider_of_what_every_member_draws(
-    members: int,
+@pytest.mark.parametrize(
+    ("members", "temperature", "candidates", "weight"),
+    [(1, 0.8, 5, 8.0), (2, 0.8, 5, 8.0), (1, 1.3, 2, 3.0)],
+)
+def test_rank_is_score_plus_weighted_mean_root_of_cider_against_what_every_member_samples(
+    members: int, temperature: float, candidates: int, weight: float
 ) -> None:
     decoder = small_decoder(ensemble_size=members)
-    decode = DecodeConfig(beam_size=5, num_captions=5, max_length=8, mbr_samples=9)
+    decode = DecodeConfig(
+        beam_size=5, num_captions=5, max_length=8, mbr_samples=9,
+        mbr_temperature=temperature, mbr_candidates=candidates, mbr_weight=weight,
+    )  # fmt: skip
     column = features(30)
     found = search_mbr(decoder, column, decode, RARE)
     beams = search(decoder, column, decode)
     each = -(-9 // members)
     drawn = [
-        sample(one, column, each, 8, temperature=0.8, noise=torch.Generator().manual_seed(seed))[0]
+        sample(
+            one, column, each, 8, temperature=temperature, noise=torch.Generator().manual_seed(seed)
+        )[0]
         for seed, one in enumerate(members_of(decoder))
     ]
     newcomers = 0
@@ -78,7 +86,7 @@ def test_rank_is_score_plus_weighted_mean_root_of_cider_of_what_every_member_dra
             for caption in tokens[image * each : (image + 1) * each, 1:].tolist()
         ]
 
-        def agreement(words: tuple[int, ...], captions: list[tuple[int, ...]] = captions) -> float:
+        def utility(words: tuple[int, ...], captions: list[tuple[int, ...]] = captions) -> float:
             others = list(captions)
             if words in others:
                 others.remove(words)
@@ -88,7 +96,7 @@ def test_rank_is_score_plus_weighted_mean_root_of_cider_of_what_every_member_dra
             )
 
         def worth(one: Hypothesis) -> float:
-            return one.score + 8 * agreement((*one.tokens, END))
+            return one.score + weight * utility((*one.tokens, END))
 
         ranked = [worth(one) for one in hypotheses]
         assert ranked == sorted(ranked, reverse=True)
@@ -97,11 +105,11 @@ def test_rank_is_score_plus_weighted_mean_root_of_cider_of_what_every_member_dra
         searched = {(*one.tokens, END) for one in beams[image]}
         new = {(*one.tokens, END) for one in hypotheses} - searched
         newcomers += len(new)
-        # Of those drawn to their end that no beam has found, the five that agree best compete.
+        # Of those drawn to their end that no beam has found, the best candidates compete.
         finished = {one for one in captions if len(one) > 1 and one[-1] == END} - searched
-        least = sorted(map(agreement, finished), reverse=True)[:5]
+        least = sorted(map(utility, finished), reverse=True)[:candidates]
         assert new <= finished
-        assert all(agreement(one) >= least[-1] - 1e-9 for one in new)
+        assert all(utility(one) >= least[-1] - 1e-9 for one in new)
     assert newcomers > 10
 
 
@@ -152,17 +160,17 @@ def test_what_was_drawn_with_repeats_or_not_to_its_end_is_not_chosen() -> None:
     assert any(len(set(one.tokens)) < len(one.tokens) for image in found for one in image)
 
 
-def test_a_caption_is_no_witness_for_itself() -> None:
+def test_a_sample_is_not_compared_with_itself() -> None:
     one, other = (4, 5, 6, 7, END), (8, 9, 10, 11, 12)
-    worth = agreements([one], [one, one, other], RARE)
+    worth = expected_utilities([one], [one, one, other], RARE)
     assert worth[one] == pytest.approx(math.sqrt(10.0) / 2)
     assert worth[other] == pytest.approx(0.0)
-    assert agreements([one], [other] * 3, RARE)[one] == pytest.approx(0.0)
-    assert agreements([other], [one] * 3, RARE)[one] == pytest.approx(math.sqrt(10.0))
-    assert agreements([one], [one], RARE)[one] == 0.0
+    assert expected_utilities([one], [other] * 3, RARE)[one] == pytest.approx(0.0)
+    assert expected_utilities([other], [one] * 3, RARE)[one] == pytest.approx(math.sqrt(10.0))
+    assert expected_utilities([one], [one], RARE)[one] == 0.0
 
 
-def test_the_captioner_ranks_by_consensus_when_asked() -> None:
+def test_the_captioner_ranks_by_utility_when_asked() -> None:
     decoder = small_decoder()
     vocabulary = Vocabulary.build([[f"w{number}" for number in range(VOCABULARY - UNK - 1)]])
     captioner = Captioner(LoadedModel("", None, vocabulary, decoder, RARE), "cpu")
