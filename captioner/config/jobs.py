@@ -75,12 +75,13 @@ class TrainConfig(Config):
     validation_cider: bool = False
     """Also caption the validation images greedily after every epoch, and keep the epoch of the highest CIDEr-D."""
     mirrored: bool = False
-    """Show images mirrored, too; needs features extracted with --mirrored. An epoch shows each image once: as it is,
-    mirrored or as one of its crops, each as often as the others, in another epoch another."""
+    """Mirror images are views for training, too; needs features extracted with --mirrored. Each epoch samples one view
+    per image uniformly: the image itself, its mirror image or one of its crops."""
     crops: Annotated[int, Field(ge=0, le=16)] = 0
-    """Show so many random crops of the images, too; needs features extracted with at least as many --crops."""
+    """Random crops per image that are views for training, too; needs features extracted with at least as many
+    --crops."""
     decode: DecodeConfig = DecodeConfig()
-    """Kept with the model: the search that its captions are found with where nothing else is asked for."""
+    """The search stored with the model, for its captions where nothing else is asked for."""
     num_workers: Positive | tuple[Positive, Positive] = 1
     """Data-parallel workers (DDP), each with one GPU where the cluster has any. Two numbers: as many as the cluster has
     room for, at least the first, at most the second, adjusted while training."""
@@ -90,9 +91,10 @@ class TrainConfig(Config):
     """Threads of one worker on CPU; default: the node's cores, shared between the run's workers on it."""
     ingest: Literal["auto", "resident", "streaming"] = "auto"
     """How features reach a worker. resident: in memory, or in a local file mapped to it. streaming: read from the store
-    again in every epoch, which draws other batches from the same captions. auto: resident where it fits."""
+    again in every epoch, in other batches of the same captions. auto: resident where it fits."""
     compute: Literal["auto", Compute] = "auto"
-    """Arithmetic of the forward and backward passes; weights stay float32. auto: bfloat16 where it is fast."""
+    """Arithmetic of the forward and backward passes; weights stay float32. auto: bfloat16 where the
+    processor multiplies it; on a CPU it wants AVX512."""
     seed: Seed = 0
     """Seed of weights, dropout and the order of captions."""
     max_failures: Annotated[int, Field(ge=0)] = 2

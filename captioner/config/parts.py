@@ -91,17 +91,17 @@ class DecoderConfig(Config):
     """merge and sequence_attention read the pooled vector; spatial_attention, adaptive_attention and transformer the
     grid."""
     ensemble_size: Annotated[int, Field(ge=1, le=16)] = 1
-    """Decoders trained side by side whose word probabilities are averaged. The training loss is the mean of theirs, so
-    clip_norm bounds their gradients together."""
+    """Decoders trained side by side whose probabilities of a token are averaged. The training loss is the mean of
+    theirs, so clip_norm bounds their gradients together."""
     standardize: Literal["channels", "whole"] = "channels"
-    """channels: each channel of the features to mean 0, variance 1. whole: one factor for all of them, which keeps what
-    a trained network makes large."""
+    """channels: each channel of the features to mean 0, variance 1. whole: one factor for all channels of a column,
+    which keeps their proportions."""
     width: Positive = 256
     """Width D of embeddings and hidden states."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Dropout probability."""
     feature_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-    """Of the grid's readers: dropout probability of the channels of the grid's cells."""
+    """Decoders of the grid: dropout probability of the channels of its cells."""
     output_width: Positive = 128
     """merge, sequence_attention: width of the dense layer before the vocabulary."""
     attention_width: Positive = 256
@@ -109,11 +109,12 @@ class DecoderConfig(Config):
     layers: Positive = 3
     """transformer: number of blocks."""
     picture_layers: Annotated[int, Field(ge=0)] = 0
-    """adaptive_attention, transformer: blocks in which the grid's cells attend to each other before the words look."""
+    """adaptive_attention, transformer: blocks of self-attention over the grid's cells, before the decoder attends to
+    them."""
     heads: Positive = 8
     """adaptive_attention, transformer: attention heads; must divide the width."""
     tie_embeddings: bool = False
-    """Of the grid's readers: share the word embedding with the output layer."""
+    """Decoders of the grid: share the word embedding with the output layer."""
 
 
 class OptimizerConfig(Config):

@@ -8,7 +8,7 @@ from captioner.config.parts import Config, Positive, Seed, TextConfig
 
 
 class TuneConfig(Config):
-    """Search hyperparameters with Ray Tune: many trainings, the hopeless ones stopped early by ASHA."""
+    """Search hyperparameters with Ray Tune: many trainings, the worst stopped early by ASHA."""
 
     features: str
     """Feature store (path or URI)."""
