@@ -1,4 +1,4 @@
-"""Every setting of every job, as frozen pydantic models: made from flags, stored in manifests, reused by the service.
+"""Every setting of every job, as frozen pydantic models: parsed by tyro, stored in manifests, reused by the service.
 
 A docstring under a field is its ``--help`` text. "Per worker" and "global" are always said of batch sizes.
 """

@@ -3,6 +3,7 @@
 import re
 from typing import Annotated, Literal
 
+import tyro
 from pydantic import Field, model_validator
 
 from captioner.config.decoding import DecodeOverrides
@@ -17,7 +18,7 @@ _NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<uri>.+)")
 class Served(Config):
     """What is served, and where."""
 
-    model: Annotated[tuple[str, ...], Field(min_length=1)]
+    model: Annotated[tuple[str, ...], Field(min_length=1), tyro.conf.UseAppendAction]
     """Model directory (path or URI), or NAME=URI; repeat the flag to serve several. The first is the default."""
     host: str = "127.0.0.1"
     """Address to listen on. The default is this machine alone; 0.0.0.0 opens the service to the network."""

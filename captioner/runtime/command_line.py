@@ -3,32 +3,42 @@
 Status 0: published. 2: the input was wrong, and one line on stderr says which field, which value, what is allowed.
 130: interrupted; nothing is published, and the same command goes on.
 
-Every field of a configuration is a flag, one of a part with a dot: ``--encoder.layer layer3``. argparse takes the words
-apart; what they mean and what is allowed is left to pydantic, as for every configuration that is made in Python.
+Every field of a configuration is a flag, one of a part with a dot: ``--encoder.layer layer3``. tyro reads the words;
+what is allowed is left to pydantic, which says all that is wrong with a configuration at once.
 """
 
-import argparse
-import difflib
+import dataclasses
 import errno
+import functools
 import logging
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, NoReturn, TypeGuard, TypeVar, get_type_hints
 
+import tyro
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic_core import ErrorDetails
+from tyro.constructors import (
+    MISSING_NONPROP,
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from captioner.config import Config
 from captioner.errors import CaptionerError, ConfigError
+from captioner.runtime import tyro_errors
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
+Place = tuple[str, ...]
 
-_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
+# What stands for a missing value: a word that no argument can be, and what tyro makes of no flag that may be repeated.
+_ABSENT = ("\0", ())
 
 
 def run(
@@ -85,181 +95,127 @@ def parse(
     arguments: Sequence[str],
     *,
     presets: Mapping[str, Callable[[], AnyConfig]] | None = None,
-    positional: str | None = None,
 ) -> AnyConfig:
     """Configuration from command-line arguments.
 
-    Args:
-        presets: ``--preset NAME`` gives the defaults that the other flags override.
-        positional: the field that is given without its flag.
+    With ``presets``, ``--preset NAME`` gives the defaults that the other flags override.
 
     Raises:
         ConfigError: a value is wrong; the message names the field, the value and what is allowed.
         SystemExit: ``--help`` was asked for.
     """
-    before, defaults = _Parser(add_help=False, allow_abbrev=False), None
-    if presets is not None:
-        names = ", ".join(presets)
-        before.add_argument("--preset", metavar="NAME", help=f"Other defaults: {names}.")
-        preset = before.parse_known_args(arguments)[0].preset
-        if preset not in (None, *presets):
-            raise ConfigError(f"--preset: {preset!r} is not one of {names}")
-        defaults = presets[preset]() if preset else None
-    flags = list(_flags(config_type, defaults, positional))
-    parser = _build_parser(config_type, flags, before)
-    found, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        known = [flag.name.strip("-") for flag in flags]
-        close = difflib.get_close_matches(unknown[0].strip("-"), known, 1, 0.7)
-        hint = f"did you mean --{close[0]}?" if close else "--help lists the flags"
-        raise ConfigError(f"{' '.join(unknown)} is not known: {hint}")
-    values: dict[str, Any] = {}
-    for flag in flags:
-        value = flag.read(found) if flag.name in found else flag.default
-        if value is not PydanticUndefined:
-            part = values
-            for name in flag.path[:-1]:
-                part = part.setdefault(name, {})
-            part[flag.path[-1]] = value
+    flags = dict(_flags(config_type))
+    registry = ConstructorRegistry()
+    registry.struct_rule(_part)
+    read = functools.partial(
+        tyro.cli,
+        config_type,
+        prog=os.path.basename(sys.argv[0]),
+        config=[tyro.conf.PositionalMetavarFromFieldName],
+        registry=registry,
+    )
+    with tyro_errors.raised(arguments, [*flags.values(), *(["--preset"] if presets else [])]):
+        if presets:
+            preset, arguments = tyro.cli(
+                _preset, args=arguments, return_unknown_args=True, add_help=False
+            )
+            if preset not in (None, *presets):
+                raise ConfigError(f"--preset: {preset!r} is not one of {', '.join(presets)}")
+            listed = "\n  ".join(
+                [f"{config_type.__doc__}\n--preset NAME: other defaults", *presets]
+            )
+            default = {} if preset is None else {"default": presets[preset]()}
+            read = functools.partial(read, description=listed, **default)
+        try:
+            values = read(args=arguments)
+        except tyro_errors.MissingError as missing:
+            # Of pydantic one hears about them and about all else that is wrong.
+            values = read(args=[*map(_stand_in, missing.flags), *arguments])
     try:
         return config_type.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_describe(error, flags)) from error
 
 
-@dataclass(frozen=True)
-class _Flag:
-    """A field of a configuration or of one of its parts."""
-
-    name: str
-    """As it is spelled: ``--encoder.layer``, or ``uri`` where it is positional."""
-    path: tuple[str, ...]
-    """Names of the parts it is in, and its own."""
-    field: FieldInfo
-    default: Any
-    about: str
-    """What the part is for."""
-
-    @property
-    def types(self) -> list[Any]:
-        return list(_members(self.field.annotation))
-
-    def read(self, found: argparse.Namespace) -> Any:
-        """The value for pydantic to look at."""
-        value = getattr(found, self.name)
-        if NoneType in self.types and str(value).lower() == "none":
-            return None
-        # One word is a tuple of one only where it cannot be anything else.
-        if isinstance(value, list) and len(value) == 1 and len(self.types) > 1:
-            return value[0]
-        return value
-
-    def add_to(self, parser: Any) -> None:
-        """Declare it to a parser or to a group of one."""
-        text, shown = self.field.description or "", self.default
-        if isinstance(shown, tuple):
-            shown = " ".join(str(part) for part in shown)
-        if shown is PydanticUndefined:
-            text += " (required)"
-        elif shown is not None:
-            text += f" (default: {shown})"
-        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
-        # None is required of the parser: what is missing pydantic says, and all of it at once.
-        types = [kind for kind in self.types if kind is not NoneType]
-        if types == [bool]:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            tuples = [kind for kind in types if get_origin(kind) is tuple]
-            options["metavar"] = _metavar(get_args(tuples[0])[0] if tuples else types[0])
-            if tuples:
-                options |= {"nargs": "+", "action": "extend"}
-        if self.name.startswith("--"):
-            parser.add_argument(self.name, dest=self.name, **options)
-        else:
-            parser.add_argument(self.name, nargs="?", **options)
+def _preset(preset: str | None = None) -> str | None:
+    return preset
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message.removeprefix("argument "))
-
-
-def _build_parser(config_type: type[Config], flags: list[_Flag], before: _Parser) -> _Parser:
-    required = [flag.name for flag in flags if flag.default is PydanticUndefined]
-    parser = _Parser(
-        usage=" ".join(["%(prog)s", *required, "..."]),
-        description=config_type.__doc__,
-        parents=[before],
-        allow_abbrev=False,
-    )
-    groups: dict[tuple[str, ...], Any] = {(): parser}
-    for flag in flags:
-        part = flag.path[:-1]
-        if part not in groups:
-            groups[part] = parser.add_argument_group(_dashed(part), flag.about)
-        flag.add_to(groups[part])
-    return parser
-
-
-def _flags(
-    config_type: type[Config],
-    defaults: Config | None,
-    positional: str | None,
-    path: tuple[str, ...] = (),
-    about: str = "",
-) -> Iterator[_Flag]:
+def _flags(config_type: type[Config], part: Place = ()) -> Iterator[tuple[Place, str]]:
+    """Where each value belongs, the parts first, and what it is called on the command line."""
     for name, field in config_type.model_fields.items():
-        default = field.default if defaults is None else getattr(defaults, name)
-        place = (*path, field.alias or name)
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Config):
-            inner = default if isinstance(default, Config) else None
-            text = field.description or kind.__doc__ or ""
-            yield from _flags(kind, inner, None, place, text)
+        path = (*part, field.alias or name)
+        if _is_part(field.annotation):
+            yield from _flags(field.annotation, path)
         else:
-            spelled = name if name == positional else f"--{_dashed(place)}"
-            yield _Flag(spelled, place, field, default, about)
+            yield path, name if tyro.conf.Positional in field.metadata else _flag(path)
 
 
-def _members(annotation: Any) -> Iterator[Any]:
-    """The types that a union allows, without their limits."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        yield from _members(get_args(annotation)[0])
-    elif origin in (Union, UnionType):
-        for member in get_args(annotation):
-            yield from _members(member)
-    else:
-        yield annotation
+def _flag(path: Sequence[object]) -> str:
+    return "--" + ".".join(map(str, path)).replace("_", "-")
 
 
-def _metavar(annotation: Any) -> str:
-    kind = next(_members(annotation))
-    if get_origin(kind) is Literal:
-        return f"{{{','.join(get_args(kind))}}}"
-    return _METAVARS[kind]
+def _is_part(annotation: Any) -> TypeGuard[type[Config]]:
+    return isinstance(annotation, type) and issubclass(annotation, Config)
 
 
-def _dashed(path: Sequence[object]) -> str:
-    return ".".join(str(part) for part in path).replace("_", "-")
+def _part(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """tyro's rule for a configuration and its parts: it only collects, and pydantic looks at everything at once."""
+    if not _is_part(info.type):
+        return None
+    types = get_type_hints(info.type, include_extras=True)
+    fields = []
+    for name, field in info.type.model_fields.items():
+        kind, text = types[name], field.description or ""
+        default = MISSING_NONPROP if field.is_required() else field.default
+        if isinstance(info.default, Config):
+            default = getattr(info.default, name)
+        if _is_part(field.annotation):
+            text = text or field.annotation.__doc__ or ""
+        else:
+            kind = _as_written(kind)
+        fields.append(StructFieldSpec(field.alias or name, kind, default, " ".join(text.split())))
+
+    def collect(**values: Any) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if value not in _ABSENT}
+
+    collect.__doc__ = info.type.__doc__
+    return StructConstructorSpec(collect, tuple(fields))
 
 
-def _describe(error: ValidationError, flags: list[_Flag]) -> str:
+def _stand_in(flag: str) -> str:
+    return f"{flag}={_ABSENT[0]}" if flag.startswith("--") else _ABSENT[0]
+
+
+def _as_written(annotation: Any) -> Any:
+    """The type as tyro shows it, with its words left as they are."""
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(annotation, set()))
+    assert isinstance(spec, PrimitiveConstructorSpec), annotation
+
+    def read(words: list[str]) -> Any:
+        if words == ["None"] and spec.is_instance(None):
+            return None
+        return words[0] if len(words) == 1 and spec.nargs != "*" else words
+
+    return Annotated[annotation, dataclasses.replace(spec, instance_from_str=read, choices=None)]
+
+
+def _describe(error: ValidationError, flags: Mapping[Place, str]) -> str:
     """What pydantic found, in one line of ``--flag: rule (got value)``."""
     found: dict[str, str] = {}
     # Every member of a union says what is wrong; of those that want another type altogether nobody wants to hear.
     for item in sorted(error.errors(), key=lambda item: item["type"].endswith("_type")):
         place, message = item["loc"], item["msg"].removeprefix("Value error, ")
-        flag = next((flag for flag in flags if place[: len(flag.path)] == flag.path), None)
+        flag = next((flag for path, flag in flags.items() if place[: len(path)] == path), None)
         if flag is not None:
-            found.setdefault(flag.name, _rule(item))
+            found.setdefault(flag, _rule(item))
             continue
         # A rule about several fields of a part begins with the one that it is about.
-        for name in (flag.path[-1] for flag in flags if flag.path[:-1] == place):
-            message = message.replace(name, _dashed([name]))
+        for name in (path[-1] for path in flags if path[:-1] == place):
+            message = message.replace(name, name.replace("_", "-"))
         name, _, message = message.partition(": ")
-        found[f"--{_dashed([*place, name])}"] = message
-    return "; ".join(f"{name}: {rule}" for name, rule in found.items())
+        found[_flag([*place, name])] = message
+    return "; ".join(f"{flag}: {rule}" for flag, rule in found.items())
 
 
 def _rule(item: ErrorDetails) -> str:
