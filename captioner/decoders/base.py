@@ -36,7 +36,7 @@ class Decoder(nn.Module):
     per image however many captions of it are being written, so that search never copies them for its beams."""
 
     output: Callable[[Tensor], Tensor]
-    """Logits float [..., V] of what ``hidden`` gave [..., O]; apart, so that a loss can project real words only."""
+    """Logits float [..., V] of what ``hidden`` gave [..., O]; apart, so that a loss need not project padding."""
 
     def hidden(self, features: Features, tokens: Tensor) -> Tensor:
         """What the logits of every target token are projected from.

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from captioner.config import OptimizerConfig, TrainConfig
 from captioner.decoders.base import Decoder, Features
-from captioner.decoders.ensemble import Ensemble
+from captioner.decoders.ensemble import members_of
 from captioner.errors import ConfigError, TrainingError
 from captioner.text import PAD
 from captioner.training.data import Batch
@@ -37,15 +37,15 @@ class TeacherForcing(nn.Module):
             features: columns of N images, each with B / N captions that follow each other.
 
         Returns:
-            summed cross-entropy (smoothed while training), and the number of words that were the most probable. Of an
-            ensemble in training both are means over its members, otherwise those of its mean probabilities.
+            summed cross-entropy (smoothed while training), and the number of target tokens that were the most probable,
+            both float32. Of an ensemble in training they are means over its members, otherwise those of its mean
+            probabilities.
         """
-        if self.training and isinstance(self.decoder, Ensemble):
-            # Each member by its own loss: a common one would let them lean on each other.
-            found = [self._sums(member, features, tokens) for member in self.decoder.decoders]
-            losses, correct = zip(*found, strict=True)
-            return torch.stack(losses).mean(), torch.stack(correct).float().mean()
-        return self._sums(self.decoder, features, tokens)
+        # Each member by its own loss: a common one would let them lean on each other.
+        decoders = members_of(self.decoder) if self.training else [self.decoder]
+        found = [self._sums(decoder, features, tokens) for decoder in decoders]
+        losses, correct = zip(*found, strict=True)
+        return torch.stack(losses).mean(), torch.stack(correct).float().mean()
 
     def _sums(self, decoder: Decoder, features: Features, tokens: Tensor) -> tuple[Tensor, Tensor]:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -71,12 +71,12 @@ def teacher_forcing(
     """Teacher-forced sums over captions of a batch of images.
 
     Args:
-        features: columns of the images.
-        rows: int64, each caption's image.
-        captions: token ids, ``<start>`` first.
+        features: columns of N images, float32.
+        rows: int64 [B], each caption's image.
+        captions: token ids of B captions, ``<start>`` first, ``<end>`` last.
 
     Returns:
-        summed cross-entropy, correctly predicted words, words.
+        summed cross-entropy in nats, target tokens that were the most probable, target tokens.
     """
     if not captions:
         return 0.0, 0, 0
