@@ -2,43 +2,27 @@
 
 Status 0: published. 2: the input was wrong, and one line on stderr says which field, which value, what is allowed.
 130: interrupted; nothing is published, and the same command goes on.
-
-Every field of a configuration is a flag, one of a part with a dot: ``--encoder.layer layer3``. tyro reads the words;
-what is allowed is left to pydantic, which says all that is wrong with a configuration at once.
 """
 
-import dataclasses
 import errno
 import functools
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, NoReturn, TypeGuard, TypeVar, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
-from tyro.constructors import (
-    MISSING_NONPROP,
-    ConstructorRegistry,
-    PrimitiveConstructorSpec,
-    PrimitiveTypeInfo,
-    StructConstructorSpec,
-    StructFieldSpec,
-    StructTypeInfo,
-)
 
 from captioner.config import Config
 from captioner.errors import CaptionerError, ConfigError
 from captioner.runtime import tyro_errors
+from captioner.runtime.flags import Place, registry, spell, spellings, stand_in
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
-Place = tuple[str, ...]
-
-# What stands for a missing value: a word that no argument can be, and what tyro makes of no flag that may be repeated.
-_ABSENT = ("\0", ())
 
 
 def run(
@@ -104,15 +88,13 @@ def parse(
         ConfigError: a value is wrong; the message names the field, the value and what is allowed.
         SystemExit: ``--help`` was asked for.
     """
-    flags = dict(_flags(config_type))
-    registry = ConstructorRegistry()
-    registry.struct_rule(_part)
+    flags = spellings(config_type)
     read = functools.partial(
         tyro.cli,
         config_type,
         prog=os.path.basename(sys.argv[0]),
         config=[tyro.conf.PositionalMetavarFromFieldName],
-        registry=registry,
+        registry=registry(),
     )
     with tyro_errors.raised(arguments, [*flags.values(), *(["--preset"] if presets else [])]):
         if presets:
@@ -130,7 +112,7 @@ def parse(
             values = read(args=arguments)
         except tyro_errors.MissingError as missing:
             # Of pydantic one hears about them and about all else that is wrong.
-            values = read(args=[*map(_stand_in, missing.flags), *arguments])
+            values = read(args=[*map(stand_in, missing.flags), *arguments])
     try:
         return config_type.model_validate(values)
     except ValidationError as error:
@@ -139,65 +121,6 @@ def parse(
 
 def _preset(preset: str | None = None) -> str | None:
     return preset
-
-
-def _flags(config_type: type[Config], part: Place = ()) -> Iterator[tuple[Place, str]]:
-    """Where each value belongs, the parts first, and what it is called on the command line."""
-    for name, field in config_type.model_fields.items():
-        path = (*part, field.alias or name)
-        if _is_part(field.annotation):
-            yield from _flags(field.annotation, path)
-        else:
-            yield path, name if tyro.conf.Positional in field.metadata else _flag(path)
-
-
-def _flag(path: Sequence[object]) -> str:
-    return "--" + ".".join(map(str, path)).replace("_", "-")
-
-
-def _is_part(annotation: Any) -> TypeGuard[type[Config]]:
-    return isinstance(annotation, type) and issubclass(annotation, Config)
-
-
-def _part(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """tyro's rule for a configuration and its parts: it only collects, and pydantic looks at everything at once."""
-    if not _is_part(info.type):
-        return None
-    types = get_type_hints(info.type, include_extras=True)
-    fields = []
-    for name, field in info.type.model_fields.items():
-        kind, text = types[name], field.description or ""
-        default = MISSING_NONPROP if field.is_required() else field.default
-        if isinstance(info.default, Config):
-            default = getattr(info.default, name)
-        if _is_part(field.annotation):
-            text = text or field.annotation.__doc__ or ""
-        else:
-            kind = _as_written(kind)
-        fields.append(StructFieldSpec(field.alias or name, kind, default, " ".join(text.split())))
-
-    def collect(**values: Any) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if value not in _ABSENT}
-
-    collect.__doc__ = info.type.__doc__
-    return StructConstructorSpec(collect, tuple(fields))
-
-
-def _stand_in(flag: str) -> str:
-    return f"{flag}={_ABSENT[0]}" if flag.startswith("--") else _ABSENT[0]
-
-
-def _as_written(annotation: Any) -> Any:
-    """The type as tyro shows it, with its words left as they are."""
-    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(annotation, set()))
-    assert isinstance(spec, PrimitiveConstructorSpec), annotation
-
-    def read(words: list[str]) -> Any:
-        if words == ["None"] and spec.is_instance(None):
-            return None
-        return words[0] if len(words) == 1 and spec.nargs != "*" else words
-
-    return Annotated[annotation, dataclasses.replace(spec, instance_from_str=read, choices=None)]
 
 
 def _describe(error: ValidationError, flags: Mapping[Place, str]) -> str:
@@ -214,7 +137,7 @@ def _describe(error: ValidationError, flags: Mapping[Place, str]) -> str:
         for name in (path[-1] for path in flags if path[:-1] == place):
             message = message.replace(name, name.replace("_", "-"))
         name, _, message = message.partition(": ")
-        found[_flag([*place, name])] = message
+        found[spell([*place, name])] = message
     return "; ".join(f"{flag}: {rule}" for flag, rule in found.items())
 
 
