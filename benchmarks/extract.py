@@ -15,12 +15,14 @@ from benchmarks.measurement import Measurement, Row
 from benchmarks.stages import load_rate, model_rate, take_sample
 from benchmarks.watch import Watch
 from captioner import storage
-from captioner.artifacts.feature_store import ENCODER_WEIGHTS
+from captioner.artifacts.manifests import SourceIdentity
 from captioner.artifacts.output import Output
-from captioner.artifacts.schema import SourceIdentity, feature_rows
+from captioner.artifacts.tables import feature_rows
 from captioner.config import ImageLimits
-from captioner.encoders.resnet50 import identify, load_weights
-from captioner.features.extract import EncodeImages, compute_on_cluster
+from captioner.encoders.family import family_of
+from captioner.encoders.weights import ENCODER_WEIGHTS
+from captioner.features.encode import EncodeImages
+from captioner.features.extract import compute_on_cluster
 from captioner.features.pipeline import run_pipeline
 from captioner.runtime.cluster import num_cpus, num_gpus, plan_pool, start_ray
 from captioner.sources import open_source
@@ -116,6 +118,9 @@ class RepeatedSource:
     def captions(self) -> Iterator[pa.RecordBatch]:
         return iter(())
 
+    def left_out(self) -> dict[str, int]:
+        return {}
+
     def _pieces(self) -> list[Piece]:
         pieces: list[Piece] = []
         rows, turn = 0, 0
@@ -138,29 +143,29 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
         SourceError, ModelError, ConfigError: as in extraction.
     """
     source = open_source(config.source, config.source_options)
-    tensors = load_weights(config.encoder)
+    family, _ = family_of(config.encoder.name)
+    tensors, _ = family.weights(config.encoder)
     start_ray()
     pool = plan_pool(
         config.images, size=config.num_encoders, cpus_per_actor=config.cpus_per_encoder
     )
-    identity = identify(config.encoder, tensors, compute_on_cluster(config.encoder.compute))
+    spec = family.spec(config.encoder, tensors, compute_on_cluster(config.encoder.compute))
     with tempfile.TemporaryDirectory() as folder:
         output = Output(config.scratch or f"{folder}/out", {"job": "benchmark"})
         storage.write_bytes(output.uri(ENCODER_WEIGHTS), safetensors.torch.save(tensors))
-        options = {
-            "weights_uri": output.uri(ENCODER_WEIGHTS),
-            "identity": identity,
-            "grid": config.grid,
-            "mirrored": False,
-            "crops": 0,
-            "threads": pool.threads,
-        }
+        stage = EncodeImages(
+            output.uri(ENCODER_WEIGHTS),
+            spec,
+            ImageLimits(),
+            grid=config.grid,
+            threads=pool.threads,
+        )
         watch = Watch()
         sample = take_sample(source)
         logger.info("loading alone, %.0f s", config.seconds)
-        loading = load_rate(sample, config.seconds)
+        loading = load_rate(sample, stage, config.seconds)
         logger.info("the encoder alone, %.0f s", config.seconds)
-        model = model_rate(sample, config.batch_size, config.seconds, options, pool)
+        model = model_rate(sample, config.batch_size, config.seconds, stage, pool)
         logger.info("the pipeline")
         repeated = RepeatedSource(source, config.images)
         images = repeated.num_images()
@@ -170,10 +175,8 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
                 repeated,
                 output,
                 "features",
-                feature_rows(identity.channels, config.grid),
-                EncodeImages,
-                options,
-                limits=ImageLimits(),
+                feature_rows(spec.shape, grid=config.grid),
+                stage,
                 batch_size=config.batch_size,
                 pool=pool,
                 counter=watch.counter,
@@ -188,8 +191,8 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
     return ExtractBenchmark(
         cpus=cpus,
         gpus=gpus,
-        encoder=f"{config.encoder.name} {config.encoder.layer}",
-        compute=identity.compute,
+        encoder=spec.title,
+        compute=spec.precision,
         encoders=pool.size,
         threads=pool.threads,
         grid=config.grid,

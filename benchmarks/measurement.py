@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from captioner import storage
-from captioner.artifacts.schema import Record
+from captioner.artifacts.manifests import Record
 from captioner.runtime.device import num_cores
 
 Row = Mapping[str, str | int | float | bool | None]

@@ -8,9 +8,8 @@ import pyarrow.parquet as pq
 from benchmarks.config import BenchmarkScoresConfig
 from benchmarks.measurement import Measurement, Row
 from captioner import storage
-from captioner.artifacts.model_directory import load_record
-from captioner.artifacts.output import MANIFEST
-from captioner.artifacts.schema import ReportManifest
+from captioner.artifacts.manifests import ReportManifest, open_manifest
+from captioner.artifacts.model_directory import open_model
 
 
 class ScoresBenchmark(Measurement):
@@ -31,9 +30,9 @@ def benchmark_scores(config: BenchmarkScoresConfig) -> ScoresBenchmark:
     Raises:
         StoreError, ModelError: the report or its model is not there.
     """
-    report = ReportManifest.model_validate(storage.read_json(storage.join(config.report, MANIFEST)))
+    report = open_manifest(config.report, ReportManifest)
     scores = storage.read_json(storage.join(config.report, "scores.json"))
-    record = load_record(report.model)
+    record = open_model(report.model).record
     with storage.open_input(storage.join(report.model, "history.parquet")) as file:
         epochs = pq.read_table(file).to_pylist()
     best = storage.read_json(storage.join(report.model, "metrics.json"))

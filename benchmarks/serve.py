@@ -16,7 +16,8 @@ from ray import serve
 
 from benchmarks.config import BenchmarkServeConfig
 from benchmarks.measurement import Measurement, Row
-from captioner.artifacts.schema import Record
+from captioner.artifacts.manifests import Record
+from captioner.artifacts.model_directory import open_model
 from captioner.captioning.captioner import Captioner
 from captioner.config import ServeConfig
 from captioner.errors import ImageError, SourceError
@@ -142,6 +143,7 @@ def _free_port() -> int:
 
 def _pictures(config: BenchmarkServeConfig) -> list[bytes]:
     """Those of the files that the service would not refuse."""
+    fit = open_model(config.model).record.encoder.spec.fit
     source = open_source(config.images, config.source_options)
     found: list[bytes] = []
     left_out = 0
@@ -149,7 +151,7 @@ def _pictures(config: BenchmarkServeConfig) -> list[bytes]:
         for table in task():
             for data in table["bytes"].to_pylist():
                 try:
-                    load_image(data or b"")
+                    load_image(data or b"", fit)
                 except ImageError:
                     left_out += 1
                 else:

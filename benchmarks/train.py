@@ -17,7 +17,7 @@ from ray.train.torch import TorchTrainer
 from benchmarks.config import BenchmarkTrainConfig
 from benchmarks.measurement import Measurement, Row
 from captioner.artifacts.feature_store import FeatureStore
-from captioner.artifacts.schema import Record
+from captioner.artifacts.manifests import Record
 from captioner.config import DecoderKind, TrainConfig
 from captioner.decoders import decoder_class
 from captioner.errors import ConfigError

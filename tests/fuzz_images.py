@@ -20,8 +20,9 @@ from PIL import Image
 
 from captioner.config import ImageLimits
 from captioner.errors import ImageError
-from captioner.images.load import load_image
+from captioner.images.load import Fit, load_image
 
+FIT = Fit((224, 224))
 LIMITS = ImageLimits(max_pixels=4_000_000)
 # What one process may address: a mutant whose header asks for more must be refused, not swapped in.
 ADDRESS_SPACE = 4 * 2**30
@@ -145,7 +146,7 @@ def fuzz(count: int, seed: int, keep: Path | None = None) -> tuple[Counter[str],
     generator = random.Random(seed)
     seeds = seed_images()
     for data in seeds.values():
-        load_image(data)
+        load_image(data, FIT)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcomes: Counter[str] = Counter()
     slowest = 0.0
@@ -154,7 +155,7 @@ def fuzz(count: int, seed: int, keep: Path | None = None) -> tuple[Counter[str],
         data = mutate(seeds[name], seeds[other], generator)
         start = time.perf_counter()
         try:
-            pixels = load_image(data, LIMITS)
+            pixels = load_image(data, FIT, LIMITS).pixels
             fine = pixels.shape == (224, 224, 3) and pixels.dtype == np.uint8
             outcome = "decoded" if fine else "FAILED: wrong array"
         except ImageError as error:

@@ -1,39 +1,52 @@
 """What tests of sources share: tiny sources on disk, and reading them by their tasks alone, without a Ray."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captioner.artifacts.schema import CAPTION_ROWS, SOURCE_ROWS
+from captioner.artifacts.tables import CAPTION_ROWS, SOURCE_ROWS
 from captioner.sources.base import Source
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def read_all(source: Source) -> list[dict[str, Any]]:
-    """All rows, by the tasks alone, without Ray."""
+    """All rows, by the tasks alone, without Ray; with the split of each, which comes with the captions."""
+    splits = {row["image_id"]: row["split"] for row in caption_rows(source)}
     rows = []
     for task in source.images().get_read_tasks(1):
         tables = list(task())
         assert sum(len(table) for table in tables) == task.metadata.num_rows
         for table in tables:
             assert table.schema == SOURCE_ROWS
-            rows += table.to_pylist()
+            rows += [row | {"split": splits[row["image_id"]]} for row in table.to_pylist()]
+    assert splits.keys() == {row["image_id"] for row in rows}
     assert len(rows) == source.num_images()
     assert len({row["image_id"] for row in rows}) == len(rows)
     return rows
 
 
-def captions_of(source: Source) -> dict[str, list[str]]:
-    captions: dict[str, list[str]] = {}
+def caption_rows(source: Source) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     for batch in source.captions():
         assert batch.schema == CAPTION_ROWS
-        for row in batch.to_pylist():
-            texts = captions.setdefault(row["image_id"], [])
-            assert row["index"] == len(texts)
-            texts.append(row["caption"])
+        rows += batch.to_pylist()
+    return rows
+
+
+def captions_of(source: Source) -> dict[str, list[str]]:
+    captions: dict[str, list[str]] = {}
+    for row in caption_rows(source):
+        if row["caption"] is None:
+            assert row["index"] is None
+            assert row["image_id"] not in captions
+            continue
+        texts = captions.setdefault(row["image_id"], [])
+        assert row["index"] == len(texts)
+        texts.append(row["caption"])
     return captions
 
 
@@ -66,3 +79,14 @@ def write_parquet(
             [[f"{path.name} {n} {k}" for k in range(n % 3)] for n in numbers]
         )
     pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+
+
+def read_uri(uri: str) -> bytes:
+    """What a row's ``uri`` names: a file, or the row of a Parquet file."""
+    file, _, row = uri.rpartition("#")
+    if file.endswith(".parquet") and row.isdigit():
+        cell = pq.read_table(io.BytesIO(Path(file).read_bytes()), columns=["image"])["image"][
+            int(row)
+        ].as_py()
+        return bytes(cell["bytes"] if isinstance(cell, dict) else cell)
+    return Path(uri).read_bytes()

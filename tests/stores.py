@@ -8,21 +8,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.numpy
 
-from captioner.artifacts.feature_store import ENCODER_WEIGHTS
-from captioner.artifacts.schema import (
-    CAPTION_ROWS,
-    GRID_CELLS,
-    MIRRORED,
-    EncoderIdentity,
+from captioner.artifacts.manifests import (
+    Counts,
+    EncoderRecord,
     FileEntry,
     SourceIdentity,
     SplitCounts,
     StoreManifest,
-    feature_rows,
-    view_names,
 )
+from captioner.artifacts.tables import CAPTION_ROWS, feature_rows
+from captioner.encoders.spec import EncoderSpec
+from captioner.encoders.weights import ENCODER_WEIGHTS
+from captioner.images.views import MIRRORED, view_names
+from tests.pictures import picture
 
 CHANNELS = 6
+GRID = (7, 7)
 ANIMALS = ("cat", "dog", "horse", "cow", "duck", "frog")
 ENDINGS = ("", "runs", "sleeps in the sun", "and a man walk over the wide green field")
 
@@ -65,30 +66,42 @@ def write_store(
             vector = generator.normal(0, 0.1, CHANNELS).astype(np.float32)
             vector[kind] += 1 + kind
             name = f"{split}-{number:04d}"
-            rows.append({"image_id": name, "split": split, "pooled": vector, "error": None})
+            rows.append({"image_id": name, "pooled": vector, "error": None})
             if number >= count - uncaptioned:
+                captions.append({"image_id": name, "split": split, "caption": None, "index": None})
                 continue
             endings = generator.integers(len(ENDINGS), size=captions_per_image)
             captions += [
-                {"image_id": name, "caption": caption(kind, ending), "index": index}
+                {
+                    "image_id": name,
+                    "split": split,
+                    "caption": caption(kind, ending),
+                    "index": index,
+                }
                 for index, ending in enumerate(endings)
             ]
-        rows.append(
-            {"image_id": f"{split}-bad", "split": split, "pooled": None, "error": "truncated"}
-        )
-        captions.append({"image_id": f"{split}-bad", "caption": "Not seen.", "index": 0})
+        bad = f"{split}-bad"
+        rows.append({"image_id": bad, "pooled": None, "error": "truncated"})
+        captions.append({"image_id": bad, "split": split, "caption": "Not seen.", "index": 0})
     views = view_names(mirrored, crops)
-    schema = feature_rows(CHANNELS, grid, views)
+    schema = feature_rows(encoder_spec().shape, grid=grid, views=views)
+    nothing = [None] * len(rows)
+    thumbnails = [None if row["error"] else picture(0, size=(24, 18)) for row in rows]
     columns = {
         "image_id": pa.array([row["image_id"] for row in rows]),
-        "split": pa.array([row["split"] for row in rows]),
         "uri": pa.array([f"memory://{row['image_id']}" for row in rows]),
         "pooled": _tensors([row["pooled"] for row in rows], schema.field("pooled").type),
+        "size": pa.array([1] * len(rows), pa.int64()),
+        "mtime": pa.array(nothing, schema.field("mtime").type),
+        "sha256": pa.array(nothing, pa.string()),
+        "thumbnail": pa.array(thumbnails, pa.binary()),
         "error": pa.array([row["error"] for row in rows], pa.string()),
+        "error_kind": pa.array([row["error"] and "final" for row in rows], pa.string()),
     }
     if grid:
         cells = [
-            None if row["pooled"] is None else np.tile(row["pooled"], GRID_CELLS) for row in rows
+            None if row["pooled"] is None else np.tile(row["pooled"], GRID[0] * GRID[1])
+            for row in rows
         ]
         columns["grid"] = _tensors(cells, schema.field("grid").type)
     for view in views:
@@ -104,34 +117,29 @@ def write_store(
     bounds = [len(rows) * number // files for number in range(files + 1)]
     entries = []
     for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        entries.append(FileEntry(path=f"features/{number}.parquet", rows=end - start))
-        pq.write_table(table.slice(start, end - start), root / entries[-1].path)
+        path = root / f"features/{number}.parquet"
+        pq.write_table(table.slice(start, end - start), path)
+        entries.append(_entry(root, path, end - start))
     # In two files, and in no order.
     generator.shuffle(captions)
     for number, part in enumerate((captions[::2], captions[1::2])):
-        entries.append(FileEntry(path=f"captions/{number}.parquet", rows=len(part)))
-        pq.write_table(pa.Table.from_pylist(part, CAPTION_ROWS), root / entries[-1].path)
-    safetensors.numpy.save_file({"weight": np.ones(3, np.float32)}, root / ENCODER_WEIGHTS)
+        path = root / f"captions/{number}.parquet"
+        pq.write_table(pa.Table.from_pylist(part, CAPTION_ROWS), path)
+        entries.append(_entry(root, path, len(part)))
+    weights = root / ENCODER_WEIGHTS
+    safetensors.numpy.save_file({"weight": np.ones(3, np.float32)}, weights)
+    entries.append(_entry(root, weights))
     splits = {
-        split: SplitCounts(
-            images=count + 1,
-            ok=count,
-            rejected=1,
-            captions=(count - uncaptioned) * captions_per_image,
-        )
+        split: SplitCounts(images=count, captions=(count - uncaptioned) * captions_per_image)
         for split, count in images.items()
     }
-    total = {
-        field: sum(getattr(counts, field) for counts in splits.values())
-        for field in SplitCounts.model_fields
-    }
     manifest = StoreManifest(
-        encoder=encoder_identity(),
+        encoder=EncoderRecord(spec=encoder_spec(), weights="random(seed=0)"),
         source=SourceIdentity(kind="test", uri="memory://"),
         grid=grid,
         mirrored=mirrored,
         crops=crops,
-        total=SplitCounts(**total),
+        counts=Counts(ok=sum(images.values()), rejected=len(images), unreadable=0),
         splits=splits,
         files=entries,
     )
@@ -139,16 +147,26 @@ def write_store(
     return str(root)
 
 
-def encoder_identity() -> EncoderIdentity:
-    return EncoderIdentity(
+def encoder_spec() -> EncoderSpec:
+    return EncoderSpec(
+        family="resnet50",
         name="resnet50",
         layer="layer4",
-        weights="random(seed=0)",
+        input_size=(224, 224),
+        resize="squash",
+        filter="bilinear",
+        mean=(0.0, 0.0, 0.0),
+        deviation=(1.0, 1.0, 1.0),
+        pooled_channels=CHANNELS,
+        grid_channels=CHANNELS,
+        grid=GRID,
+        precision="float32",
         weights_sha256="0" * 64,
-        preprocessing="imagenet",
-        compute="float32",
-        channels=CHANNELS,
     )
+
+
+def _entry(root: Path, path: Path, rows: int | None = None) -> FileEntry:
+    return FileEntry(path=str(path.relative_to(root)), bytes=path.stat().st_size, rows=rows)
 
 
 def _tensors(values: list[Any], kind: pa.FixedShapeTensorType) -> pa.Array:

@@ -1,7 +1,8 @@
-"""Reads a published feature store."""
+"""Reads a published feature store: features of the pictures of a split, in the order of their ids, and captions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
-from pydantic import ValidationError
+import pyarrow.parquet as pq
 
 from captioner import storage
-from captioner.artifacts.output import MANIFEST
-from captioner.artifacts.schema import GRID_CELLS, SCHEMA_VERSION, SPLITS, StoreManifest
+from captioner.artifacts.manifests import FileEntry, StoreManifest, open_manifest
+from captioner.artifacts.tables import SPLITS, THUMBNAIL
+from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.errors import StoreError
 
-ENCODER_WEIGHTS = "encoder.safetensors"
-
-# Captions read at a time where not all of them are wanted in memory.
-_CAPTIONS = 2**18
+# Rows read at a time where not all of them are wanted in memory.
+_CAPTIONS, _FEATURES = 2**18, 256
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -37,10 +37,35 @@ class FeatureTable:
 class Chunk:
     """Good images of a split that lie together in a store's files."""
 
-    split: str
     files: tuple[str, ...]
-    rows: Integers
-    """The images' places in the split, in the order of ids."""
+    """URIs."""
+    places: tuple[Integers, ...]
+    """For each file int64 [its rows]: each row's place in the split, in the order of ids; -1 for rows of no concern."""
+
+    @cached_property
+    def rows(self) -> Integers:
+        """The places of the chunk's images in the split, in the order they are read."""
+        return np.concatenate([place[place >= 0] for place in self.places])
+
+    def read(self, columns: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+        """Columns of the chunk's images, in the order of ``rows``; ``image_id`` may be among them."""
+        pieces = [found for _, found in self.batches(columns)]
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in columns}
+
+    def batches(
+        self, columns: Sequence[str]
+    ) -> Iterator[tuple[Integers, dict[str, np.ndarray[Any, Any]]]]:
+        """Places in the split and columns of the chunk's images, some at a time."""
+        for file, place in zip(self.files, self.places, strict=True):
+            start = 0
+            batches = _dataset([file]).to_batches(columns=list(columns), batch_size=_FEATURES)
+            for batch in batches:
+                part = place[start : start + len(batch)]
+                start += len(batch)
+                taken = np.flatnonzero(part >= 0)
+                if len(taken):
+                    found = {name: _take(batch[name], taken) for name in columns}
+                    yield part[taken], found
 
 
 class FeatureStore:
@@ -49,6 +74,7 @@ class FeatureStore:
     def __init__(self, uri: str, manifest: StoreManifest):
         self.uri = uri
         self.manifest = manifest
+        self._located: dict[str, tuple[pa.Array, Chunk]] = {}
 
     @classmethod
     def open(cls, uri: str) -> "FeatureStore":
@@ -58,21 +84,14 @@ class FeatureStore:
             StoreError: there is no manifest (nothing was published), or this version cannot read it.
         """
         uri = storage.absolute(uri)
-        manifest_uri = storage.join(uri, MANIFEST)
-        if not storage.exists(manifest_uri):
-            raise StoreError(f"{uri} is not a feature store: it has no {MANIFEST}")
-        raw = storage.read_json(manifest_uri)
-        if not isinstance(raw, dict) or raw.get("kind") != "features":
-            kind = raw.get("kind") if isinstance(raw, dict) else None
-            raise StoreError(f"{uri} is not a feature store: its manifest says {kind!r}")
-        if raw.get("schema_version") != SCHEMA_VERSION:
-            raise StoreError(
-                f"{uri} has schema version {raw.get('schema_version')}, this release reads {SCHEMA_VERSION}"
-            )
-        try:
-            return cls(uri, StoreManifest.model_validate(raw))
-        except ValidationError as error:
-            raise StoreError(f"{manifest_uri} is damaged: {error.errors()[0]['msg']}") from error
+        return cls(uri, open_manifest(uri, StoreManifest))
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that reads the store compares when it continues: other features, another run."""
+        return {
+            "encoder": self.manifest.encoder.spec.model_dump(mode="json"),
+            "source": self.manifest.source.model_dump(mode="json"),
+        }
 
     @property
     def encoder_weights_uri(self) -> str:
@@ -82,7 +101,7 @@ class FeatureStore:
     def require(
         self,
         split: str,
-        columns: tuple[str, ...],
+        columns: Sequence[str],
         *,
         captions: bool,
         mirrored: bool = False,
@@ -93,33 +112,32 @@ class FeatureStore:
         Raises:
             StoreError: something is missing; the message says how to get it.
         """
-        counts = self.manifest.splits.get(split)
-        if split not in SPLITS or counts is None or counts.ok == 0:
-            there = ", ".join(name for name, found in self.manifest.splits.items() if found.ok)
-            raise StoreError(
-                f"{self.uri} has no images in split {split!r}; it has: {there or 'none'}"
-            )
-        if any(name.startswith("grid") for name in columns) and not self.manifest.grid:
+        manifest = self.manifest
+        counts = manifest.splits.get(split)
+        if split not in SPLITS or counts is None:
+            there = ", ".join(manifest.splits) or "none"
+            raise StoreError(f"{self.uri} has no images in split {split!r}; it has: {there}")
+        if "grid" in columns and not manifest.grid:
             raise StoreError(f"{self.uri} holds no grid: extract with --grid for this decoder")
-        if mirrored and not self.manifest.mirrored:
+        if mirrored and not manifest.mirrored:
             raise StoreError(f"{self.uri} holds no mirrored images: extract with --mirrored")
-        if crops and self.manifest.mirrored and not mirrored:
+        if crops and manifest.mirrored and not mirrored:
             raise StoreError(
                 f"{self.uri} holds crops that are mirrored in part: train with --mirrored"
             )
-        if crops > self.manifest.crops:
+        if crops > manifest.crops:
             raise StoreError(
-                f"{self.uri} holds {self.manifest.crops} crops of each image: extract with --crops {crops}"
+                f"{self.uri} holds {manifest.crops} crops of each image: extract with --crops {crops}"
             )
         if captions and counts.captions == 0:
             raise self._no_captions(split)
 
-    def _no_captions(self, split: str) -> StoreError:
-        return StoreError(f"{self.uri} has no captions in split {split!r}")
+    def image_ids(self, split: str) -> list[str]:
+        """Ids of the good images of a split, sorted."""
+        ids: list[str] = self._locate(split)[0].to_pylist()
+        return ids
 
-    def load(
-        self, split: str, columns: tuple[str, ...], folder: Path | None = None
-    ) -> FeatureTable:
+    def load(self, split: str, columns: Sequence[str], folder: Path | None = None) -> FeatureTable:
         """Load columns of all good images of a split, ordered by image id.
 
         Args:
@@ -129,92 +147,70 @@ class FeatureStore:
             StoreError: the split or a column is missing, or the files are not those of the manifest.
         """
         self.require(split, columns, captions=False)
-        dataset = self._dataset("features")
-        good = (pads.field("split") == split) & pads.field("error").is_null()
-        ids = dataset.to_table(columns=["image_id"], filter=good)["image_id"].to_numpy()
-        if len(ids) != self.manifest.splits[split].ok:
-            raise StoreError(
-                f"{self.uri} is damaged: {len(ids)} images in split {split!r}, "
-                f"{self.manifest.splits[split].ok} in the manifest"
-            )
-        order = np.argsort(ids, kind="stable")
-        position = np.empty_like(order)
-        position[order] = np.arange(len(order))
+        ids, chunk = self._locate(split)
         arrays: dict[str, np.ndarray[Any, Any]] = {}
         for name in columns:
-            kind = dataset.schema.field(name).type
-            shape, dtype = (len(ids), *kind.shape), kind.value_type.to_pandas_dtype()
+            shape, dtype = self._layout(name)
             arrays[name] = (
-                np.empty(shape, dtype)
+                np.empty((len(ids), *shape), dtype)
                 if folder is None
-                else np.lib.format.open_memmap(folder / f"{split}-{name}.npy", "w+", dtype, shape)
+                else np.lib.format.open_memmap(
+                    folder / f"{split}-{name}.npy", "w+", dtype, (len(ids), *shape)
+                )
             )
-            start = 0
-            # Filled batch by batch: a grid is large, and a second copy of it would not fit beside the first.
-            for batch in dataset.to_batches(columns=[name], filter=good, batch_size=256):
-                rows = batch.column(0).to_numpy_ndarray()
-                arrays[name][position[start : start + len(rows)]] = rows
-                start += len(rows)
-        return FeatureTable([str(name) for name in ids[order]], arrays)
+        # Filled batch by batch: a grid is large, and a second copy of it would not fit beside the first.
+        for places, found in chunk.batches(columns):
+            for name, values in found.items():
+                arrays[name][places] = values
+        return FeatureTable(ids.to_pylist(), arrays)
 
-    def chunks(self, split: str, images: int) -> list["Chunk"]:
+    def chunks(self, split: str, images: int) -> list[Chunk]:
         """A split in pieces of whole files with about ``images`` good images each."""
-        good = (pads.field("split") == split) & pads.field("error").is_null()
-        found = self._dataset("features").to_table(columns=["image_id", "__filename"], filter=good)
-        ids = found["image_id"].to_numpy()
-        rows = np.empty(len(ids), np.int64)
-        rows[np.argsort(ids, kind="stable")] = np.arange(len(ids))
-        names = found["__filename"].to_numpy()
-        first = np.r_[True, names[1:] != names[:-1]] if len(names) else np.zeros(0, bool)
-        starts = np.flatnonzero(first)
+        _, whole = self._locate(split)
         chunks: list[Chunk] = []
-        for start, end in zip(starts, [*starts[1:], len(names)], strict=True):
-            if chunks and len(chunks[-1].rows) + end - start <= images:
+        held = 0
+        for file, place in zip(whole.files, whole.places, strict=True):
+            count = int((place >= 0).sum())
+            if not count:
+                continue
+            if chunks and held + count <= images:
                 last = chunks.pop()
-                files, part = (*last.files, names[start]), np.r_[last.rows, rows[start:end]]
+                chunks.append(Chunk((*last.files, file), (*last.places, place)))
+                held += count
             else:
-                files, part = (names[start],), rows[start:end]
-            chunks.append(Chunk(split, files, part))
+                chunks.append(Chunk((file,), (place,)))
+                held = count
         return chunks
 
     def column_bytes(self, column: str) -> int:
         """Bytes of one image in a feature column."""
-        channels = self.manifest.encoder.channels
-        return 4 * channels if column.startswith("pooled") else 2 * GRID_CELLS * channels
+        shape, dtype = self._layout(column)
+        return int(np.prod(shape)) * np.dtype(dtype).itemsize
 
-    def read_chunk(
-        self, chunk: "Chunk", columns: tuple[str, ...]
-    ) -> dict[str, np.ndarray[Any, Any]]:
-        """Columns of a chunk's images, in the order of its ``rows``."""
-        filesystem, _ = storage.resolve(self.uri)
-        good = (pads.field("split") == chunk.split) & pads.field("error").is_null()
-        dataset = pads.dataset(list(chunk.files), filesystem=filesystem, format="parquet")
-        table = dataset.to_table(columns=list(columns), filter=good)
-        return {
-            name: np.concatenate([piece.to_numpy_ndarray() for piece in table[name].chunks])
-            for name in columns
-        }
+    def thumbnails(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Small JPEGs of some images, by id; those without one are left out."""
+        if not self.manifest.thumbnails or not ids:
+            return {}
+        wanted = pads.field("image_id").isin(list(ids))
+        files = [entry.uri(self.uri) for entry in self._files("features")]
+        rows = _dataset(files).to_table(columns=["image_id", THUMBNAIL.name], filter=wanted)
+        pairs = zip(rows["image_id"].to_pylist(), rows[THUMBNAIL.name].to_pylist(), strict=True)
+        return {name: data for name, data in pairs if data is not None}
 
     def captions(self, split: str) -> dict[str, list[str]]:
-        """Raw captions of the good images of a split, by image id (sorted), in their original order.
+        """Raw captions of the good images of a split, by image id (sorted), in their original order; images without any
+        are left out.
 
         Raises:
             StoreError: the split is missing or has no captions.
         """
-        self.require(split, (), captions=True)
-        good = (pads.field("split") == split) & pads.field("error").is_null()
-        ids = self._dataset("features").to_table(columns=["image_id"], filter=good)["image_id"]
-        found = self._dataset("captions").to_table(filter=pads.field("image_id").isin(ids.unique()))
-        found = found.take(
-            pc.sort_indices(found, [("image_id", "ascending"), ("index", "ascending")])
-        )
-        if not len(found):
-            raise self._no_captions(split)
+        ids = self._locate(split)[0]
+        found: list[tuple[int, int, str]] = []
+        for rows, indices, texts in self.caption_batches(split):
+            found += zip(rows.tolist(), indices.tolist(), texts, strict=True)
         grouped: dict[str, list[str]] = {}
-        for name, caption in zip(
-            found["image_id"].to_pylist(), found["caption"].to_pylist(), strict=True
-        ):
-            grouped.setdefault(name, []).append(caption)
+        for row, _, text in sorted(found):
+            grouped.setdefault(ids[row].as_py(), []).append(text)
         return grouped
 
     def caption_batches(self, split: str) -> Iterator[tuple[Integers, Integers, list[str]]]:
@@ -228,11 +224,10 @@ class FeatureStore:
             StoreError: the split is missing or has no captions.
         """
         self.require(split, (), captions=True)
-        good = (pads.field("split") == split) & pads.field("error").is_null()
-        ids = self._dataset("features").to_table(columns=["image_id"], filter=good)["image_id"]
-        ids = ids.take(pc.sort_indices(ids)).combine_chunks()
-        dataset, found = self._dataset("captions"), 0
-        for batch in dataset.to_batches(["image_id", "index", "caption"], batch_size=_CAPTIONS):
+        ids = self._locate(split)[0]
+        there = (pads.field("split") == split) & pads.field("caption").is_valid()
+        columns, found = ["image_id", "index", "caption"], 0
+        for batch in self._captions().to_batches(columns, filter=there, batch_size=_CAPTIONS):
             table = pa.table(batch).append_column("row", pc.index_in(batch["image_id"], ids))
             table = table.filter(table["row"].is_valid())
             found += len(table)
@@ -244,21 +239,93 @@ class FeatureStore:
         if not found:
             raise self._no_captions(split)
 
-    def image_uris(self, split: str) -> dict[str, str]:
-        """Where each good image of a split came from, by image id (sorted)."""
-        good = (pads.field("split") == split) & pads.field("error").is_null()
-        rows = self._dataset("features").to_table(columns=["image_id", "uri"], filter=good)
-        return dict(sorted(zip(rows["image_id"].to_pylist(), rows["uri"].to_pylist(), strict=True)))
+    def _no_captions(self, split: str) -> StoreError:
+        return StoreError(f"{self.uri} has no captions in split {split!r}")
 
-    def _dataset(self, directory: str) -> pads.Dataset:
-        filesystem, path = storage.resolve(self.uri)
+    def _locate(self, split: str) -> tuple[pa.Array, Chunk]:
+        """Sorted ids of a split's good images, and where they lie."""
+        if split not in self._located:
+            self._located[split] = self._find(split)
+        return self._located[split]
+
+    def _find(self, split: str) -> tuple[pa.Array, Chunk]:
+        self.require(split, (), captions=False)
+        mine = self._captions().to_table(["image_id"], filter=pads.field("split") == split)
+        members = mine["image_id"].unique()
+        removed = self._removed()
+        files, names = [], []
+        for entry in self._files("features"):
+            with storage.open_input(entry.uri(self.uri)) as handle:
+                rows = pq.read_table(handle, columns=["image_id", "error"])
+            good = pc.and_(rows["error"].is_null(), pc.is_in(rows["image_id"], members))
+            if entry.path in removed:
+                good = pc.and_(good, pc.invert(pc.is_in(rows["image_id"], removed[entry.path])))
+            files.append(entry.uri(self.uri))
+            # Null: of no concern.
+            names.append(pc.if_else(good, rows["image_id"], None).combine_chunks())
+        every = pa.chunked_array(names, pa.string())
+        ids = every.drop_null()
+        ids = ids.take(pc.sort_indices(ids)).combine_chunks()
+        expected = self.manifest.splits[split].images
+        if not len(ids) == len(ids.unique()) == expected:
+            raise StoreError(
+                f"{self.uri} is damaged: {len(ids)} rows of {len(ids.unique())} images in split {split!r}, "
+                f"{expected} in the manifest"
+            )
+        places = (pc.fill_null(pc.index_in(each, ids, skip_nulls=True), -1) for each in names)
+        return ids, Chunk(tuple(files), tuple(place.to_numpy().astype(np.int64) for place in places))  # fmt: skip
+
+    def _removed(self) -> dict[str, pa.Array]:
+        """Ids of rows that no longer count, by file."""
+        entry = self.manifest.removed
+        if entry is None:
+            return {}
+        with storage.open_input(entry.uri(self.uri)) as handle:
+            table = pq.read_table(handle, columns=["file", "image_id"])
+        return {
+            file: table.filter(pc.equal(table["file"], file))["image_id"].combine_chunks()
+            for file in table["file"].unique().to_pylist()
+        }
+
+    def _layout(self, column: str) -> tuple[tuple[int, ...], type]:
+        """Shape and dtype of one image's values in a feature column of any view."""
+        kind = column.partition("_")[0]
+        dtype = np.float32 if kind == "pooled" else np.float16
+        return self.manifest.encoder.spec.shape.of(kind), dtype
+
+    def _files(self, directory: str) -> list[FileEntry]:
         # Only the manifest's files: anything else in the directory was never published.
-        files = [
-            f"{path}/{entry.path}"
+        return [
+            entry
             for entry in self.manifest.files
-            if entry.path.startswith(f"{directory}/") and entry.rows
+            if entry.rows and f"/{directory}/" in f"/{entry.path}"
         ]
-        try:
-            return pads.dataset(files, filesystem=filesystem, format="parquet")
-        except (OSError, pa.ArrowInvalid) as error:
-            raise StoreError(f"{self.uri} is damaged: {' '.join(str(error).split())}") from error
+
+    def _captions(self) -> pads.Dataset:
+        return _dataset([entry.uri(self.uri) for entry in self._files("captions")])
+
+
+def _dataset(uris: Sequence[str]) -> pads.Dataset:
+    """Parquet files whose pages are checked when they are read.
+
+    Raises:
+        StoreError: one is not there, or is none.
+    """
+    checked = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
+    form = pads.ParquetFileFormat(default_fragment_scan_options=checked)
+    filesystem, _ = storage.resolve(uris[0])
+    try:
+        paths = [storage.resolve(uri)[1] for uri in uris]
+        return pads.dataset(paths, filesystem=filesystem, format=form)
+    except (OSError, pa.ArrowInvalid) as error:
+        reason = " ".join(str(error).split())
+        raise StoreError(f"the store is damaged: {reason}") from error
+
+
+def _take(array: pa.Array, rows: Integers) -> np.ndarray[Any, Any]:
+    if not isinstance(array, pa.FixedShapeTensorArray):
+        return np.asarray(array.to_numpy(zero_copy_only=False))[rows]
+    if len(rows) < len(array):  # the others may be null, which no numbers are
+        array = pa.ExtensionArray.from_storage(array.type, array.storage.take(pa.array(rows)))
+    values: np.ndarray[Any, Any] = array.to_numpy_ndarray()
+    return values

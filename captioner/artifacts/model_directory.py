@@ -6,18 +6,25 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from captioner import storage
-from captioner.artifacts.feature_store import ENCODER_WEIGHTS, FeatureStore
-from captioner.artifacts.output import MANIFEST, Output
-from captioner.artifacts.schema import SCHEMA_VERSION, EncoderIdentity, Record, StoreManifest
+from captioner.artifacts.manifests import (
+    EncoderRecord,
+    FileEntry,
+    ModelManifest,
+    Record,
+    StoreManifest,
+    open_manifest,
+    parse_record,
+)
+from captioner.artifacts.output import Output, differences
 from captioner.config import DecodeConfig, DecoderConfig, TextConfig
 from captioner.decoders import build_decoder
 from captioner.decoders.base import Decoder
 from captioner.decoding.cider import NGramFrequencies
-from captioner.errors import ModelError
+from captioner.encoders.weights import ENCODER_WEIGHTS
+from captioner.errors import ModelError, StoreError
 from captioner.text import Vocabulary
 
 CONFIG, VOCABULARY, WEIGHTS = "config.json", "vocab.json", "weights.safetensors"
@@ -27,48 +34,77 @@ NGRAMS = "ngrams.safetensors"
 class ModelRecord(Record):
     """``config.json``: how to rebuild the decoder, and which features it reads."""
 
-    schema_version: int = SCHEMA_VERSION
     decoder: DecoderConfig
     text: TextConfig
-    encoder: EncoderIdentity
+    encoder: EncoderRecord
     columns: tuple[str, ...]
     """Feature columns it reads."""
     decode: DecodeConfig = DecodeConfig()
-    """The search for its captions where nothing else is asked for."""
+    """The search for its captions where nothing else is asked for, with all its constants."""
     vocabulary_size: int
     parameters: int
     """Trainable parameters of the decoder."""
-    weights_sha256: str
-    """SHA-256 of ``weights.safetensors``."""
-    ngrams_sha256: str
-    """SHA-256 of ``ngrams.safetensors``."""
     training: dict[str, Any]
     """The training configuration, for the record."""
 
 
-class ModelManifest(Record):
-    """``manifest.json`` of a model directory."""
+@dataclass(frozen=True)
+class ModelDirectory:
+    """A published model, opened."""
 
-    kind: str = "model"
-    schema_version: int = SCHEMA_VERSION
-    weights_sha256: str
-    files: list[str]
+    uri: str
+    manifest: ModelManifest
+    record: ModelRecord
+
+    @property
+    def version(self) -> str:
+        """SHA-256 of the decoder's weights."""
+        return str(self.entry(WEIGHTS).sha256)
+
+    @property
+    def encoder_weights_uri(self) -> str:
+        return storage.join(self.uri, ENCODER_WEIGHTS)
+
+    def entry(self, path: str) -> FileEntry:
+        """What the manifest says of a file.
+
+        Raises:
+            ModelError: nothing.
+        """
+        for entry in self.manifest.files:
+            if entry.path == path:
+                return entry
+        raise ModelError(f"{self.uri}: its manifest lists no {path}")
+
+    def read(self, path: str) -> bytes:
+        """A file, which must be the one that was published.
+
+        Raises:
+            ModelError: it is missing or another.
+        """
+        entry, place = self.entry(path), storage.join(self.uri, path)
+        try:
+            data = storage.read_bytes(place)
+        except StoreError as error:
+            raise ModelError(str(error)) from error
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise ModelError(f"{place} is damaged: it is not the file that was published")
+        return data
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A model ready to use: the decoder in evaluation mode, on the CPU."""
 
-    uri: str
-    record: ModelRecord
+    directory: ModelDirectory
     vocabulary: Vocabulary
     decoder: Decoder
-    ngrams: NGramFrequencies
-    """Of a sample of the images it was trained on."""
+    ngrams: NGramFrequencies | None
+    """Of a sample of the images it was trained on; None of a model that does not rank by them."""
 
     @property
-    def encoder_weights_uri(self) -> str:
-        return storage.join(self.uri, ENCODER_WEIGHTS)
+    def record(self) -> ModelRecord:
+        return self.directory.record
 
 
 def pack_weights(decoder: nn.Module) -> bytes:
@@ -104,108 +140,95 @@ def unpack_weights(decoder: nn.Module, data: bytes, name: str = WEIGHTS) -> None
     decoder.load_state_dict(tensors)
 
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def save_model(
     output: Output,
     *,
     weights: bytes,
     vocabulary: Vocabulary,
-    ngrams: NGramFrequencies,
+    ngrams: NGramFrequencies | None,
     decoder: DecoderConfig,
     text: TextConfig,
     decode: DecodeConfig,
-    store: FeatureStore,
+    encoder: EncoderRecord,
+    encoder_weights: bytes,
     training: dict[str, Any],
-) -> ModelRecord:
+) -> list[FileEntry]:
     """Write what ``load_model`` reads, the manifest excepted, which the caller publishes last.
 
     Args:
         weights: the decoder's, from ``pack_weights``.
-        ngrams: of a sample of the train split, ``<end>`` included.
+        ngrams: of a sample of the train split, ``<end>`` included; None where captions are not ranked by them.
         decode: the search for its captions where nothing else is asked for.
-        store: the features it was trained on; their encoder's weights are copied from it.
+        encoder_weights: ``encoder.safetensors`` of the store that it was trained on.
         training: the training configuration, for the record.
+
+    Returns:
+        what was written.
+
+    Raises:
+        ModelError: the parts do not agree.
     """
-    network = build_decoder(decoder, len(vocabulary), store.manifest.encoder.shape)
-    table = ngrams.pack()
+    network = build_decoder(decoder, len(vocabulary), encoder.spec.shape)
+    unpack_weights(network, weights)
     record = ModelRecord(
         decoder=decoder,
         text=text,
-        encoder=store.manifest.encoder,
+        encoder=encoder,
         columns=network.columns,
         decode=decode,
         vocabulary_size=len(vocabulary),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        weights_sha256=sha256(weights),
-        ngrams_sha256=sha256(table),
         training=training,
     )
-    storage.copy_file(store.encoder_weights_uri, output.uri(ENCODER_WEIGHTS))
-    storage.write_bytes(output.uri(WEIGHTS), weights)
-    storage.write_bytes(output.uri(VOCABULARY), vocabulary.save_json().encode())
-    storage.write_bytes(output.uri(NGRAMS), table)
-    storage.write_bytes(output.uri(CONFIG), record.model_dump_json(indent=1).encode())
-    return record
+    return [
+        output.write(ENCODER_WEIGHTS, encoder_weights),
+        output.write(WEIGHTS, weights),
+        output.write(VOCABULARY, vocabulary.save_json().encode()),
+        *([] if ngrams is None else [output.write(NGRAMS, ngrams.pack())]),
+        output.write(CONFIG, record.model_dump_json(indent=1).encode()),
+    ]
 
 
-def load_record(uri: str) -> ModelRecord:
-    """The description of a published model.
+def open_model(uri: str) -> ModelDirectory:
+    """A published model's manifest and description.
 
     Raises:
         ModelError: the directory holds no published model, or one this release cannot read.
     """
     uri = storage.absolute(uri)
-    manifest = storage.join(uri, MANIFEST)
-    if not storage.exists(manifest):
-        raise ModelError(f"{uri} is not a model directory: it has no {MANIFEST}")
-    if storage.read_json(manifest).get("kind") != "model":
-        raise ModelError(f"{uri} is not a model directory")
-    raw = storage.read_json(storage.join(uri, CONFIG))
-    if raw.get("schema_version") != SCHEMA_VERSION:
-        raise ModelError(
-            f"{uri} has schema version {raw.get('schema_version')}, this release reads {SCHEMA_VERSION}"
-        )
+    manifest = open_manifest(uri, ModelManifest, ModelError)
+    place = storage.join(uri, CONFIG)
     try:
-        return ModelRecord.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ModelError(
-            f"{uri}/{CONFIG} is damaged, or of another release: {where}: {first['msg']}"
-        ) from error
+        raw = storage.read_json(place)
+    except StoreError as error:
+        raise ModelError(str(error)) from error
+    return ModelDirectory(uri, manifest, parse_record(place, raw, ModelRecord, ModelError))
 
 
 def load_model(uri: str) -> LoadedModel:
-    """Load a published model and check that its parts agree.
+    """Load a published model and check that its parts are those that were published, and agree.
 
     Raises:
-        ModelError: configuration, vocabulary and weights do not fit each other.
+        ModelError: a file is missing, damaged, or does not fit the others.
     """
-    uri = storage.absolute(uri)
-    record = load_record(uri)
-    vocabulary = Vocabulary.from_json(storage.read_bytes(storage.join(uri, VOCABULARY)))
+    directory = open_model(uri)
+    record = directory.record
+    directory.read(CONFIG)
+    vocabulary = Vocabulary.from_json(directory.read(VOCABULARY))
     if len(vocabulary) != record.vocabulary_size:
         raise ModelError(
             f"{uri}: {VOCABULARY} has {len(vocabulary)} entries, the decoder {record.vocabulary_size}"
         )
-    weights = storage.read_bytes(storage.join(uri, WEIGHTS))
-    decoder = build_decoder(record.decoder, record.vocabulary_size, record.encoder.shape)
-    unpack_weights(decoder, weights, storage.join(uri, WEIGHTS))
-    for name in (ENCODER_WEIGHTS, NGRAMS):
-        if not storage.exists(storage.join(uri, name)):
-            raise ModelError(f"{uri}: {name} is missing")
-    table = storage.read_bytes(storage.join(uri, NGRAMS))
-    for name, data, digest in (
-        (WEIGHTS, weights, record.weights_sha256),
-        (NGRAMS, table, record.ngrams_sha256),
-    ):
-        if sha256(data) != digest:
-            raise ModelError(f"{uri}: {name} is not the file that {CONFIG} describes")
-    ngrams = NGramFrequencies.unpack(table, storage.join(uri, NGRAMS))
-    return LoadedModel(uri, record, vocabulary, decoder.eval(), ngrams)
+    decoder = build_decoder(record.decoder, record.vocabulary_size, record.encoder.spec.shape)
+    unpack_weights(decoder, directory.read(WEIGHTS), storage.join(directory.uri, WEIGHTS))
+    ngrams = None
+    if any(entry.path == NGRAMS for entry in directory.manifest.files):
+        ngrams = NGramFrequencies.unpack(
+            directory.read(NGRAMS), storage.join(directory.uri, NGRAMS)
+        )
+    if not storage.exists(directory.encoder_weights_uri):
+        raise ModelError(f"{uri}: {ENCODER_WEIGHTS} is missing")
+    return LoadedModel(directory, vocabulary, decoder.eval(), ngrams)
 
 
 def check_features_fit(record: ModelRecord, manifest: StoreManifest) -> None:
@@ -214,15 +237,13 @@ def check_features_fit(record: ModelRecord, manifest: StoreManifest) -> None:
     Raises:
         ModelError: another encoder made them, or a column is missing; the difference is named.
     """
-    # bfloat16 and float32 embeddings of one network agree; anything else does not.
-    there = manifest.encoder.model_dump(exclude={"compute", "weights"})
-    wanted = record.encoder.model_dump(exclude={"compute", "weights"})
-    for field, value in wanted.items():
-        if there[field] != value:
-            raise ModelError(
-                f"the model does not fit the features: encoder.{field} is {value!r} in the model, "
-                f"{there[field]!r} in the store"
-            )
+    different = differences(
+        manifest.encoder.spec.model_dump(mode="json"), record.encoder.spec.model_dump(mode="json")
+    )
+    if different:
+        raise ModelError(
+            f"the model does not fit the features: encoder.{'; encoder.'.join(different)} by the model"
+        )
     if "grid" in record.columns and not manifest.grid:
         raise ModelError(
             "the model does not fit the features: it reads the grid, the store has none"

@@ -1,15 +1,26 @@
 """Directories that appear all at once, each written by one job.
 
 A published directory is claimed by ``_job.json`` (what is being made), filled, and completed by ``manifest.json``,
-written last. Readers open a directory only through its manifest, so they never see half of one.
+written last. Readers open a directory only through its manifest, so they never see half of one. What a job needs only
+while it runs lies in ``_work``, which goes once the manifest is there.
 """
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
+import time
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
+from captioner.artifacts.manifests import (
+    MANIFEST,
+    AnyManifest,
+    FileEntry,
+    Manifest,
+    open_manifest,
+)
 from captioner.errors import StoreError
 from captioner.storage.files import (
     absolute,
@@ -20,12 +31,12 @@ from captioner.storage.files import (
     list_files,
     read_json,
     resolve,
+    write_bytes,
 )
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-CLAIM = "_job.json"
+CLAIM, WORK = "_job.json", "_work"
 
 
 def differences(there: Any, asked: Any, name: str = "") -> list[str]:
@@ -94,18 +105,65 @@ class Output:
         """URI of something inside the directory."""
         return join(self.root, *parts)
 
-    def publish(self, manifest: str) -> None:
-        """Write ``manifest.json`` (a JSON text): from here on the directory is complete.
+    def work(self, *parts: str) -> str:
+        """URI of something that is needed only until the directory is published."""
+        return self.uri(WORK, *parts)
+
+    def write(self, path: str, data: bytes) -> FileEntry:
+        """Write a whole file, and say what the manifest lists of it."""
+        write_bytes(self.uri(path), data)
+        return FileEntry(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    def publish(self, manifest: Manifest) -> None:
+        """Write ``manifest.json``: from here on the directory is complete.
 
         Raises:
             StoreError: another run published first.
         """
-        create_exclusively(self.uri(MANIFEST), manifest.encode())
+        create_exclusively(self.uri(MANIFEST), manifest.model_dump_json(indent=1).encode())
         self.complete = True
         self.close()
+
+    def clear_work(self) -> None:
+        """Delete what only the run needed. A run may be killed between publishing and this, so every later one of the
+        same command does it, too."""
+        if self.complete and exists(self.work()):
+            filesystem, path = resolve(self.work())
+            filesystem.delete_dir(path)
 
     def close(self) -> None:
         """Let another process of this machine have the directory."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def publish_once(
+    uri: str,
+    identity: dict[str, Any],
+    manifest_type: type[AnyManifest],
+    fill: Callable[[Output], AnyManifest],
+) -> AnyManifest:
+    """Claim, fill, publish: what every job does.
+
+    Continues an unfinished directory of the same identity, leaves a complete one alone, and returns its manifest.
+
+    Args:
+        identity: a JSON object that says what is being made.
+        fill: writes everything but the manifest, which it returns. After a kill it is called again, on what is there.
+
+    Raises:
+        StoreError: the directory belongs to something else, or cannot be written; and whatever ``fill`` raises.
+    """
+    output = Output(uri, identity)
+    if output.complete:
+        logger.info("%s is complete: nothing to do", output.root)
+        output.clear_work()
+        return open_manifest(output.root, manifest_type)
+    with output:
+        started = time.monotonic()
+        manifest = fill(output)
+        output.publish(manifest)
+        output.clear_work()
+    logger.info("%s: published after %.0f s", output.root, time.monotonic() - started)
+    return manifest

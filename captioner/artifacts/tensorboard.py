@@ -10,13 +10,14 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from captioner import storage
+from captioner.artifacts.manifests import FileEntry
 from captioner.artifacts.output import Output
 
 
 @contextmanager
-def event_file(output: Output, name: str) -> Iterator[SummaryWriter]:
-    """Write ``tensorboard/events.out.tfevents.NAME`` of ``output`` when the block ends without an error.
+def event_file(output: Output, name: str, files: list[FileEntry]) -> Iterator[SummaryWriter]:
+    """Write ``tensorboard/events.out.tfevents.NAME`` of ``output`` when the block ends without an error, and add it to
+    ``files``.
 
     torch names files by clock and host, so publishing again after a kill would add a second one with the same points.
     """
@@ -24,9 +25,7 @@ def event_file(output: Output, name: str) -> Iterator[SummaryWriter]:
         with SummaryWriter(folder) as writer:
             yield writer
         (file,) = Path(folder).iterdir()
-        storage.write_bytes(
-            output.uri("tensorboard", f"events.out.tfevents.{name}"), file.read_bytes()
-        )
+        files.append(output.write(f"tensorboard/events.out.tfevents.{name}", file.read_bytes()))
 
 
 def add_picture(writer: SummaryWriter, tag: str, png: bytes) -> None:

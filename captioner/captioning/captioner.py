@@ -13,8 +13,8 @@ from captioner.config import DecodeConfig, ImageLimits
 from captioner.decoders.base import Features
 from captioner.decoding.beam import Hypothesis, search
 from captioner.decoding.mbr import search_mbr
-from captioner.encoders.resnet50 import Encoder
-from captioner.errors import ImageError
+from captioner.encoders.encoder import Encoder
+from captioner.errors import ConfigError, ImageError
 from captioner.images.load import load_image
 from captioner.runtime.device import choose_device
 
@@ -30,7 +30,7 @@ class Candidate:
     log_prob: float
     """Natural logarithm of its probability, summed over the words and <end>."""
     attention: np.ndarray[Any, np.dtype[np.float32]] | None
-    """float32 [words, P] over the 7x7 grid, row-major; None where the decoder does not look at places."""
+    """float32 [words, rows, columns] over the encoder's grid; None where the decoder does not attend."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ class Captioner:
     @cached_property
     def encoder(self) -> Encoder:
         """The image network; loaded when the first image comes, as who brings features needs none."""
-        model = self.model
-        return Encoder.load(model.encoder_weights_uri, model.record.encoder, str(self.device))
+        directory = self.model.directory
+        spec = directory.record.encoder.spec
+        return Encoder.load(directory.encoder_weights_uri, spec, str(self.device))
 
     @classmethod
     def load(cls, uri: str, device: str | None = None) -> "Captioner":
@@ -98,11 +99,11 @@ class Captioner:
         Raises:
             ImageError: one of them is not an image that is accepted; the message says which.
         """
-        limits = limits or ImageLimits()
+        fit = self.model.record.encoder.spec.fit
         pixels = []
         for position, data in enumerate(images):
             try:
-                pixels.append(load_image(data, limits))
+                pixels.append(load_image(data, fit, limits).pixels)
             except ImageError as error:
                 if len(images) == 1:
                     raise
@@ -112,7 +113,7 @@ class Captioner:
     def caption_pixels(
         self, images: np.ndarray[Any, np.dtype[np.uint8]], decode: DecodeConfig | None = None
     ) -> list[Caption]:
-        """Caption decoded images, uint8 RGB [N, 224, 224, 3]."""
+        """Caption loaded images, uint8 RGB [N, rows, columns, 3] of the encoder's input."""
         captions = []
         for start in range(0, len(images), PIECE):
             features = self.encode(images[start : start + PIECE])
@@ -120,7 +121,7 @@ class Captioner:
         return captions
 
     def encode(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> Features:
-        """Features of decoded images, as the model was trained on: ``pooled`` [B, C] or ``grid`` [B, P, C]."""
+        """Features of loaded images, those that the model reads: ``pooled`` [B, C], ``grid`` [B, P, D]."""
         columns = self.model.decoder.columns
         pooled, grid = self.encoder(images, grid="grid" in columns)
         found = {"pooled": pooled, "grid": grid}
@@ -130,10 +131,18 @@ class Captioner:
     def caption_features(
         self, features: Features, decode: DecodeConfig | None = None
     ) -> list[Caption]:
-        """Caption images given by their features (float32, on any device)."""
+        """Caption images given by their features (float32, on any device).
+
+        Raises:
+            ConfigError: the search ranks by n-grams, which the model does not have.
+        """
         features = {name: tensor.to(self.device) for name, tensor in features.items()}
         decode, decoder = decode or self.model.record.decode, self.model.decoder
         if decode.mbr_samples:
+            if self.model.ngrams is None:
+                raise ConfigError(
+                    "decode.mbr-samples: the model has no n-grams to rank by; train it with --decode.mbr-samples"
+                )
             found = search_mbr(decoder, features, decode, self.model.ngrams)
         else:
             found = search(decoder, features, decode)
@@ -141,6 +150,9 @@ class Captioner:
 
     def _candidate(self, hypothesis: Hypothesis) -> Candidate:
         attention = hypothesis.attention
+        if attention is not None:
+            rows, columns = self.model.record.encoder.spec.grid
+            attention = attention.reshape(-1, rows, columns)
         return Candidate(
             self.model.vocabulary.decode(list(hypothesis.tokens)),
             hypothesis.log_prob,

@@ -1,57 +1,28 @@
 """Captioning of whole collections: any source of images -> a directory of captions, on Ray Data."""
 
+import hashlib
 import json
 import logging
-import time
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner import storage
+from captioner.artifacts.manifests import CaptionsManifest, FileEntry
 from captioner.artifacts.model_directory import load_model
-from captioner.artifacts.output import MANIFEST, Output
-from captioner.artifacts.schema import CAPTIONED_ROWS, CaptionsManifest, FileEntry
-from captioner.captioning.captioner import Captioner
+from captioner.artifacts.output import WORK, Output, publish_once
+from captioner.artifacts.tables import CAPTIONED_ROWS, THUMBNAIL
 from captioner.captioning.contact_sheet import write_contact_sheet
-from captioner.config import CaptionConfig, DecodeConfig
+from captioner.captioning.stage import CaptionImages
+from captioner.config import CaptionConfig
+from captioner.features.extract import describe_counts
 from captioner.features.pipeline import run_pipeline
-from captioner.features.row_marks import finish_rows, forget_checkpoint, list_data_files
+from captioner.features.row_marks import count_rows, finish_rows, list_data_files
 from captioner.runtime.cluster import plan_pool, start_ray
-from captioner.runtime.device import prepare_device
 from captioner.sources import open_source
 
 logger = logging.getLogger(__name__)
 
 CAPTIONS, JSON_LINES = "captions", "captions.jsonl"
-
-
-class CaptionImages:
-    """Pipeline stage: images -> ``caption``, ``log_prob`` and ``alternatives`` columns."""
-
-    def __init__(self, model_uri: str, decode: DecodeConfig, threads: int):
-        self.captioner = Captioner.load(model_uri, prepare_device(threads=threads))
-        self.decode = decode
-
-    def __call__(self, rows: pa.Table, images: np.ndarray[Any, np.dtype[np.uint8]]) -> pa.Table:
-        captions = self.captioner.caption_pixels(images, self.decode)
-        return pa.table(
-            {
-                "caption": [caption.text for caption in captions],
-                "log_prob": pa.array([caption.log_prob for caption in captions], pa.float32()),
-                "alternatives": pa.array(
-                    [
-                        [
-                            {"caption": other.text, "log_prob": other.log_prob}
-                            for other in caption.alternatives
-                        ]
-                        for caption in captions
-                    ],
-                    CAPTIONED_ROWS.field("alternatives").type,
-                ),
-            }
-        )
 
 
 def caption_collection(config: CaptionConfig) -> CaptionsManifest:
@@ -64,90 +35,71 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         ConfigError: the cluster has too few CPUs.
     """
     source = open_source(config.images, config.source_options, limits=config.limits, captions=False)
-    total = source.num_images()
-    model = storage.absolute(config.model)
     # All of it, once, before every actor of a cluster finds the same damage.
-    record = load_model(model).record
-    decode = config.decode.over(record.decode)
+    model = load_model(config.model)
+    directory, spec = model.directory, model.record.encoder.spec
+    decode = config.decode.over(model.record.decode)
     start_ray()
-    pool = plan_pool(total, size=config.num_captioners, cpus_per_actor=config.cpus_per_captioner)
-    output = Output(
-        config.output,
-        {
-            "job": "caption",
-            "model": record.weights_sha256,
-            "source": source.identity().model_dump(mode="json"),
-            "decode": decode.model_dump(mode="json"),
-            "limits": config.limits.model_dump(mode="json"),
-            **_extras(config),
-        },
-    )
-    if output.complete:
-        logger.info("%s is complete: nothing to do", output.root)
-        return CaptionsManifest.model_validate(storage.read_json(output.uri(MANIFEST)))
-    with output:
-        started = time.monotonic()
-        logger.info("captioning %s images with %s", f"{total:,}", model)
-        run_pipeline(
-            source,
-            output,
-            CAPTIONS,
-            CAPTIONED_ROWS,
-            CaptionImages,
-            {"model_uri": model, "decode": decode, "threads": pool.threads},
-            limits=config.limits,
-            batch_size=config.batch_size,
-            pool=pool,
+
+    def fill(output: Output) -> CaptionsManifest:
+        total = source.num_images()
+        pool = plan_pool(
+            total, size=config.num_captioners, cpus_per_actor=config.cpus_per_captioner
         )
-        rows = finish_rows(output, CAPTIONS, total, config.max_reject_fraction)
-        rejected = rows["error"].length() - rows["error"].null_count
-        files = list_data_files(output, CAPTIONS)
+        logger.info("captioning %s images with %s", f"{total:,}", directory.uri)
+        # What is handed over as one file of JSON lines is written as tables first, as everything is.
+        tables = CAPTIONS if config.format == "parquet" else f"{WORK}/{CAPTIONS}"
+        stage = CaptionImages(
+            directory.uri,
+            spec,
+            decode,
+            config.limits,
+            thumbnails=config.contact_sheet,
+            threads=pool.threads,
+        )
+        schema = CAPTIONED_ROWS
         if config.contact_sheet:
-            write_contact_sheet(output, files, rows, config)
+            schema = schema.insert(schema.get_field_index("error"), THUMBNAIL)
+        run_pipeline(source, output, tables, schema, stage, batch_size=config.batch_size, pool=pool)
+        rows = finish_rows(output, tables, total, config.max_reject_fraction)
+        counts = count_rows(rows, source.left_out())
+        files = list_data_files(output, tables)
+        sheet = write_contact_sheet(output, files, rows, config) if config.contact_sheet else []
         if config.format == "jsonl":
             files = [_write_json_lines(output, files)]
-        manifest = CaptionsManifest(
-            model=model,
-            weights_sha256=record.weights_sha256,
-            decode=decode.model_dump(),
+        logger.info(describe_counts(counts))
+        return CaptionsManifest(
+            model=directory.uri,
+            version=directory.version,
+            decode=decode,
             source=source.identity(),
-            images=total,
-            rejected=rejected,
-            files=files,
+            counts=counts,
+            files=[*files, *sheet],
         )
-        output.publish(manifest.model_dump_json(indent=1))
-        forget_checkpoint(output)
-        if config.format == "jsonl":
-            filesystem, path = storage.resolve(output.uri(CAPTIONS))
-            filesystem.delete_dir(path)
-    logger.info(
-        "%s: %s images captioned, %s rejected, %.0f s",
-        output.root,
-        f"{total - rejected:,}",
-        f"{rejected:,}",
-        time.monotonic() - started,
-    )
-    return manifest
 
-
-def _extras(config: CaptionConfig) -> dict[str, Any]:
-    """What of the output's form is not the default; only that is part of the claim, which older ones lack."""
-    asked: dict[str, Any] = {}
-    if config.format != "parquet":
-        asked["format"] = config.format
-    if config.contact_sheet:
-        asked["contact_sheet_images"] = config.contact_sheet_images
-    return asked
+    identity = {
+        "job": "caption",
+        "model": directory.version,
+        "source": source.identity().model_dump(mode="json"),
+        "decode": decode.model_dump(mode="json"),
+        "limits": config.limits.model_dump(mode="json"),
+        **config.model_dump(include={"format", "contact_sheet", "contact_sheet_images"}),
+    }
+    return publish_once(config.output, identity, CaptionsManifest, fill)
 
 
 def _write_json_lines(output: Output, files: list[FileEntry]) -> FileEntry:
-    """All rows as one file of JSON objects, in the order of the Parquet files."""
-    count = 0
+    """All rows as one file of JSON objects, in the order of the Parquet files; thumbnails are left out."""
+    count = size = 0
+    digest = hashlib.sha256()
     with storage.atomic_writer(output.uri(JSON_LINES)) as target:
         for entry in files:
             with storage.open_input(output.uri(entry.path)) as handle:
-                for batch in pq.ParquetFile(handle).iter_batches(1024):
+                columns = CAPTIONED_ROWS.names
+                for batch in pq.ParquetFile(handle).iter_batches(1024, columns=columns):
                     for row in batch.to_pylist():
-                        target.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+                        digest.update(line)
+                        size += target.write(line)
                         count += 1
-    return FileEntry(path=JSON_LINES, rows=count)
+    return FileEntry(path=JSON_LINES, bytes=size, rows=count, sha256=digest.hexdigest())

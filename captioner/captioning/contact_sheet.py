@@ -11,18 +11,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from captioner import storage
+from captioner.artifacts.manifests import FileEntry
 from captioner.artifacts.output import Output
-from captioner.artifacts.schema import FileEntry
 from captioner.artifacts.tensorboard import add_picture, event_file
 from captioner.config import CaptionConfig
-from captioner.errors import CaptionerError
-from captioner.images.load import load_thumbnail
 from captioner.plots import Captioned, caption_grids
-from captioner.sources import read_image
 
 CONTACT_SHEET, GRID = "contact_sheet.html", "grid.png"
 GRID_IMAGES = 16
-_SIDE = 320
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -49,14 +45,17 @@ _PAGE = """<!doctype html>
 
 def write_contact_sheet(
     output: Output, files: list[FileEntry], rows: pa.Table, config: CaptionConfig
-) -> None:
+) -> list[FileEntry]:
     """Write ``contact_sheet.html`` into ``output``: the first images by id, at most ``contact_sheet_images``.
 
     ``grid.png``, also written for TensorBoard, shows the first 16 of them that are pictures.
 
     Args:
-        files: the Parquet files of the captions.
+        files: the Parquet files of the captions, with thumbnails.
         rows: image_id of every image.
+
+    Returns:
+        what was written.
     """
     first = pc.sort_indices(rows["image_id"])[: config.contact_sheet_images]
     wanted = rows["image_id"].take(first)
@@ -67,8 +66,6 @@ def write_contact_sheet(
                 table = pa.table(batch)
                 pieces.append(table.filter(pc.is_in(table["image_id"], wanted)))
     chosen = pa.concat_tables(pieces).sort_by("image_id").to_pylist()
-    for row in chosen:
-        row["thumbnail"] = _thumbnail(row, config)
     page = _PAGE.format(
         title=f"Captions of {html.escape(config.images)}",
         shown=f"{len(chosen):,}",
@@ -76,7 +73,7 @@ def write_contact_sheet(
         model=html.escape(config.model),
         figures="\n".join(map(_figure, chosen)),
     )
-    storage.write_bytes(output.uri(CONTACT_SHEET), page.encode())
+    written = [output.write(CONTACT_SHEET, page.encode())]
     grid = [
         Captioned(row["image_id"], row["thumbnail"], row["caption"])
         for row in chosen
@@ -84,21 +81,10 @@ def write_contact_sheet(
     ]
     if grid:
         png = caption_grids({"": grid[:GRID_IMAGES]})
-        storage.write_bytes(output.uri(GRID), png)
-        with event_file(output, "captions") as writer:
+        written.append(output.write(GRID, png))
+        with event_file(output, "captions", written) as writer:
             add_picture(writer, "grid", png)
-
-
-def _thumbnail(row: dict[str, Any], config: CaptionConfig) -> bytes | None:
-    if row["error"] is not None:
-        return None
-    try:
-        small = load_thumbnail(read_image(str(row["uri"])), config.limits, _SIDE)
-    except CaptionerError:  # removed or changed since it was captioned
-        return None
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=80)
-    return file.getvalue()
+    return written
 
 
 def _figure(row: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from captioner.config.parts import (
 
 
 class ExtractConfig(Config):
-    """Extract features: images -> frozen ResNet50 -> feature store."""
+    """Extract features: images -> frozen image network -> feature store."""
 
     source: str
     """shapes, flickr8k, flickr30k, or a path or URI: a folder of images or a folder of Parquet files."""
@@ -32,12 +32,14 @@ class ExtractConfig(Config):
     encoder: EncoderConfig = EncoderConfig()
     source_options: SourceConfig = SourceConfig()
     grid: bool = False
-    """Also store the 7x7 grid of vectors (float16), for decoders that look at parts of the picture."""
+    """Also store the grid of vectors (float16), for decoders that look at parts of the picture."""
     mirrored: bool = False
     """Also store the features of every image's mirror image, for augmentation in training (twice the work)."""
     crops: Annotated[int, Field(ge=0, le=16)] = 0
     """Also store the features of so many random crops of every image, for augmentation in training; each is as much
     work as the image itself. With mirrored every other one is mirrored."""
+    thumbnails: bool = True
+    """Also store a small JPEG of every image, which reports draw; some 8 KB each."""
     limits: ImageLimits = ImageLimits()
     max_reject_fraction: Fraction = 0.01
     """Largest fraction of unreadable images; past it the job fails and publishes nothing."""

@@ -34,14 +34,19 @@ class ImageLimits(Config):
 
 
 class EncoderConfig(Config):
-    """The frozen image network."""
+    """The image network, frozen."""
 
-    name: Literal["resnet50", "resnet50_v1"] = "resnet50"
-    """resnet50: torchvision's (stride on the 3x3). resnet50_v1: of 2015 (stride on the first 1x1, Caffe inputs)."""
-    weights: str = "IMAGENET1K_V2"
-    """IMAGENET1K_V2, IMAGENET1K_V1, random (seeded), or a .safetensors or .pth file (path or URI)."""
-    layer: Literal["layer4", "layer3"] = "layer4"
-    """Last stage to run. layer4: 7x7 cells x 2048 channels. layer3: 14x14 x 1024, averaged to 7x7 for the grid."""
+    name: str = "resnet50"
+    """resnet50: torchvision's (stride on the 3x3). resnet50_v1: of 2015 (stride on the first 1x1, Caffe inputs), the
+    notebook's. timm:NAME[.TAG]: any backbone of timm that gives a pooled vector and a feature map."""
+    weights: str = "pretrained"
+    """pretrained: as published with the network (resnet50: IMAGENET1K_V2; timm: from its hub). IMAGENET1K_V1 or _V2 of
+    resnet50, random (seeded), or a .safetensors or .pth file (path or URI)."""
+    layer: Literal["layer3", "layer4"] | None = None
+    """Of ResNet50 the last stage to run. layer4 (default): 2048 channels. layer3: 1024, twice as many rows and columns,
+    averaged to those of layer4 for the grid."""
+    input_size: Positive | None = None
+    """Side of the square input in pixels; default: the network's own."""
     compute: Literal["auto", Compute] = "auto"
     """Arithmetic of the network; auto: bfloat16 where the processor has it, else float32."""
     seed: Seed = 0

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from captioner.config import Config
+from captioner.config import Compute, Config
+from captioner.images.load import Filter, Fit
 
-Precision = Literal["float32", "bfloat16"]
 Column = Literal["pooled", "grid"]
 
 
@@ -51,7 +51,7 @@ class EncoderSpec(Config):
     the centre."""
     crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Of resize=crop: share of the shorter side that the input shows."""
-    filter: Literal["bilinear", "bicubic", "lanczos"]
+    filter: Filter
     """Pillow's filter for the resize; all of them widen with the reduction (antialiasing)."""
     mean: tuple[float, float, float]
     """Subtracted from R, G, B in 0..255."""
@@ -61,10 +61,20 @@ class EncoderSpec(Config):
     grid_channels: int
     grid: tuple[int, int]
     """Rows and columns of the grid's cells."""
-    precision: Precision
+    precision: Compute
     """Arithmetic of the network."""
     weights_sha256: str
     """SHA-256 over names and values of the float32 tensors."""
+
+    @property
+    def title(self) -> str:
+        """For people: network and stage."""
+        return f"{self.name} ({self.layer})"
+
+    @property
+    def fit(self) -> Fit:
+        """How a picture becomes its input."""
+        return Fit(self.input_size, self.resize, self.crop_fraction, self.filter)
 
     @property
     def shape(self) -> FeatureShape:

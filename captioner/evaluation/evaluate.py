@@ -6,8 +6,7 @@ The two never share a name: ``standard`` and ``notebook`` scores compare free-ru
 
 import io
 import json
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,21 +16,18 @@ import pyarrow.parquet as pq
 
 from captioner import notebook, storage
 from captioner.artifacts.feature_store import FeatureStore
-from captioner.artifacts.model_directory import check_features_fit, load_model
-from captioner.artifacts.output import Output
-from captioner.artifacts.schema import ReportManifest
+from captioner.artifacts.manifests import ReportManifest
+from captioner.artifacts.model_directory import ModelDirectory, check_features_fit, load_model
+from captioner.artifacts.output import Output, publish_once
 from captioner.artifacts.tensorboard import add_picture, event_file
-from captioner.config import EvaluateConfig
-from captioner.errors import CaptionerError
+from captioner.config import DecodeConfig, EvaluateConfig
 from captioner.evaluation.pictures import choose_images, draw_report
 from captioner.evaluation.pipeline import score_split
 from captioner.evaluation.ptb import has_java
 from captioner.evaluation.scores import caption_statistics, score_standard
-from captioner.images.load import load_thumbnail
 from captioner.runtime.cluster import start_ray
-from captioner.sources import read_image
 
-logger = logging.getLogger(__name__)
+SCORES, PREDICTIONS = "scores.json", "predictions.parquet"
 
 
 @dataclass(frozen=True)
@@ -51,74 +47,100 @@ def evaluate(config: EvaluateConfig) -> Report:
         ModelError: the model is unusable or was trained on other features.
     """
     store = FeatureStore.open(config.features)
-    model_uri = storage.absolute(config.model)
     # All of it, once, before every actor of a cluster finds the same damage.
-    record = load_model(model_uri).record
-    check_features_fit(record, store.manifest)
-    decode = config.decode.over(record.decode)
+    model = load_model(config.model).directory
+    check_features_fit(model.record, store.manifest)
+    decode = config.decode.over(model.record.decode)
     store.require(config.split, (), captions=True)
-    output = Output(
+    identity = {
+        "job": "evaluate",
+        "model": model.version,
+        "features": store.identity(),
+        "split": config.split,
+        "decode": decode.model_dump(mode="json"),
+    }
+    publish_once(
         config.output,
-        {
-            "job": "evaluate",
-            "model": record.weights_sha256,
-            "features": store.manifest.model_dump(mode="json", include={"encoder", "source"}),
-            "split": config.split,
-            "decode": decode.model_dump(mode="json"),
-        },
+        identity,
+        ReportManifest,
+        lambda output: _fill(config, output, store, model, decode),
     )
-    if output.complete:
-        logger.info("%s is complete: nothing to do", output.root)
-        return Report(output.root, storage.read_json(output.uri("scores.json")))
-    with output:
-        start_ray()
-        captions = store.captions(config.split)
-        chosen = choose_images(list(captions), config.seed)
-        rows = score_split(
-            store,
-            config.split,
-            captions,
-            model_uri,
-            record.columns,
-            decode,
-            drawn=frozenset(chosen[: config.attention_images]),
-            batch_size=config.batch_size,
-        )
-        references = [captions[name] for name in rows["image_id"].to_pylist()]
-        hypotheses = rows["caption"].to_pylist()
-        standard = score_standard(references, hypotheses, meteor=config.meteor and has_java())
-        loss, correct, targets = (
-            pc.sum(rows[name]).as_py() for name in ("loss_sum", "correct", "targets")
-        )
-        scores = {
-            "standard": {**standard.corpus, "tokenizer": standard.tokenizer},
-            "notebook": notebook.score(
-                references, hypotheses, cleaned=record.text.rules == "notebook"
-            ).model_dump(),
-            "loss": loss / targets,
-            "accuracy": correct / targets,
-            "images": len(rows),
-            "split": config.split,
-            "decode": decode.model_dump(),
-            "statistics": {
-                "captions": caption_statistics(hypotheses),
-                "references": caption_statistics([text for texts in references for text in texts]),
-            },
-        }
-        predictions = {
-            **{name: rows[name] for name in ("image_id", "caption", "log_prob")},
-            "references": pa.array(references, pa.list_(pa.string())),
-            **{name: pa.array(values, pa.float32()) for name, values in standard.per_image.items()},
-        }
-        looked = {name: rows[name] for name in ("words", "attention")}
-        pictures = draw_report(
-            pa.table({**predictions, **looked}),
-            chosen,
-            _thumbnails(store, config.split),
-            grid=(record.encoder.shape.rows, record.encoder.shape.columns),
-        )
-        _publish(config, output, store, scores, pa.table(predictions), pictures)
-    return Report(output.root, scores)
+    root = storage.absolute(config.output)
+    return Report(root, storage.read_json(storage.join(root, SCORES)))
+
+
+def _fill(
+    config: EvaluateConfig,
+    output: Output,
+    store: FeatureStore,
+    model: ModelDirectory,
+    decode: DecodeConfig,
+) -> ReportManifest:
+    start_ray()
+    record = model.record
+    captions = store.captions(config.split)
+    chosen = choose_images(list(captions), config.seed)
+    rows = score_split(
+        store,
+        config.split,
+        captions,
+        model,
+        decode,
+        drawn=frozenset(chosen[: config.attention_images]),
+        batch_size=config.batch_size,
+    )
+    references = [captions[name] for name in rows["image_id"].to_pylist()]
+    hypotheses = rows["caption"].to_pylist()
+    standard = score_standard(references, hypotheses, meteor=config.meteor and has_java())
+    loss, correct, targets = (
+        pc.sum(rows[name]).as_py() for name in ("loss_sum", "correct", "targets")
+    )
+    scores = {
+        "standard": {**standard.corpus, "tokenizer": standard.tokenizer},
+        "notebook": notebook.score(
+            references, hypotheses, cleaned=record.text.rules == "notebook"
+        ).model_dump(),
+        "loss": loss / targets,
+        "accuracy": correct / targets,
+        "images": len(rows),
+        "split": config.split,
+        "decode": decode.model_dump(),
+        "statistics": {
+            "captions": caption_statistics(hypotheses),
+            "references": caption_statistics([text for texts in references for text in texts]),
+        },
+    }
+    predictions = {
+        **{name: rows[name] for name in ("image_id", "caption", "log_prob")},
+        "references": pa.array(references, pa.list_(pa.string())),
+        **{name: pa.array(values, pa.float32()) for name, values in standard.per_image.items()},
+    }
+    looked = {name: rows[name] for name in ("words", "attention")}
+    pictures = draw_report(
+        pa.table({**predictions, **looked}),
+        chosen,
+        store.thumbnails,
+        spec=record.encoder.spec,
+    )
+    table = io.BytesIO()
+    pq.write_table(pa.table(predictions), table)
+    files = [
+        output.write(PREDICTIONS, table.getvalue()),
+        output.write(SCORES, json.dumps(scores, indent=1).encode()),
+    ]
+    with event_file(output, "report", files) as writer:
+        for name, value in standard.corpus.items():
+            writer.add_scalar(f"standard/{name}", value)
+        for name, picture in pictures:
+            files.append(output.write(name, picture))
+            add_picture(writer, name.removesuffix(".png"), picture)
+    return ReportManifest(
+        model=model.uri,
+        features=store.uri,
+        split=config.split,
+        images=len(rows),
+        files=files,
+    )
 
 
 def score_table(report: Report) -> str:
@@ -140,52 +162,3 @@ def score_table(report: Report) -> str:
         pair = [f"{found[side][name]:12,.4g}" for side in ("captions", "references")]
         lines.append(f"{name.replace('_', ' '):20}{''.join(pair)}")
     return "\n".join([*lines, "", f"report: {report.uri}"])
-
-
-def _publish(
-    config: EvaluateConfig,
-    output: Output,
-    store: FeatureStore,
-    scores: dict[str, Any],
-    predictions: pa.Table,
-    pictures: Iterable[tuple[str, bytes]],
-) -> None:
-    with storage.atomic_writer(output.uri("predictions.parquet")) as file:
-        pq.write_table(predictions, file)
-    files = ["scores.json", "predictions.parquet"]
-    with event_file(output, "report") as writer:
-        for name, value in scores["standard"].items():
-            if isinstance(value, float):
-                writer.add_scalar(f"standard/{name}", value)
-        for name, picture in pictures:
-            storage.write_bytes(output.uri(name), picture)
-            files.append(name)
-            add_picture(writer, name.removesuffix(".png"), picture)
-    storage.write_bytes(output.uri("scores.json"), json.dumps(scores, indent=1).encode())
-    manifest = ReportManifest(
-        model=storage.absolute(config.model),
-        features=store.uri,
-        split=config.split,
-        images=len(predictions),
-        files=files,
-    )
-    output.publish(manifest.model_dump_json(indent=1))
-
-
-def _thumbnails(store: FeatureStore, split: str) -> Callable[[Sequence[str]], dict[str, bytes]]:
-    uris = store.image_uris(split)
-
-    def read(image_ids: Sequence[str]) -> dict[str, bytes]:
-        found = {}
-        for name in image_ids:
-            try:
-                small = load_thumbnail(read_image(uris[name]), None, 320)
-            except CaptionerError as error:
-                logger.warning("%s", error)
-                continue
-            file = io.BytesIO()
-            small.save(file, "JPEG")
-            found[name] = file.getvalue()
-        return found
-
-    return read

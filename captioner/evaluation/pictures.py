@@ -1,5 +1,6 @@
 """Pictures of a report: a grid of captioned images, the best and the worst of them, and where the decoder looked."""
 
+import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import Image
 
 from captioner import storage
+from captioner.encoders.spec import EncoderSpec
 from captioner.plots import Captioned, attention_maps, caption_grids
 
 logger = logging.getLogger(__name__)
@@ -27,7 +30,7 @@ def draw_report(
     chosen: Sequence[str],
     thumbnails: Callable[[Sequence[str]], dict[str, bytes]],
     *,
-    grid: tuple[int, int],
+    spec: EncoderSpec,
 ) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the PNG files of a report.
 
@@ -35,7 +38,7 @@ def draw_report(
         scored: image_id, caption, references and cider of every image; words and attention of some, null of others.
         chosen: ids of the grid's images.
         thumbnails: ids -> the small pictures of those that have one.
-        grid: rows and columns of the cells that attention is over.
+        spec: of the encoder whose grid attention is over.
     """
     order = np.argsort(-scored["cider"].to_numpy(), kind="stable")
     count = min(EXTREMES, (len(order) + 1) // 2)  # no image is in both
@@ -68,6 +71,8 @@ def draw_report(
         row = rows[place]
         thumbnail = small.get(row["image_id"])
         if row["words"] and thumbnail is not None:
-            weights = np.array(row["attention"]).reshape(-1, *grid)
-            maps = attention_maps(thumbnail, row["words"], weights)
+            weights = np.array(row["attention"]).reshape(-1, *spec.grid)
+            with Image.open(io.BytesIO(thumbnail)) as picture:
+                box = spec.fit.box(*picture.size)
+            maps = attention_maps(thumbnail, row["words"], weights, box)
             yield storage.join("attention", f"{number}.png"), maps

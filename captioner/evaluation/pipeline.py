@@ -1,7 +1,8 @@
 """The scoring pass on Ray Data: features of a split -> captions, attention and teacher-forced sums."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,9 @@ import ray
 import torch
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy
-from ray.data.expressions import col
 
-from captioner import storage
-from captioner.artifacts.feature_store import FeatureStore
+from captioner.artifacts.feature_store import Chunk, FeatureStore
+from captioner.artifacts.model_directory import ModelDirectory
 from captioner.captioning.captioner import Captioner
 from captioner.config import DecodeConfig
 from captioner.errors import ModelError
@@ -21,6 +21,7 @@ from captioner.runtime.cluster import plan_pool
 from captioner.runtime.data_context import data_context
 from captioner.runtime.device import prepare_device
 from captioner.runtime.progress import ProgressLine
+from captioner.sources.tasks import BYTES_PER_PIECE, Piece, PieceSource
 from captioner.text import clean
 from captioner.training.steps import teacher_forcing
 
@@ -71,7 +72,12 @@ class ScoreImages:
             name: torch.from_numpy(np.array(batch[name])).float().to(self.captioner.device)
             for name in model.decoder.columns
         }
+        # An image without captions cannot be scored.
+        there = [name in self.captions for name in batch["image_id"]]
+        batch = {name: column[there] for name, column in batch.items()}
         names = batch["image_id"].tolist()
+        if not names:
+            return SCORED_ROWS.empty_table()
         found = self.captioner.caption_features(features, self.decode)
         references = [self.captions[name] for name in names]
         image = torch.tensor([row for row, texts in enumerate(references) for _ in texts])
@@ -98,7 +104,10 @@ class ScoreImages:
                     None if weights is None else one.text.split()
                     for one, weights in zip(found, looked, strict=True)
                 ],
-                "attention": [None if weights is None else weights.tolist() for weights in looked],
+                "attention": [
+                    None if weights is None else weights.reshape(len(weights), -1).tolist()
+                    for weights in looked
+                ],
                 "loss_sum": [loss] + [0.0] * others,
                 "correct": [correct] + [0] * others,
                 "targets": [targets] + [0] * others,
@@ -111,8 +120,7 @@ def score_split(
     store: FeatureStore,
     split: str,
     captions: dict[str, list[str]],
-    model_uri: str,
-    columns: Sequence[str],
+    model: ModelDirectory,
     decode: DecodeConfig,
     *,
     drawn: frozenset[str],
@@ -122,7 +130,6 @@ def score_split(
 
     Args:
         captions: raw references by image id.
-        columns: feature columns that the model reads.
         drawn: ids of the images whose attention is wanted.
         batch_size: images.
 
@@ -132,27 +139,17 @@ def score_split(
     Raises:
         ModelError: an image was lost, or the model is unusable.
     """
-    filesystem, path = storage.resolve(store.uri)
-    files = [
-        f"{path}/{file.path}" for file in store.manifest.files if file.path.startswith("features/")
-    ]
     pool = plan_pool(len(captions))
     logger.info("captioning %s images of split %s", f"{len(captions):,}", split)
-    good = (col("split") == split) & col("error").is_null()
-    if len(captions) < store.manifest.splits[split].ok:
-        # What has no captions cannot be scored. (Every read task carries the list.)
-        good &= col("image_id").is_in(list(captions))
     with data_context(), ProgressLine(len(captions)) as progress:
         dataset = (
-            ray.data.read_parquet(files, filesystem=filesystem)
-            .select_columns(["image_id", "split", "error", *columns])
-            .filter(expr=good)
+            ray.data.read_datasource(_features(store, split, model.record.columns))
             # A read task's rows are one block, which one actor would get whole.
             .repartition(target_num_rows_per_block=batch_size)
             .map_batches(
                 ScoreImages,
                 fn_constructor_kwargs={
-                    "model_uri": model_uri,
+                    "model_uri": model.uri,
                     "decode": decode,
                     "captions": ray.put(captions),
                     "drawn": drawn,
@@ -173,3 +170,21 @@ def score_split(
             f"{len(rows)} were scored"
         )
     return rows
+
+
+def _features(store: FeatureStore, split: str, columns: Sequence[str]) -> PieceSource:
+    """A split of a store for Ray Data: image_id and feature columns of its good images."""
+    size = sum(map(store.column_bytes, columns))
+    return PieceSource(
+        "Features",
+        [
+            Piece(partial(_read, chunk, columns), len(chunk.rows), len(chunk.rows) * size)
+            for chunk in store.chunks(split, max(1, BYTES_PER_PIECE // size))
+        ],
+    )
+
+
+def _read(chunk: Chunk, columns: Sequence[str]) -> Iterator[pa.Table]:
+    found = chunk.read(("image_id", *columns))
+    tensors = {name: pa.FixedShapeTensorArray.from_numpy_ndarray(found[name]) for name in columns}
+    yield pa.table({"image_id": pa.array(found["image_id"], pa.string()), **tensors})

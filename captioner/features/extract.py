@@ -1,34 +1,33 @@
 """Extraction: a source of images -> a feature store, on Ray Data."""
 
 import logging
-import time
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import safetensors.torch
 
 from captioner import storage
-from captioner.artifacts.feature_store import ENCODER_WEIGHTS, FeatureStore
-from captioner.artifacts.output import Output
-from captioner.artifacts.schema import (
-    CAPTION_ROWS,
-    SPLITS,
-    EncoderIdentity,
+from captioner.artifacts.manifests import (
+    Counts,
+    EncoderRecord,
+    FileEntry,
     SplitCounts,
     StoreManifest,
-    feature_rows,
-    view_names,
 )
+from captioner.artifacts.output import Output, publish_once
+from captioner.artifacts.tables import CAPTION_ROWS, SPLITS, feature_rows
 from captioner.config import Compute, ExtractConfig
-from captioner.encoders.resnet50 import Encoder, identify, load_weights
+from captioner.encoders.family import family_of
+from captioner.encoders.weights import ENCODER_WEIGHTS
+from captioner.features.encode import EncodeImages
 from captioner.features.pipeline import run_pipeline
-from captioner.features.row_marks import finish_rows, forget_checkpoint, list_data_files
-from captioner.images.views import other_views
+from captioner.features.row_marks import count_rows, finish_rows, list_data_files
+from captioner.images.views import view_names
 from captioner.runtime.cluster import PoolPlan, num_gpus, plan_pool, start_ray
-from captioner.runtime.device import choose_compute, prepare_device
+from captioner.runtime.device import choose_compute
 from captioner.sources import open_source
 from captioner.sources.base import Source
 
@@ -36,39 +35,6 @@ logger = logging.getLogger(__name__)
 
 _CAPTIONS_PER_FILE = 1_000_000
 _REASONS_SHOWN = 5
-
-
-class EncodeImages:
-    """Pipeline stage: images -> ``pooled`` and ``grid`` columns."""
-
-    def __init__(
-        self,
-        weights_uri: str,
-        identity: EncoderIdentity,
-        grid: bool,
-        mirrored: bool,
-        crops: int,
-        threads: int,
-    ):
-        self.encoder = Encoder.load(weights_uri, identity, prepare_device(threads=threads))
-        self.grid, self.mirrored, self.crops = grid, mirrored, crops
-
-    def __call__(self, rows: pa.Table, images: np.ndarray[Any, np.dtype[np.uint8]]) -> pa.Table:
-        columns = self.encode(images, "")
-        ids = rows["image_id"].to_pylist()
-        for name, view in other_views(images, ids, mirrored=self.mirrored, crops=self.crops):
-            columns |= self.encode(view, name)
-        return pa.table(columns)
-
-    def encode(
-        self, images: np.ndarray[Any, np.dtype[np.uint8]], suffix: str
-    ) -> dict[str, pa.Array]:
-        pooled, cells = self.encoder(images, grid=self.grid)
-        found = {"pooled": pooled} if cells is None else {"pooled": pooled, "grid": cells}
-        return {
-            f"{name}{suffix}": pa.FixedShapeTensorArray.from_numpy_ndarray(tensor.cpu().numpy())
-            for name, tensor in found.items()
-        }
 
 
 def extract(config: ExtractConfig) -> StoreManifest:
@@ -80,83 +46,84 @@ def extract(config: ExtractConfig) -> StoreManifest:
         SourceError: the source is empty or contradicts itself, or too many images were rejected.
         StoreError: the output belongs to another run or cannot be written.
         ModelError: the encoder's weights cannot be had.
-        ConfigError: the cluster has too few CPUs.
+        ConfigError: there is no such encoder, or the cluster has too few CPUs.
     """
+    family, _ = family_of(config.encoder.name)
     source = open_source(config.source, config.source_options, limits=config.limits)
-    total = source.num_images()
-    tensors = load_weights(config.encoder)
+    tensors, weights = family.weights(config.encoder)
     start_ray()
-    pool = plan_pool(total, size=config.num_encoders, cpus_per_actor=config.cpus_per_encoder)
-    identity = identify(config.encoder, tensors, compute_on_cluster(config.encoder.compute))
-    output = Output(
-        config.output,
-        {
-            "job": "extract_features",
-            "encoder": identity.model_dump(mode="json"),
-            "source": source.identity().model_dump(mode="json"),
-            "grid": config.grid,
-            "mirrored": config.mirrored,
-            "crops": config.crops,
-            "limits": config.limits.model_dump(mode="json"),
-        },
-    )
-    if output.complete:
-        logger.info("%s is complete: nothing to do", output.root)
-        manifest = FeatureStore.open(output.root).manifest
-        logger.info(describe(manifest))
-        return manifest
-    with output:
-        started = time.monotonic()
-        storage.write_bytes(output.uri(ENCODER_WEIGHTS), safetensors.torch.save(tensors))
+    spec = family.spec(config.encoder, tensors, compute_on_cluster(config.encoder.compute))
+
+    def fill(output: Output) -> StoreManifest:
+        total = source.num_images()
+        pool = plan_pool(total, size=config.num_encoders, cpus_per_actor=config.cpus_per_encoder)
+        encoder = output.write(ENCODER_WEIGHTS, safetensors.torch.save(tensors))
         _write_captions(source, output)
-        logger.info(
-            "extracting %s images with %s, %s", f"{total:,}", config.encoder.name, _describe(pool)
+        logger.info("extracting %s images with %s, %s", f"{total:,}", spec.title, _describe(pool))
+        stage = EncodeImages(
+            output.uri(ENCODER_WEIGHTS),
+            spec,
+            config.limits,
+            grid=config.grid,
+            mirrored=config.mirrored,
+            crops=config.crops,
+            thumbnails=config.thumbnails,
+            threads=pool.threads,
+        )
+        schema = feature_rows(
+            spec.shape,
+            grid=config.grid,
+            views=view_names(config.mirrored, config.crops),
+            thumbnails=config.thumbnails,
         )
         run_pipeline(
-            source,
-            output,
-            "features",
-            feature_rows(identity.channels, config.grid, view_names(config.mirrored, config.crops)),
-            EncodeImages,
-            {
-                "weights_uri": output.uri(ENCODER_WEIGHTS),
-                "identity": identity,
-                "grid": config.grid,
-                "mirrored": config.mirrored,
-                "crops": config.crops,
-                "threads": pool.threads,
-            },
-            limits=config.limits,
-            batch_size=config.batch_size,
-            pool=pool,
+            source, output, "features", schema, stage, batch_size=config.batch_size, pool=pool
         )
         rows = finish_rows(output, "features", total, config.max_reject_fraction)
-        splits = _count(rows, output)
+        captions = list_data_files(output, "captions")
+        counts = count_rows(rows, source.left_out())
         manifest = StoreManifest(
-            encoder=identity,
+            encoder=EncoderRecord(spec=spec, weights=weights),
             source=source.identity(),
             grid=config.grid,
             mirrored=config.mirrored,
             crops=config.crops,
-            total=_sum(list(splits.values())),
-            splits=splits,
-            files=list_data_files(output, "features") + list_data_files(output, "captions"),
+            thumbnails=config.thumbnails,
+            counts=counts,
+            splits=_count_splits(rows, output, captions),
+            files=[encoder, *list_data_files(output, "features"), *captions],
         )
-        output.publish(manifest.model_dump_json(indent=1))
-        forget_checkpoint(output)
-    seconds = time.monotonic() - started
-    logger.info("%s: published after %.0f s", output.root, seconds)
-    logger.info("\n".join([describe(manifest), *_reasons(rows)]))
-    return manifest
+        logger.info("\n".join([describe(manifest), *_reasons(rows)]))
+        return manifest
+
+    identity = {
+        "job": "extract_features",
+        "encoder": spec.model_dump(mode="json"),
+        "source": source.identity().model_dump(mode="json"),
+        "limits": config.limits.model_dump(mode="json"),
+        **config.model_dump(include={"grid", "mirrored", "crops", "thumbnails"}),
+    }
+    return publish_once(config.output, identity, StoreManifest, fill)
 
 
 def describe(manifest: StoreManifest) -> str:
-    """What a feature store holds, one line a split."""
-    rows = [*manifest.splits.items(), ("total", manifest.total)]
-    return "\n".join(
-        f"  {name:10} {counts.images:>11,} images  {counts.rejected:>9,} rejected  {counts.captions:>11,} captions"
-        for name, counts in rows
-    )
+    """What a feature store holds: one line a split, then what became of every file found."""
+    lines = [
+        f"  {name:10} {counts.images:>11,} images  {counts.captions:>11,} captions"
+        for name, counts in manifest.splits.items()
+    ]
+    return "\n".join([*lines, f"  {describe_counts(manifest.counts)}"])
+
+
+def describe_counts(counts: Counts) -> str:
+    """In one line; together the files found."""
+    parts = [f"{counts.ok:,} fine", f"{counts.rejected:,} rejected"]
+    if counts.unreadable:
+        parts.append(f"{counts.unreadable:,} unreadable")
+    if counts.left_out:
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts.left_out.items())
+        parts.append(f"left out: {kinds}")
+    return f"{counts.found:,} found: {', '.join(parts)}"
 
 
 def _reasons(rows: pa.Table) -> list[str]:
@@ -192,7 +159,8 @@ def _write_captions(source: Source, output: Output) -> None:
 
     def flush() -> None:
         with storage.atomic_writer(output.uri("captions", f"part-{part:05d}.parquet")) as file:
-            pq.write_table(pa.Table.from_batches(batches, CAPTION_ROWS), file)
+            table = pa.Table.from_batches(batches, CAPTION_ROWS)
+            pq.write_table(table, file, write_page_checksum=True)
 
     for batch in source.captions():
         batches.append(batch)
@@ -203,29 +171,24 @@ def _write_captions(source: Source, output: Output) -> None:
     flush()
 
 
-def _count(rows: pa.Table, output: Output) -> dict[str, SplitCounts]:
-    captions: dict[str, int] = dict.fromkeys(SPLITS, 0)
-    ids = rows.select(["image_id", "split"])
-    for file in storage.list_files(output.uri("captions")):
-        with storage.open_input(file.uri) as handle:
-            table = pq.read_table(handle, columns=["image_id"])
-        joined = table.join(ids, "image_id").group_by("split").aggregate([([], "count_all")])
-        for row in joined.to_pylist():
-            captions[row["split"]] += row["count_all"]
-    counted = rows.group_by("split").aggregate([([], "count_all"), ("error", "count")]).to_pylist()
-    found = {row["split"]: (row["count_all"], row["error_count"]) for row in counted}
+def _count_splits(rows: pa.Table, output: Output, files: list[FileEntry]) -> dict[str, SplitCounts]:
+    """Good images of every split, and their captions."""
+    good = rows.filter(rows["error"].is_null())["image_id"]
+    images, captions = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    for file in files:
+        with storage.open_input(output.uri(file.path)) as handle:
+            table = pq.read_table(handle)
+        table = table.filter(pc.is_in(table["image_id"], good))
+        # The rows of an image follow each other, in one file or over the end of one.
+        first = table.filter(pc.equal(pc.fill_null(table["index"], 0), 0))
+        for found, part in (
+            (images, first),
+            (captions, table.filter(table["caption"].is_valid())),
+        ):
+            for count in part.group_by("split").aggregate([([], "count_all")]).to_pylist():
+                found[count["split"]] += count["count_all"]
     return {
-        split: SplitCounts(
-            images=found[split][0],
-            ok=found[split][0] - found[split][1],
-            rejected=found[split][1],
-            captions=captions[split],
-        )
+        split: SplitCounts(images=images[split], captions=captions[split])
         for split in SPLITS
-        if split in found
+        if images[split]
     }
-
-
-def _sum(counts: list[SplitCounts]) -> SplitCounts:
-    names = SplitCounts.model_fields
-    return SplitCounts(**{name: sum(getattr(count, name) for count in counts) for name in names})

@@ -1,16 +1,18 @@
-"""The Ray Data job that extraction and captioning share: source -> decode -> model actors -> Parquet, exactly once.
+"""The Ray Data job that extraction and captioning share: source -> load -> model actors -> Parquet, exactly once.
 
 Ray Data's row checkpointing keeps the books: behind every Read it filters the ids whose output files are complete, and
 on a restart it deletes files that a killed task left half-done. It needs ids that come out of the Read itself.
 """
 
 import errno
+import hashlib
 import logging
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
@@ -19,10 +21,10 @@ from ray.data.extensions import FixedShapeTensorFormat
 
 from captioner import storage
 from captioner.artifacts.output import Output
-from captioner.config import ImageLimits
+from captioner.artifacts.tables import FINAL
 from captioner.errors import ImageError, StoreError
 from captioner.features.row_marks import CHECKPOINT, count_done, distrust_double_marks, has_pending
-from captioner.images.load import load_image
+from captioner.features.stage import Stage
 from captioner.runtime.cluster import TASK_CPUS, PoolPlan, num_cpus
 from captioner.runtime.data_context import data_context
 from captioner.runtime.progress import ProgressLine
@@ -30,46 +32,54 @@ from captioner.sources.base import Source
 
 logger = logging.getLogger(__name__)
 
-PIXELS = "pixels"
-_IMAGE_SHAPE = (224, 224, 3)
 _ACTOR_MEMORY = 3 * 2**29
-# What a run may keep in the object store, mostly decoded images that wait. Ray Data's own bound, half of the store,
-# lets decoding run thousands of images ahead of the model, which makes nothing faster.
+# What a run may keep in the object store, mostly loaded pictures that wait. Ray Data's own bound, half of the store,
+# lets loading run thousands of images ahead of the model, which makes nothing faster.
 _STORE_BYTES, _STORE_BYTES_PER_GPU, _STORE_BYTES_PER_ACTOR = 2**29, 2**32, 2**27
 _FILES = 1000
 _FILE_BYTES = 128 * 2**20
 
 
-class Stage(Protocol):
-    """What the model actors run. Built once per actor, from plain arguments."""
+def load_rows(rows: pa.Table, stage: Stage, *, digests: bool = False) -> pa.Table:
+    """Replace ``bytes`` by what the stage loads from them; zeros and nulls where ``error`` says why there is nothing.
 
-    def __call__(self, rows: pa.Table, images: np.ndarray[Any, np.dtype[np.uint8]]) -> pa.Table:
-        """Output columns for the good rows of a batch, in their order.
-
-        Args:
-            rows: image_id, split, uri of N images.
-            images: uint8 RGB [N, 224, 224, 3].
-        """
-        ...
-
-
-def load_rows(rows: pa.Table, limits: ImageLimits) -> pa.Table:
-    """Replace ``bytes`` by ``pixels``: uint8 [224, 224, 3], zeros where ``error`` says why there are none."""
-    images = np.zeros((len(rows), *_IMAGE_SHAPE), np.uint8)
-    errors: list[str | None] = rows["error"].to_pylist()
-    for position, data in enumerate(rows["bytes"]):
-        if errors[position] is None:
-            try:
-                images[position] = load_image(data.as_buffer().to_pybytes(), limits)
-            except ImageError as error:
-                errors[position] = str(error)
+    Args:
+        digests: add ``sha256``, of the bytes.
+    """
+    errors, kinds = rows["error"].to_pylist(), rows["error_kind"].to_pylist()
+    columns: dict[str, Any] = {}
+    for field in stage.loaded:
+        kind = field.type
+        is_tensor = isinstance(kind, pa.FixedShapeTensorType)
+        columns[field.name] = (
+            np.zeros((len(rows), *kind.shape), kind.value_type.to_pandas_dtype())
+            if is_tensor
+            else [None] * len(rows)
+        )
+    hashes: list[str | None] = [None] * len(rows)
+    for position, cell in enumerate(rows["bytes"]):
+        if errors[position] is not None:
+            continue
+        data = cell.as_buffer().to_pybytes()
+        if digests:
+            hashes[position] = hashlib.sha256(data).hexdigest()
+        try:
+            for name, value in stage.load(data).items():
+                columns[name][position] = value
+        except ImageError as error:
+            errors[position], kinds[position] = str(error), FINAL
     return pa.table(
         {
-            "image_id": rows["image_id"],
-            "split": rows["split"],
-            "uri": rows["uri"],
-            PIXELS: pa.FixedShapeTensorArray.from_numpy_ndarray(images),
+            **{name: rows[name] for name in ("image_id", "uri", "size", "mtime")},
+            **({"sha256": pa.array(hashes, pa.string())} if digests else {}),
+            **{
+                field.name: pa.FixedShapeTensorArray.from_numpy_ndarray(columns[field.name])
+                if isinstance(field.type, pa.FixedShapeTensorType)
+                else pa.array(columns[field.name], field.type)
+                for field in stage.loaded
+            },
             "error": pa.array(errors, pa.string()),
+            "error_kind": pa.array(kinds, pa.string()),
         }
     )
 
@@ -77,24 +87,19 @@ def load_rows(rows: pa.Table, limits: ImageLimits) -> pa.Table:
 class _StageActor:
     """Runs a stage on the good rows of each batch and puts the rejected ones back, with nulls, in their places."""
 
-    def __init__(
-        self, stage: type[Stage], options: dict[str, Any], schema: pa.Schema, counter: ActorHandle
-    ):
-        self.stage = stage(**options)
-        self.schema = schema
-        self.counter = counter
+    def __init__(self, stage: Stage, schema: pa.Schema, counter: ActorHandle):
+        stage.prepare()
+        self.stage, self.schema, self.counter = stage, schema, counter
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         good = rows["error"].is_null()
-        count = int(pa.compute.sum(good).as_py() or 0)
-        columns = rows.drop_columns([PIXELS])
+        count = int(pc.sum(good).as_py() or 0)
+        loaded = [name for name in self.stage.loaded.names if name not in self.schema.names]
+        columns = rows.drop_columns(loaded)
         if count:
-            images = rows[PIXELS].combine_chunks()
-            pixels = (
-                images.chunk(0) if isinstance(images, pa.ChunkedArray) else images
-            ).to_numpy_ndarray()
+            batch = rows.select(["image_id", *self.stage.loaded.names])
+            output = self.stage(batch if count == len(rows) else batch.filter(good))
             mask = good.to_numpy()
-            output = self.stage(columns.filter(good), pixels if mask.all() else pixels[mask])
             # Positions of good rows in the output, null for rejected ones: take() then fills in nulls.
             place = pa.array(np.cumsum(mask) - 1, mask=~mask)
             for name in output.column_names:
@@ -119,10 +124,8 @@ def run_pipeline(
     output: Output,
     directory: str,
     schema: pa.Schema,
-    stage: type[Stage],
-    options: dict[str, Any],
+    stage: Stage,
     *,
-    limits: ImageLimits,
     batch_size: int,
     pool: PoolPlan,
     counter: ActorHandle | None = None,
@@ -136,7 +139,7 @@ def run_pipeline(
         StoreError: the output cannot be written.
     """
     filesystem, path = storage.resolve(output.uri(directory))
-    _, checkpoint = storage.resolve(output.uri(CHECKPOINT))
+    _, checkpoint = storage.resolve(output.work(CHECKPOINT))
     total = source.num_images()
     distrust_double_marks(output)
     already = count_done(output)
@@ -147,18 +150,17 @@ def run_pipeline(
     with data_context() as context, ProgressLine(total, already, counter=counter) as progress:
         _configure(context, checkpoint, filesystem, store_bytes(pool))
         images = ray.data.read_datasource(source.images(), num_cpus=TASK_CPUS)
-        decoded = images.map_batches(
+        loaded = images.map_batches(
             load_rows,
-            fn_kwargs={"limits": limits},
+            fn_kwargs={"stage": stage, "digests": "sha256" in schema.names},
             batch_size=batch_size,
             batch_format="pyarrow",
             num_cpus=TASK_CPUS,
         )
-        done = decoded.map_batches(
+        done = loaded.map_batches(
             _StageActor,
             fn_constructor_kwargs={
                 "stage": stage,
-                "options": options,
                 "schema": schema,
                 "counter": progress.counter,
             },
@@ -175,6 +177,7 @@ def run_pipeline(
                 path,
                 filesystem=filesystem,
                 min_rows_per_file=rows_per_file(total, schema),
+                write_page_checksum=True,
                 ray_remote_args={"num_cpus": TASK_CPUS},
             )
         except OSError as error:

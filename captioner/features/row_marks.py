@@ -7,11 +7,12 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from captioner import storage
+from captioner.artifacts.manifests import Counts, FileEntry
 from captioner.artifacts.output import Output
-from captioner.artifacts.schema import FileEntry
+from captioner.artifacts.tables import RETRYABLE
 from captioner.errors import SourceError, StoreError
 
-CHECKPOINT = "_checkpoint"
+CHECKPOINT = "marks"
 _PENDING = ".pending.parquet"
 
 
@@ -19,19 +20,18 @@ def finish_rows(output: Output, directory: str, total: int, max_reject_fraction:
     """Check that every image has exactly one row, and that few enough were rejected.
 
     Returns:
-        image_id, split and error of all rows, as far as they have them.
+        image_id, error and error_kind of all rows.
 
     Raises:
         StoreError: rows are missing or repeated.
         SourceError: more than ``max_reject_fraction`` of the images were rejected.
     """
     filesystem, path = storage.resolve(output.uri(directory))
-    names = [file.path for file in _parquet_files(output, directory)]
+    names = [file.path for file in _parquet_files(output.uri(directory))]
     dataset = pads.dataset(
         [f"{path}/{name}" for name in names], filesystem=filesystem, format="parquet"
     )
-    there = [name for name in ("image_id", "split", "error") if name in dataset.schema.names]
-    rows = dataset.to_table(columns=there)
+    rows = dataset.to_table(columns=["image_id", "error", "error_kind"])
     unique = pa.compute.count_distinct(rows["image_id"]).as_py()
     if not len(rows) == unique == total:
         raise StoreError(
@@ -48,20 +48,30 @@ def finish_rows(output: Output, directory: str, total: int, max_reject_fraction:
     return rows
 
 
+def count_rows(rows: pa.Table, left_out: dict[str, int]) -> Counts:
+    """What became of every file found.
+
+    Args:
+        rows: from ``finish_rows``.
+        left_out: files that the source did not take, by kind.
+    """
+    failed = rows.filter(rows["error"].is_valid())
+    unreadable = pa.compute.sum(pa.compute.equal(failed["error_kind"], RETRYABLE)).as_py() or 0
+    return Counts(
+        ok=len(rows) - len(failed),
+        rejected=len(failed) - unreadable,
+        unreadable=unreadable,
+        left_out=left_out,
+    )
+
+
 def list_data_files(output: Output, directory: str) -> list[FileEntry]:
-    """The Parquet files of a subdirectory with their row counts, for the manifest."""
-    files = _parquet_files(output, directory)
+    """The Parquet files of a subdirectory with their sizes and row counts, for the manifest."""
+    files = _parquet_files(output.uri(directory))
     return [
-        FileEntry(path=f"{directory}/{file.path}", rows=rows)
+        FileEntry(path=f"{directory}/{file.path}", bytes=file.size, rows=rows)
         for file, rows in zip(files, _count_rows(files), strict=True)
     ]
-
-
-def forget_checkpoint(output: Output) -> None:
-    """Delete the bookkeeping of a run. Only after publishing: without it a restart would repeat every row."""
-    filesystem, path = storage.resolve(output.uri(CHECKPOINT))
-    if storage.exists(output.uri(CHECKPOINT)):
-        filesystem.delete_dir(path)
 
 
 def distrust_double_marks(output: Output) -> None:
@@ -70,8 +80,8 @@ def distrust_double_marks(output: Output) -> None:
     A run leaves both when it is killed inside a rename, on S3 a copy and a delete, or while a lost task is repeated.
     Ray Data would delete such a file and yet believe that its rows are done.
     """
-    marks = {file.path for file in storage.list_files(output.uri(CHECKPOINT))}
-    filesystem, path = storage.resolve(output.uri(CHECKPOINT))
+    marks = {file.path for file in storage.list_files(output.work(CHECKPOINT))}
+    filesystem, path = storage.resolve(output.work(CHECKPOINT))
     for mark in marks:
         if mark.endswith(_PENDING) and (final := mark.removesuffix(_PENDING) + ".parquet") in marks:
             filesystem.delete_file(f"{path}/{final}")
@@ -79,18 +89,19 @@ def distrust_double_marks(output: Output) -> None:
 
 def has_pending(output: Output) -> bool:
     """Whether a killed task may have left a file that Ray Data has yet to delete."""
-    return any(file.path.endswith(_PENDING) for file in storage.list_files(output.uri(CHECKPOINT)))
+    return any(file.path.endswith(_PENDING) for file in storage.list_files(output.work(CHECKPOINT)))
 
 
 def count_done(output: Output) -> int:
     """Images whose output files are complete."""
-    done = [mark for mark in _parquet_files(output, CHECKPOINT) if not mark.path.endswith(_PENDING)]
+    done = [
+        mark for mark in _parquet_files(output.work(CHECKPOINT)) if not mark.path.endswith(_PENDING)
+    ]
     return sum(_count_rows(done))
 
 
-def _parquet_files(output: Output, directory: str) -> list[storage.FileInfo]:
-    files = storage.list_files(output.uri(directory))
-    return [file for file in files if file.path.endswith(".parquet")]
+def _parquet_files(uri: str) -> list[storage.FileInfo]:
+    return [file for file in storage.list_files(uri) if file.path.endswith(".parquet")]
 
 
 def _count_rows(files: list[storage.FileInfo]) -> list[int]:

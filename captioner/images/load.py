@@ -1,9 +1,10 @@
-"""Bytes -> one 224x224 RGB array, or a reason for refusing them: the one decoder, used offline and online."""
+"""Bytes -> pixels for an encoder's input, or a reason for refusing them: the one loader, used offline and online."""
 
 import io
+import math
 import struct
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -11,7 +12,11 @@ from PIL import ExifTags, Image
 from captioner.config import ImageLimits
 from captioner.errors import ImageError, ImageTooLargeError, ImageTypeError
 
-SIDE = 224
+# Longest side of a thumbnail, in pixels.
+THUMBNAIL_SIDE = 224
+_THUMBNAIL_QUALITY = 75
+
+Filter = Literal["bilinear", "bicubic", "lanczos"]
 
 # First bytes -> Pillow's name of the format. WebP is a RIFF file, told apart by its bytes 8 to 12.
 _SIGNATURES = {
@@ -36,6 +41,18 @@ _TURNS: dict[object, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_SWAPPING = {
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+}
+_FILTERS: dict[Filter, Image.Resampling] = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
 # What Pillow raises on damaged images of these formats; tests/fuzz_images.py finds any other.
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, TypeError, struct.error)
 
@@ -48,44 +65,59 @@ def sniff_format(data: bytes) -> str | None:
     return name and f"image/{name.lower()}"
 
 
-def load_image(data: bytes, limits: ImageLimits | None = None) -> Pixels:
-    """Decode the first frame of an image: upright, over white where transparent, squashed to 224x224.
+@dataclass(frozen=True)
+class Fit:
+    """How a picture of any size becomes an encoder's input."""
 
-    The plain resize, aspect ratio not kept, is what the notebook's features were made with. It is Pillow's bilinear
-    filter, which widens with the reduction (antialiasing).
+    size: tuple[int, int]
+    """Rows and columns."""
+    resize: Literal["squash", "crop"] = "squash"
+    """squash: the whole picture, proportions not kept. crop: its centre."""
+    crop_fraction: float = 1.0
+    """Of crop: the part shown of the largest centred box of the input's proportions."""
+    filter: Filter = "bilinear"
+    """Pillow's; all widen with the reduction (antialiasing)."""
+
+    def turned(self) -> "Fit":
+        """For a picture that lies on its side."""
+        return replace(self, size=(self.size[1], self.size[0]))
+
+    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The part of a picture that is shown: left, top, right, bottom, in its pixels."""
+        if self.resize == "squash":
+            return (0.0, 0.0, float(width), float(height))
+        rows, columns = self.size
+        wide = self.crop_fraction * min(width, height * columns / rows)
+        high = wide * rows / columns
+        left, top = (width - wide) / 2, (height - high) / 2
+        return (left, top, left + wide, top + high)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A picture, twice."""
+
+    pixels: Pixels
+    """uint8 RGB [rows, columns, 3] of the encoder's input."""
+    thumbnail: bytes | None
+    """The whole picture for people, a JPEG of at most 224 pixels a side; None where it was not asked for."""
+
+
+def load_image(
+    data: bytes, fit: Fit, limits: ImageLimits | None = None, *, thumbnail: bool = False
+) -> Loaded:
+    """Load the first frame of an image: upright, over white where transparent, as ``fit`` wants it.
 
     Args:
         data: JPEG, PNG, WebP, GIF, BMP or TIFF, recognised by content.
-
-    Returns:
-        uint8 RGB [224, 224, 3].
+        thumbnail: also make one.
 
     Raises:
         ImageTypeError: not one of these formats.
         ImageTooLargeError: over the byte limit, or over the pixel limit by its header, before any pixel is decoded.
         ImageError: empty, truncated or damaged.
     """
-    return np.asarray(_decode(data, limits or ImageLimits(), lambda size: (SIDE, SIDE)))
-
-
-def load_thumbnail(data: bytes, limits: ImageLimits | None, side: int) -> Image.Image:
-    """The same picture for people: its proportions kept, at most ``side`` pixels wide and high, RGB.
-
-    Raises:
-        ImageError: as ``load_image``.
-    """
-
-    def fit(size: tuple[int, int]) -> tuple[int, int]:
-        scale = min(1.0, side / max(size))
-        return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
-
-    return _decode(data, limits or ImageLimits(), fit)
-
-
-def _decode(
-    data: bytes, limits: ImageLimits, target: Callable[[tuple[int, int]], tuple[int, int]]
-) -> Image.Image:
-    """``target`` gives the size, before the picture is turned upright, from the size in the header."""
+    limits = limits or ImageLimits()
     if not data:
         raise ImageError("empty file")
     if len(data) > limits.max_bytes:
@@ -107,14 +139,33 @@ def _decode(
                 f"{width}x{height} pixels, over the limit of {limits.max_pixels} in all"
             )
         try:
-            # libjpeg scales by 1/2, 1/4 or 1/8 while decoding. Kept at twice the target or more, that differs from the
-            # full decode by 0.3 of 255 on average and takes a third of the time at 12 megapixels.
-            size = target(image.size)
-            image.draft(None, (2 * size[0], 2 * size[1]))
+            _draft(image, fit)
             image.load()
-            return _resize(image, size)
+            turn = _TURNS.get(_orientation(image))
+            lying = fit.turned() if turn in _SWAPPING else fit
+            rows, columns = lying.size
+            box = lying.box(*image.size)
+            pixels = _reduce(image, (columns, rows), box, _FILTERS[fit.filter], turn)
+            small = _thumbnail(image, turn) if thumbnail else None
         except _PILLOW_ERRORS as error:
             raise ImageError(f"truncated or damaged {name} data") from error
+    return Loaded(np.asarray(pixels), small)
+
+
+def _draft(image: Image.Image, fit: Fit) -> None:
+    """Let libjpeg scale by 1/2, 1/4 or 1/8 while decoding.
+
+    Kept at twice the target or more, that differs from the full decode by 0.3 of 255 on average and takes a third of
+    the time at 12 megapixels.
+    """
+    wanted = []
+    for one in (fit, fit.turned()):  # whether it is turned is known only later
+        left, top, right, bottom = one.box(*image.size)
+        rows, columns = one.size
+        across, down = columns / (right - left), rows / (bottom - top)
+        wanted.append((2 * across * image.width, 2 * down * image.height))
+    width, height = (math.ceil(max(sides)) for sides in zip(*wanted, strict=True))
+    image.draft(None, (width, height))
 
 
 def _format_name(data: bytes) -> str | None:
@@ -124,16 +175,30 @@ def _format_name(data: bytes) -> str | None:
     return None
 
 
-def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _reduce(
+    image: Image.Image,
+    size: tuple[int, int],
+    box: tuple[float, float, float, float] | None,
+    filter: Image.Resampling,
+    turn: Image.Transpose | None,
+) -> Image.Image:
     """Reduced before it is turned and laid over white, so that a large image is copied as rarely as possible."""
-    small = _eight_bit(image).resize(size, Image.Resampling.BILINEAR, reducing_gap=3.0)
-    turn = _TURNS.get(_orientation(image))
+    small = _eight_bit(image).resize(size, filter, box, reducing_gap=3.0)
     if turn is not None:
         small = small.transpose(turn)
     if small.mode in ("LA", "RGBA"):
         white = Image.new("RGBA", small.size, "white")
         small = Image.alpha_composite(white, small.convert("RGBA"))
     return small.convert("RGB")
+
+
+def _thumbnail(image: Image.Image, turn: Image.Transpose | None) -> bytes:
+    scale = min(1.0, THUMBNAIL_SIDE / max(image.size))
+    size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
+    file = io.BytesIO()
+    small = _reduce(image, size, None, Image.Resampling.BILINEAR, turn)
+    small.save(file, "JPEG", quality=_THUMBNAIL_QUALITY)
+    return file.getvalue()
 
 
 def _orientation(image: Image.Image) -> object:

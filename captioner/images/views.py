@@ -1,4 +1,4 @@
-"""Other views of decoded pictures, for augmentation in training: the mirror image and random crops.
+"""Other views of loaded pictures, for augmentation in training: the mirror image and random crops.
 
 Crops are those of Szegedy et al., "Going Deeper with Convolutions" (2015), as in torchvision's ``RandomResizedCrop``,
 but larger: what a caption speaks of should stay in the picture.
@@ -11,11 +11,17 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from captioner.artifacts.schema import MIRRORED, view_names
-from captioner.images.load import SIDE, Pixels
+from captioner.images.load import Pixels
+
+MIRRORED = "_mirrored"
 
 _AREA = (0.45, 1.0)  # share of the picture, least and most
 _RATIO = 1.22  # most of width / height, and of its inverse
+
+
+def view_names(mirrored: bool, crops: int) -> tuple[str, ...]:
+    """What the feature columns of an image's other views have after their names: ``_mirrored``, ``_crop1`` ..."""
+    return (MIRRORED,) * mirrored + tuple(f"_crop{number + 1}" for number in range(crops))
 
 
 def other_views(
@@ -27,7 +33,7 @@ def other_views(
     Where mirror images are wanted, every other crop is mirrored, too.
 
     Args:
-        images: uint8 RGB [N, 224, 224, 3].
+        images: uint8 RGB [N, rows, columns, 3].
     """
     for number, name in enumerate(view_names(mirrored, crops), 0 if mirrored else 1):
         if name == MIRRORED:
@@ -45,13 +51,15 @@ def other_views(
 
 
 def crop(pixels: Pixels, image_id: str, number: int) -> Pixels:
-    """A random part of a decoded picture, enlarged to its size: uint8 RGB [224, 224, 3]."""
+    """A random part of a picture, enlarged to its size: uint8 RGB [rows, columns, 3]."""
     seed = hashlib.sha256(f"{number} {image_id}".encode()).digest()
     generator = np.random.default_rng(int.from_bytes(seed[:8], "little"))
     area = generator.uniform(*_AREA)
     ratio = math.exp(generator.uniform(-math.log(_RATIO), math.log(_RATIO)))
-    width, height = (SIDE * min(1.0, math.sqrt(part)) for part in (area * ratio, area / ratio))
-    left, top = generator.uniform(0, SIDE - width), generator.uniform(0, SIDE - height)
+    rows, columns, _ = pixels.shape
+    width = columns * min(1.0, math.sqrt(area * ratio))
+    height = rows * min(1.0, math.sqrt(area / ratio))
+    left, top = generator.uniform(0, columns - width), generator.uniform(0, rows - height)
     box = (left, top, left + width, top + height)
-    resized = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR, box)
+    resized = Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BILINEAR, box)
     return np.asarray(resized)

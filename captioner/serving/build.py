@@ -7,7 +7,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from captioner import storage
-from captioner.artifacts.model_directory import ModelRecord, load_record
+from captioner.artifacts.model_directory import ModelDirectory, open_model
 from captioner.config import DecodeConfig, ServeConfig
 from captioner.decoders import decoder_class
 from captioner.runtime.cluster import num_cpus, num_gpus
@@ -93,20 +93,21 @@ def describe_models(config: ServeConfig) -> dict[str, ModelCard]:
     Raises:
         ModelError: a model directory is unusable.
     """
-    records = {name: load_record(uri) for name, uri in config.models.items()}
-    default = next(iter(records))
+    models = {name: open_model(uri) for name, uri in config.models.items()}
+    default = next(iter(models))
     return {
-        name: _card(name, record, config.decode.over(record.decode), name == default)
-        for name, record in records.items()
+        name: _card(name, model, config.decode.over(model.record.decode), name == default)
+        for name, model in models.items()
     }
 
 
-def _card(name: str, record: ModelRecord, decode: DecodeConfig, default: bool) -> ModelCard:
+def _card(name: str, model: ModelDirectory, decode: DecodeConfig, default: bool) -> ModelCard:
+    record = model.record
     return ModelCard(
         name=name,
-        version=record.weights_sha256[:12],
+        version=model.version[:12],
         decoder=record.decoder.kind,
-        encoder=f"{record.encoder.name} {record.encoder.layer}",
+        encoder=record.encoder.spec.title,
         vocabulary_size=record.vocabulary_size,
         attention=decoder_class(record.decoder.kind).attends,
         decode=decode,

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from captioner.artifacts.schema import GRID_SIDE
 from captioner.captioning.captioner import Candidate, Caption, Captioner
 from captioner.config import DecodeConfig, ImageLimits
 from captioner.errors import CaptionerError, ImageError, ImageTooLargeError, ImageTypeError
@@ -51,11 +50,12 @@ class CaptionModel:
     ):
         self._name, self._limits = name, limits
         self._captioner = Captioner.load(uri, prepare_device(threads=threads))
-        self._version = self._captioner.model.record.weights_sha256[:12]
+        self._version = self._captioner.model.directory.version[:12]
         self._batcher = Batcher(self._run, max_batch_size)
         self._loaders = ThreadPoolExecutor(min(_MAX_LOADERS, num_cores()), "load")
+        self._fit = self._captioner.model.record.encoder.spec.fit
         self._probe_picture = _picture()
-        pixels = load_image(self._probe_picture, limits)
+        pixels = load_image(self._probe_picture, self._fit, limits).pixels
         for size in {1, max_batch_size}:  # memory and kernels of both extremes
             self._run([_Item(pixels, PROBE_DECODE)] * size)
         self._run([_Item(pixels, self._captioner.model.record.decode)])
@@ -106,7 +106,7 @@ class CaptionModel:
 
     def _load(self, data: bytes) -> NDArray[np.uint8] | RequestError:
         try:
-            return load_image(data, self._limits)
+            return load_image(data, self._fit, self._limits).pixels
         except ImageTooLargeError as error:
             return RequestError(ErrorCode.IMAGE_TOO_LARGE, str(error))
         except ImageTypeError as error:
@@ -149,7 +149,7 @@ def _attention(candidate: Candidate) -> list[WordAttention] | None:
     if candidate.attention is None:
         return None
     # As doubles: rounded float32 would be written with all the digits of their error.
-    weights = candidate.attention.reshape(-1, GRID_SIDE, GRID_SIDE).astype(np.float64).round(5)
+    weights = candidate.attention.astype(np.float64).round(5)
     grids: Any = weights.tolist()
     return [
         WordAttention(word=word, weights=grid)

@@ -47,7 +47,7 @@ def open_source(
 
     # A local path says each name as it is; in a file:// URI '#', '%' and '?' would have to be escaped.
     uri = storage.absolute(storage.resolve(spec)[1] if spec.startswith("file://") else spec)
-    files = _list(spec, uri)
+    files, hidden = _list(spec, uri)
     if files is None:
         if is_parquet(uri):
             return ParquetSource(uri, None, options, captions=captions)
@@ -63,33 +63,18 @@ def open_source(
         raise SourceError(f"{spec}: no images and no Parquet files")
     if tables:
         return ParquetSource(uri, tables, options, captions=captions)
-    return FolderSource(uri, files, options, limits, captions=captions)
+    return FolderSource(uri, files, options, limits, captions=captions, hidden=hidden)
 
 
-def read_image(uri: str) -> bytes:
-    """The encoded image behind a ``uri`` column.
-
-    Raises:
-        SourceError, StoreError: it is no longer there.
-    """
-    if uri.startswith("shapes://"):
-        from captioner.sources.scenes import read_scene
-
-        return read_scene(uri)
-    from captioner.sources.parquet_rows import is_cell, read_cell
-
-    return read_cell(uri) if is_cell(uri) else storage.read_bytes(uri)
-
-
-def _list(spec: str, uri: str) -> list[storage.FileInfo] | None:
-    """The visible files of a directory; None when ``uri`` is a file."""
+def _list(spec: str, uri: str) -> tuple[list[storage.FileInfo] | None, int]:
+    """The visible files of a directory, None when ``uri`` is a file; and how many others there are."""
     try:
         if not storage.exists(uri):
             raise SourceError(
                 f"{spec}: no such file or directory, nor one of shapes, {', '.join(HUB_NAMES)}"
             )
         if not storage.is_directory(uri):
-            return None
+            return None, 0
         files = storage.list_files(uri)
     except UnicodeDecodeError as error:
         raise SourceError(f"{spec}: holds a file whose name is not UTF-8: rename it") from error
@@ -101,7 +86,8 @@ def _list(spec: str, uri: str) -> list[storage.FileInfo] | None:
     if "" in written:
         raise SourceError(f"{spec}: written by a job of this package: not a source of images")
     inside = tuple(f"{directory}/" for directory in written)
-    return [file for file in files if _is_visible(file.path) and not file.path.startswith(inside)]
+    visible = [f for f in files if _is_visible(f.path) and not f.path.startswith(inside)]
+    return visible, len(files) - len(visible)
 
 
 def _is_visible(path: str) -> bool:

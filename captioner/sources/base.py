@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
 
-from captioner.artifacts.schema import SourceIdentity
+from captioner.artifacts.manifests import SourceIdentity
 
 if (
     TYPE_CHECKING
@@ -28,16 +28,21 @@ class Source(Protocol):
         ...
 
     def images(self) -> "Datasource":
-        """A Ray Data datasource whose Read itself emits ``schema.SOURCE_ROWS``.
+        """A Ray Data datasource whose Read itself emits ``tables.SOURCE_ROWS``.
 
-        An unreadable file is a row with null ``bytes`` and an ``error``, never an exception.
+        An unreadable file is a row with null ``bytes``, an ``error`` and its kind, never an exception.
         """
         ...
 
     def captions(self) -> Iterator[pa.RecordBatch]:
-        """Batches of ``schema.CAPTION_ROWS``, in a fixed order; nothing for a source without captions.
+        """Batches of ``tables.CAPTION_ROWS``, in a fixed order: every image with its split, the captions of an image
+        numbered from 0 and together.
 
         Raises:
             SourceError: the captions cannot be read.
         """
+        ...
+
+    def left_out(self) -> dict[str, int]:
+        """How many files were found and are not among the images, by kind."""
         ...

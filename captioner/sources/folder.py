@@ -6,7 +6,8 @@ import logging
 import math
 import posixpath
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import pyarrow as pa
@@ -14,7 +15,8 @@ import ray
 from pyarrow.fs import FileSystem
 
 from captioner import storage
-from captioner.artifacts.schema import CAPTION_ROWS, SourceIdentity
+from captioner.artifacts.manifests import SourceIdentity
+from captioner.artifacts.tables import CAPTION_ROWS, FINAL
 from captioner.config import ImageLimits, SourceConfig, Split
 from captioner.errors import SourceError, StoreError
 from captioner.sources.captions import (
@@ -24,7 +26,14 @@ from captioner.sources.captions import (
     parse_captions,
 )
 from captioner.sources.splits import hashed_split, split_of_list
-from captioner.sources.tasks import BYTES_PER_PIECE, Piece, PieceSource, one_line, source_rows
+from captioner.sources.tasks import (
+    BYTES_PER_PIECE,
+    Piece,
+    PieceSource,
+    kind_of,
+    one_line,
+    source_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +61,11 @@ class FolderSource:
         limits: ImageLimits,
         *,
         captions: bool = True,
+        hidden: int = 0,
     ):
         """
         Args:
+            hidden: files that were passed over before.
             files: what is below the folder, captions files included; None when ``uri`` is itself an image file.
             captions: False takes the images alone.
 
@@ -73,6 +84,11 @@ class FolderSource:
         self._captions, splits = _match(_find_captions(others, asked), images)
         splits = _listed_splits(others, images) | splits
         self._rows = self._choose(images, splits)
+        self._left_out = _kinds(file.path for file in files or ())
+        if hidden:
+            self._left_out["hidden"] = hidden
+        if over := len(images) - len(self._rows):
+            self._left_out["over the limit"] = over
 
     def identity(self) -> SourceIdentity:
         listing = "".join(f"{file.path}:{file.size}:{split};" for file, split in self._rows)
@@ -90,6 +106,9 @@ class FolderSource:
     def num_images(self) -> int:
         return len(self._rows)
 
+    def left_out(self) -> dict[str, int]:
+        return dict(self._left_out)
+
     def images(self) -> PieceSource:
         # Two tasks for each CPU at least, so that a small folder too is read and decoded by all of them.
         cpus = int(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else 1
@@ -99,10 +118,10 @@ class FolderSource:
         filesystem, root = storage.resolve(self.uri)
         root = posixpath.dirname(root) if self._single else root
         pieces: list[Piece] = []
-        chosen: list[tuple[storage.FileInfo, Split]] = []
+        chosen: list[storage.FileInfo] = []
         size = 0
-        for number, (file, split) in enumerate(self._rows, 1):
-            chosen.append((file, split))
+        for number, (file, _) in enumerate(self._rows, 1):
+            chosen.append(file)
             size += min(file.size, self.limits.max_bytes)
             if len(chosen) == most or size >= BYTES_PER_PIECE // 2 or number == len(self._rows):
                 read = partial(_read, chosen, filesystem, root, self.limits.max_bytes)
@@ -112,9 +131,11 @@ class FolderSource:
 
     def captions(self) -> Iterator[pa.RecordBatch]:
         rows = []
-        for file, _ in self._rows:
-            for index, caption in enumerate(self._captions.get(file.path, [])):
-                rows.append({"image_id": file.path, "caption": caption, "index": index})
+        for file, split in self._rows:
+            texts: list[str | None] = [*self._captions.get(file.path, [])] or [None]
+            for index, caption in enumerate(texts):
+                row = {"image_id": file.path, "split": split, "caption": caption}
+                rows.append({**row, "index": None if caption is None else index})
             if len(rows) >= _CAPTIONS_PER_BATCH:
                 yield pa.RecordBatch.from_pylist(rows, CAPTION_ROWS)
                 rows = []
@@ -142,13 +163,25 @@ class FolderSource:
         return hashed_split(path) if self._captions else "test"
 
 
+def _kinds(paths: Iterable[str]) -> dict[str, int]:
+    """Files that are neither images nor say anything about them, by suffix, the commonest first."""
+    others = (
+        path
+        for path in paths
+        if not (is_image(path) or looks_like_captions(path) or split_of_list(path))
+    )
+    suffixes = Counter(posixpath.splitext(path)[1].lower() or "no suffix" for path in others)
+    return dict(suffixes.most_common())
+
+
 def is_image(path: str) -> bool:
     return path.lower().endswith(SUFFIXES)
 
 
 def _single(uri: str) -> storage.FileInfo:
     filesystem, path = storage.resolve(uri)
-    return storage.FileInfo(uri, posixpath.basename(path), filesystem.get_file_info(path).size)
+    info = filesystem.get_file_info(path)
+    return storage.FileInfo(uri, posixpath.basename(path), info.size, info.mtime_ns)
 
 
 def _find_captions(files: list[storage.FileInfo], asked: str | None) -> CaptionFile:
@@ -215,26 +248,30 @@ def _listed_splits(
 
 
 def _read(
-    rows: list[tuple[storage.FileInfo, Split]], filesystem: FileSystem, root: str, max_bytes: int
+    files: list[storage.FileInfo], filesystem: FileSystem, root: str, max_bytes: int
 ) -> Iterator[pa.Table]:
     data: list[bytes | None] = []
     errors: list[str | None] = []
-    for file, _ in rows:
-        content, error = None, None
+    kinds: list[str | None] = []
+    for file in files:
+        content, error, kind = None, None, None
         if file.size > max_bytes:
-            error = f"{file.size} bytes, over the limit of {max_bytes}"
+            error, kind = f"{file.size} bytes, over the limit of {max_bytes}", FINAL
         else:
             try:
                 with filesystem.open_input_file(f"{root}/{file.path}") as handle:
                     content = handle.read()
             except OSError as problem:
-                error = f"cannot be read: {one_line(problem)}"
+                error, kind = f"cannot be read: {one_line(problem)}", kind_of(problem)
         data.append(content)
         errors.append(error)
+        kinds.append(kind)
     yield source_rows(
-        [file.path for file, _ in rows],
-        [split for _, split in rows],
-        [file.uri for file, _ in rows],
+        [file.path for file in files],
+        [file.uri for file in files],
         data,
         errors,
+        kinds,
+        sizes=[file.size for file in files],
+        mtime=[file.mtime for file in files],
     )

@@ -3,18 +3,22 @@
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner import storage
-from captioner.artifacts.schema import CAPTION_ROWS, SourceIdentity
+from captioner.artifacts.manifests import SourceIdentity
+from captioner.artifacts.tables import CAPTION_ROWS
 from captioner.config import SourceConfig, Split
 from captioner.errors import SourceError, StoreError
 from captioner.sources.parquet_files import InspectedFile, open_files, read_splits
 from captioner.sources.parquet_rows import Labels, slices
 from captioner.sources.splits import hashed_split, split_in_name
 from captioner.sources.tasks import Piece, PieceSource, one_line
+
+_ROWS_PER_BATCH = 10_000
 
 
 class ParquetSource:
@@ -81,6 +85,10 @@ class ParquetSource:
     def num_images(self) -> int:
         return sum(len(labels.taken(range(rows))) for _, labels, rows in self._taken)
 
+    def left_out(self) -> dict[str, int]:
+        over = sum(self._rows_by_split.values()) - self.num_images()
+        return {"over the limit": over} if over else {}
+
     def rows_by_split(self) -> dict[str, int]:
         """Rows in the files, whatever the limit, by the split that they or their file's name say."""
         return dict(self._rows_by_split)
@@ -97,7 +105,12 @@ class ParquetSource:
     def captions(self) -> Iterator[pa.RecordBatch]:
         for file, labels, rows in self._taken:
             columns = file.columns.captions
-            if not columns or not rows:
+            if not columns:
+                for start in range(0, rows, _ROWS_PER_BATCH):
+                    empty: list[dict[str, Any]] = [{}] * min(_ROWS_PER_BATCH, rows - start)
+                    yield _caption_rows(labels, start, empty, ())
+                continue
+            if not rows:
                 continue
             row = 0
             try:
@@ -150,20 +163,22 @@ class ParquetSource:
 def _caption_rows(
     labels: Labels,
     first: int,
-    rows: list[dict[str, str | list[str | None] | None]],
+    rows: list[dict[str, Any]],
     columns: tuple[str, ...],
 ) -> pa.RecordBatch:
-    ids, texts, indices = [], [], []
+    """Captions of consecutive rows, each a dictionary with the columns of captions: text or lists of it."""
+    found: list[tuple[str, str, str | None, int | None]] = []
     for row in labels.taken(range(first, first + len(rows))):
         values: list[str | None] = []
         for name in columns:
             value = rows[row - first][name]
             values += value if isinstance(value, list) else [value]
-        for index, text in enumerate(text for text in values if text and text.strip()):
-            ids.append(labels.image_id(row))
-            texts.append(text)
-            indices.append(index)
-    return pa.RecordBatch.from_arrays(
-        [pa.array(ids, pa.string()), pa.array(texts, pa.string()), pa.array(indices, pa.int32())],
-        schema=CAPTION_ROWS,
-    )
+        texts = [text for text in values if text and text.strip()]
+        head = (labels.image_id(row), str(labels.split_of(row)))
+        found += [(*head, text, index) for index, text in enumerate(texts)] or [(*head, None, None)]
+    columns_of = zip(*found, strict=True) if found else [[]] * len(CAPTION_ROWS)
+    arrays = [
+        pa.array(list(values), field.type)
+        for values, field in zip(columns_of, CAPTION_ROWS, strict=True)
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=CAPTION_ROWS)

@@ -35,6 +35,8 @@ class InspectedFile:
     uri: str
     path: str
     size: int
+    mtime: int | None
+    """Nanoseconds since 1970."""
     groups: tuple[int, ...]
     """Rows of each row group."""
     columns: Columns
@@ -107,7 +109,7 @@ def open_file(info: storage.FileInfo, *, captions: bool = True) -> InspectedFile
         raise SourceError(f"{info.uri}: not readable as Parquet: {one_line(error)}") from error
     groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
     return InspectedFile(
-        info.uri, info.path, size, groups, _find_columns(info.uri, schema, captions)
+        info.uri, info.path, size, info.mtime, groups, _find_columns(info.uri, schema, captions)
     )
 
 

@@ -1,7 +1,6 @@
 """Reading the images of Parquet files in slices: whole row groups together, or parts of one."""
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,11 +10,11 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
 from captioner import storage
+from captioner.artifacts.tables import FINAL
 from captioner.config import Split
-from captioner.errors import SourceError
-from captioner.sources.parquet_files import InspectedFile, open_file
+from captioner.sources.parquet_files import InspectedFile
 from captioner.sources.splits import hashed_split
-from captioner.sources.tasks import one_line, source_rows
+from captioner.sources.tasks import kind_of, one_line, source_rows
 
 ROWS_PER_PIECE = 128
 # Parquet is read from the start of a row group, so a slice of one reads what lies before it too. Eight slices read
@@ -24,7 +23,6 @@ SLICES_PER_GROUP = 8
 BYTES_PER_TABLE = 16 * 2**20
 # Read page by page; the default takes in the image column of a whole row group at once, of any size.
 _READ_BUFFER = 4 * 2**20
-_CELL = re.compile(r"(?P<file>.+\.parquet)#(?P<row>\d+)", re.I | re.S)
 
 
 @dataclass(frozen=True)
@@ -75,17 +73,19 @@ class Slice:
     rows_per_table: int
     labels: Labels
     """Those of ``rows``, from 0."""
+    mtime: int | None
+    """Of the file, nanoseconds since 1970."""
 
     def read(self) -> Iterator[pa.Table]:
-        """``schema.SOURCE_ROWS``; where the file turns out to be damaged, the rows left have an error."""
+        """``tables.SOURCE_ROWS``; where the file turns out to be damaged, the rows left have an error."""
         done = 0
         try:
             for cells in self.cells():
-                yield self._table(done, cells, "no image bytes in the row")
+                yield self._table(done, cells, "no image bytes in the row", FINAL)
                 done += len(cells)
         except (pa.ArrowException, OSError) as problem:
             cells = pa.nulls(len(self.rows) - done, pa.large_binary())
-            yield self._table(done, cells, f"cannot be read: {one_line(problem)}")
+            yield self._table(done, cells, f"cannot be read: {one_line(problem)}", kind_of(problem))
 
     def cells(self) -> Iterator[pa.Array]:
         """The image column of the rows as large_binary, in parts of ``rows_per_table``."""
@@ -104,20 +104,19 @@ class Slice:
                 if position >= end:
                     return
 
-    def _table(self, done: int, cells: pa.Array, error: str) -> pa.Table:
-        chosen = [
-            (row, split)
-            for row in range(done, done + len(cells))
-            if (split := self.labels.split_of(row))
-        ]
-        if len(chosen) < len(cells):
-            cells = cells.take(pa.array([row - done for row, _ in chosen], pa.int64()))
+    def _table(self, done: int, cells: pa.Array, error: str, kind: str) -> pa.Table:
+        taken = self.labels.taken(range(done, done + len(cells)))
+        if len(taken) < len(cells):
+            cells = cells.take(pa.array([row - done for row in taken], pa.int64()))
+        there = cells.is_valid().to_pylist()
         return source_rows(
-            [self.labels.image_id(row) for row, _ in chosen],
-            [split for _, split in chosen],
-            [f"{self.uri}#{self.rows[row]}" for row, _ in chosen],
+            [self.labels.image_id(row) for row in taken],
+            [f"{self.uri}#{self.rows[row]}" for row in taken],
             cells,
-            [None if there else error for there in cells.is_valid().to_pylist()],
+            [None if one else error for one in there],
+            [None if one else kind for one in there],
+            sizes=pc.binary_length(cells),
+            mtime=self.mtime,
         )
 
 
@@ -147,48 +146,9 @@ def slices(file: InspectedFile, labels: Labels, rows: int) -> Iterator[Slice]:
                 part,
                 _rows_per_table(file),
                 labels.cut(part),
+                file.mtime,
             )
         row += there
-
-
-def is_cell(uri: str) -> bool:
-    """Whether a URI is that of a row's image, ``file.parquet#row``."""
-    return _CELL.fullmatch(uri) is not None
-
-
-def read_cell(uri: str) -> bytes:
-    """The image behind ``file.parquet#row``.
-
-    Raises:
-        SourceError: there is no such row, or no image in it.
-        StoreError: the file cannot be read.
-    """
-    match = _CELL.fullmatch(uri)
-    if match is None:
-        raise SourceError(f"{uri}: expected file.parquet#row")
-    file = open_file(
-        storage.FileInfo(match["file"], match["file"].rpartition("/")[2], 0), captions=False
-    )
-    row, begin = int(match["row"]), 0
-    for group, rows in enumerate(file.groups):
-        if begin <= row < begin + rows:
-            filesystem, path = storage.resolve(file.uri)
-            part = Slice(
-                filesystem,
-                path,
-                file.uri,
-                file.columns.image,
-                range(group, group + 1),
-                row - begin,
-                range(row, row + 1),
-                _rows_per_table(file),
-                Labels("image", row, "test"),
-            )
-            for cells in part.cells():
-                if cells[0].is_valid:
-                    return bytes(cells[0].as_py())
-        begin += rows
-    raise SourceError(f"{uri}: no image there")
 
 
 def _rows_per_table(file: InspectedFile) -> int:

@@ -7,11 +7,8 @@ import io
 import math
 import random
 from dataclasses import dataclass
-from urllib.parse import parse_qs, urlsplit
 
 from PIL import Image, ImageDraw
-
-from captioner.errors import SourceError
 
 SIDE = 160
 
@@ -100,21 +97,6 @@ def draw_scene(seed: int, split: str, index: int) -> bytes:
     """The picture of one index, as PNG."""
     scene, choose = _compose(seed, split, index)
     return scene.draw(choose)
-
-
-def read_scene(uri: str) -> bytes:
-    """The picture behind ``shapes://split/index?seed=0``.
-
-    Raises:
-        SourceError: the URI is not of that form.
-    """
-    parts = urlsplit(uri)
-    try:
-        return draw_scene(
-            int(parse_qs(parts.query)["seed"][0]), parts.netloc, int(parts.path.strip("/"))
-        )
-    except (KeyError, ValueError) as error:
-        raise SourceError(f"{uri} is not the URI of a generated scene") from error
 
 
 def _compose(seed: int, split: str, index: int) -> tuple[Scene, random.Random]:

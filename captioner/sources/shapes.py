@@ -5,7 +5,8 @@ from functools import partial
 
 import pyarrow as pa
 
-from captioner.artifacts.schema import CAPTION_ROWS, SPLITS, SourceIdentity
+from captioner.artifacts.manifests import SourceIdentity
+from captioner.artifacts.tables import CAPTION_ROWS, SPLITS
 from captioner.config import ShapesConfig
 from captioner.sources.scenes import draw_scene, make_scene
 from captioner.sources.tasks import Piece, PieceSource, source_rows
@@ -45,13 +46,22 @@ class ShapesSource:
     def captions(self) -> Iterator[pa.RecordBatch]:
         for split in SPLITS:
             rows = [
-                {"image_id": _image_id(split, index), "caption": caption, "index": number}
+                {
+                    "image_id": _image_id(split, index),
+                    "split": split,
+                    "caption": caption,
+                    "index": number,
+                }
                 for index in range(self._size(split))
                 for number, caption in enumerate(
                     make_scene(self.config.seed, split, index).captions()
                 )
             ]
             yield pa.RecordBatch.from_pylist(rows, CAPTION_ROWS)
+
+    def left_out(self) -> dict[str, int]:
+        over = sum(getattr(self.config, split) - self._size(split) for split in SPLITS)
+        return {"over the limit": over} if over else {}
 
     def _size(self, split: str) -> int:
         size: int = getattr(self.config, split)
@@ -64,10 +74,12 @@ def _image_id(split: str, index: int) -> str:
 
 def _read(seed: int, split: str, start: int, rows: int) -> Iterator[pa.Table]:
     indices = range(start, start + rows)
+    data = [draw_scene(seed, split, index) for index in indices]
     yield source_rows(
         [_image_id(split, index) for index in indices],
-        [split] * rows,
         [f"shapes://{split}/{index}?seed={seed}" for index in indices],
-        [draw_scene(seed, split, index) for index in indices],
+        data,
         [None] * rows,
+        [None] * rows,
+        sizes=[len(one) for one in data],
     )

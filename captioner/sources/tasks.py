@@ -1,5 +1,6 @@
-"""A Ray Data datasource made of independent pieces, each emitting ``schema.SOURCE_ROWS``."""
+"""A Ray Data datasource made of independent pieces, each emitting ``tables.SOURCE_ROWS``."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from ray.data import DataContext, Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from captioner.artifacts.schema import SOURCE_ROWS
+from captioner.artifacts.tables import FINAL, RETRYABLE, SOURCE_ROWS
 
 BYTES_PER_PIECE = 64 * 2**20
 
@@ -62,16 +63,29 @@ class PieceSource(Datasource):
 
 def source_rows(
     ids: Sequence[str],
-    splits: Sequence[str],
     uris: Sequence[str],
     data: Sequence[bytes | None] | pa.Array | pa.ChunkedArray,
     errors: Sequence[str | None],
+    kinds: Sequence[str | None],
+    *,
+    sizes: Sequence[int | None] | pa.Array,
+    mtime: int | None | Sequence[int | None] = None,
 ) -> pa.Table:
-    """A table of ``schema.SOURCE_ROWS``."""
-    return pa.table(
-        dict(zip(SOURCE_ROWS.names, (ids, splits, uris, data, errors), strict=True)),
-        schema=SOURCE_ROWS,
-    )
+    """A table of ``tables.SOURCE_ROWS``.
+
+    Args:
+        sizes: encoded bytes.
+        mtime: nanoseconds since 1970, of each image or of all.
+    """
+    times = [mtime] * len(ids) if mtime is None or isinstance(mtime, int) else mtime
+    columns = (ids, uris, sizes, times, data, errors, kinds)
+    return pa.table(dict(zip(SOURCE_ROWS.names, columns, strict=True)), schema=SOURCE_ROWS)
+
+
+def kind_of(error: Exception) -> str:
+    """Whether another try may read what could not be read."""
+    gone = isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM)
+    return FINAL if gone else RETRYABLE
 
 
 def one_line(error: Exception) -> str:

@@ -34,6 +34,8 @@ class FileInfo:
     """POSIX path relative to the listed directory."""
     size: int
     """Bytes."""
+    mtime: int | None = None
+    """When it was changed, in nanoseconds since 1970; None where the store does not say."""
 
 
 def _s3(bucket_path: str) -> pafs.S3FileSystem:
@@ -103,8 +105,8 @@ def list_files(uri: str) -> list[FileInfo]:
     base = uri.rstrip("/")
     found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
     files = (entry for entry in found if entry.type == pafs.FileType.File)
-    relative = ((entry.path[len(path.rstrip("/")) + 1 :], entry.size) for entry in files)
-    return [FileInfo(f"{base}/{name}", name, size) for name, size in sorted(relative)]
+    relative = ((e.path[len(path.rstrip("/")) + 1 :], e.size, e.mtime_ns) for e in files)
+    return [FileInfo(f"{base}/{name}", name, size, mtime) for name, size, mtime in sorted(relative)]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 
-from captioner.artifacts.schema import Record
+from captioner.artifacts.manifests import Record
 from captioner.config import TrainConfig
 from captioner.training.data import Batch
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from captioner.artifacts.feature_store import Chunk, FeatureStore
-from captioner.artifacts.schema import column_name, view_names
+from captioner.artifacts.tables import column_name
 from captioner.config import TrainConfig
 from captioner.decoders.base import Decoder, Features, Standardize
 from captioner.encoders.spec import Column
+from captioner.images.views import view_names
 from captioner.text import Vocabulary
 from captioner.training.data import CaptionData, Pass
 from captioner.training.plan import (
@@ -126,7 +127,7 @@ class Streaming:
         images = window_bytes // sum(map(store.column_bytes, stored_columns(columns, views)))
         # Windows of several chunks, so that neighbours in a file do not meet in every epoch. And many chunks for every
         # worker, so that none is left without one while the others go on: steps would then be of fewer captions.
-        wanted = min(images // 8, store.manifest.splits[split].ok // (_CHUNKS * workers))
+        wanted = min(images // 8, store.manifest.splits[split].images // (_CHUNKS * workers))
         self.chunks = store.chunks(split, max(1, wanted))
         self.per_window = max(1, images // max(len(chunk.rows) for chunk in self.chunks))
         self.chunk_of = np.empty(sum(len(chunk.rows) for chunk in self.chunks), np.int64)
@@ -146,8 +147,7 @@ class Streaming:
         total = sum(len(chunk.rows) for chunk in self.chunks) * self.store.column_bytes(column)
         stride = max(1, -(-total // STATISTICS_BYTES))
         return moments(
-            torch.from_numpy(self.store.read_chunk(chunk, (column,))[column])
-            for chunk in self.chunks[::stride]
+            torch.from_numpy(chunk.read((column,))[column]) for chunk in self.chunks[::stride]
         )
 
     def windows(self, epoch: int | None) -> list[list[list[int]]]:
@@ -217,7 +217,7 @@ class Streaming:
         # Filled chunk by chunk: a second copy of the window would be its largest expense.
         for chunk in chunks or self.chunks[:1]:
             stored = stored_columns(self.columns, self.views)
-            for name, column in self.store.read_chunk(chunk, stored).items():
+            for name, column in chunk.read(stored).items():
                 part = torch.from_numpy(column)
                 if name not in window:
                     window[name] = part.new_empty(len(rows), *part.shape[1:])
@@ -299,7 +299,7 @@ def open_split(
     others = view_names(config.mirrored, config.crops) if split == "train" else ()
     views = ("", *others)
     stored = stored_columns(columns, views)
-    size = store.manifest.splits[split].ok * sum(map(store.column_bytes, stored))
+    size = store.manifest.splits[split].images * sum(map(store.column_bytes, stored))
     fits = size <= memory // 2 // neighbours
     if config.ingest == "streaming":
         return Streaming(data, store, split, columns, views, config, rank, workers)

@@ -1,5 +1,6 @@
 """One training run: a feature store in, a model directory out."""
 
+import io
 import json
 import logging
 import signal
@@ -25,17 +26,10 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 
 from captioner import storage
-from captioner.artifacts.feature_store import ENCODER_WEIGHTS, FeatureStore
-from captioner.artifacts.model_directory import (
-    CONFIG,
-    NGRAMS,
-    VOCABULARY,
-    WEIGHTS,
-    ModelManifest,
-    load_model,
-    save_model,
-)
-from captioner.artifacts.output import Output
+from captioner.artifacts.feature_store import FeatureStore
+from captioner.artifacts.manifests import FileEntry, ModelManifest
+from captioner.artifacts.model_directory import save_model
+from captioner.artifacts.output import Output, publish_once
 from captioner.artifacts.tensorboard import event_file
 from captioner.config import TrainConfig
 from captioner.decoders import build_decoder, decoder_class
@@ -52,7 +46,6 @@ from captioner.training.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
-WORK = "_training"
 # At most so many images tell how rare an n-gram is, so that the table in the model stays small.
 NGRAM_IMAGES = 20_000
 # Where things lie, how they reach a worker and how many share the work: a run may go on with others. (Streamed batches
@@ -100,15 +93,12 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
     store = FeatureStore.open(config.features)
     with torch.device("meta"):
         # Settings that do not fit each other are refused before the directory is claimed.
-        build_decoder(config.decoder, 1, store.manifest.encoder.shape)
+        build_decoder(config.decoder, 1, store.manifest.encoder.spec.shape)
     columns = decoder_class(config.decoder.kind).columns
     store.require("train", columns, captions=True, mirrored=config.mirrored, crops=config.crops)
     store.require("validation", columns, captions=True)
-    output = Output(config.output, _identity(config, store))
-    if output.complete:
-        logger.info("%s is complete: nothing to do", output.root)
-        return TrainResult(output.root, _published_history(output))
-    with output:
+
+    def fill(output: Output) -> ModelManifest:
         vocabulary, ngrams = _read_captions(config, store)
         start_ray()
         start_autoscaling_coordinator()
@@ -124,13 +114,18 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
             "s" if config.worker_range[1] > 1 else "",
         )
         best, last, history = _fit(config, output, vocabulary, callbacks)
-        _publish(config, output, store, vocabulary, ngrams, best, last, history)
-    result = TrainResult(output.root, history)
+        return ModelManifest(
+            files=_write(config, output, store, vocabulary, ngrams, best, last, history)
+        )
+
+    publish_once(config.output, _identity(config, store), ModelManifest, fill)
+    root = storage.absolute(config.output)
+    result = TrainResult(root, _published_history(root))
     logger.info(
         "%s: best epoch %d of %d, validation loss %.4f, accuracy %.4f",
-        output.root,
+        root,
         result.best.epoch,
-        len(history),
+        len(result.history),
         result.best.validation_loss,
         result.best.validation_accuracy,
     )
@@ -139,8 +134,7 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
 
 def _identity(config: TrainConfig, store: FeatureStore) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude=_NO_MATTER)
-    features = store.manifest.model_dump(mode="json", include={"encoder", "source"})
-    return {"job": "train", "features": features, "training": settings}
+    return {"job": "train", "features": store.identity(), "training": settings}
 
 
 def _read_captions(config: TrainConfig, store: FeatureStore) -> tuple[Vocabulary, NGramFrequencies]:
@@ -172,7 +166,7 @@ def _fit(
             f"num-workers: {config.worker_range[0]} need as many {'GPUs' if gpu else 'CPUs'}, "
             f"the cluster has {slots}"
         )
-    filesystem, path = storage.resolve(output.uri(WORK))
+    filesystem, path = storage.resolve(output.work())
     with MessageLog(logger) as messages:
         trainer = TorchTrainer(
             train_worker,
@@ -207,7 +201,7 @@ def _fit(
         except TrainingFailedError as failure:
             raise _user_error(failure) from failure
     if result.return_value is not None:
-        kept = f"; the epoch before is kept in {output.uri(WORK)}" if result.checkpoint else ""
+        kept = f"; the epoch before is kept in {output.work()}" if result.checkpoint else ""
         raise TrainingError(f"{result.return_value}{kept}")
     with result.checkpoint.as_directory() as folder:
         best, last = ((Path(folder) / name).read_bytes() for name in (BEST, LAST))
@@ -243,17 +237,17 @@ def _user_error(failure: Exception) -> Exception:
     return failure
 
 
-def _publish(
+def _write(
     config: TrainConfig,
     output: Output,
     store: FeatureStore,
     vocabulary: Vocabulary,
-    ngrams: NGramFrequencies,
+    ngrams: NGramFrequencies | None,
     weights: bytes,
     last: bytes,
     history: list[EpochRecord],
-) -> None:
-    record = save_model(
+) -> list[FileEntry]:
+    files = save_model(
         output,
         weights=weights,
         vocabulary=vocabulary,
@@ -261,41 +255,27 @@ def _publish(
         decoder=config.decoder,
         text=config.text,
         decode=config.decode,
-        store=store,
+        encoder=store.manifest.encoder,
+        encoder_weights=storage.read_bytes(store.encoder_weights_uri),
         training=config.model_dump(mode="json"),
     )
-    # The weights after the last step, without averaging: what another training could start from.
-    storage.write_bytes(output.uri(LAST), last)
     best = best_epoch(history)
-    storage.write_bytes(output.uri("metrics.json"), best.model_dump_json(indent=1).encode())
-    with storage.atomic_writer(output.uri("history.parquet")) as file:
-        pq.write_table(
-            pa.Table.from_pylist([epoch.model_dump() for epoch in history], HISTORY_ROWS), file
-        )
-    storage.write_bytes(output.uri("curves.png"), plot_history(history, best.epoch))
-    _write_tensorboard(output, history)
-    files = [
-        ENCODER_WEIGHTS,
-        WEIGHTS,
-        LAST,
-        VOCABULARY,
-        NGRAMS,
-        CONFIG,
-        "metrics.json",
-        "history.parquet",
-        "curves.png",
+    rows = pa.Table.from_pylist([epoch.model_dump() for epoch in history], HISTORY_ROWS)
+    table = io.BytesIO()
+    pq.write_table(rows, table)
+    files += [
+        # The weights after the last step, without averaging: what another training could start from.
+        output.write(LAST, last),
+        output.write("metrics.json", best.model_dump_json(indent=1).encode()),
+        output.write("history.parquet", table.getvalue()),
+        output.write("curves.png", plot_history(history, best.epoch)),
     ]
-    output.publish(
-        ModelManifest(weights_sha256=record.weights_sha256, files=files).model_dump_json(indent=1)
-    )
-    # The published directory must load; a defect here should stop the run that made it, not the one that uses it.
-    load_model(output.root)
-    filesystem, path = storage.resolve(output.uri(WORK))
-    filesystem.delete_dir(path)
+    _write_tensorboard(output, history, files)
+    return files
 
 
-def _write_tensorboard(output: Output, history: list[EpochRecord]) -> None:
-    with event_file(output, "training") as writer:
+def _write_tensorboard(output: Output, history: list[EpochRecord], files: list[FileEntry]) -> None:
+    with event_file(output, "training", files) as writer:
         for record in history:
             figures = record.model_dump(exclude={"epoch"}, exclude_none=True)
             for name, value in figures.items():
@@ -306,9 +286,10 @@ def _write_tensorboard(output: Output, history: list[EpochRecord]) -> None:
                 )
 
 
-def _published_history(output: Output) -> list[EpochRecord]:
-    with storage.open_input(output.uri("history.parquet")) as file:
+def _published_history(root: str) -> list[EpochRecord]:
+    uri = storage.join(root, "history.parquet")
+    with storage.open_input(uri) as file:
         rows = pq.read_table(file).to_pylist()
     if not rows:
-        raise StoreError(f"{output.uri('history.parquet')} is empty")
+        raise StoreError(f"{uri} is empty")
     return read_history(json.dumps(rows))

@@ -73,7 +73,9 @@ class Worker:
         check_compute(self.device, self.compute)
         store = FeatureStore.open(config.features)
         torch.manual_seed(config.seed)
-        self.decoder = build_decoder(config.decoder, len(vocabulary), store.manifest.encoder.shape)
+        self.decoder = build_decoder(
+            config.decoder, len(vocabulary), store.manifest.encoder.spec.shape
+        )
         columns = self.decoder.columns
         self.train, self.validation = (
             open_split(

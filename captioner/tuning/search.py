@@ -1,5 +1,6 @@
 """Ray Tune over ``run_training``: trials, ASHA, resuming, and what a search publishes."""
 
+import io
 import json
 import logging
 import math
@@ -15,9 +16,9 @@ from ray.tune.schedulers import ASHAScheduler
 
 from captioner import storage
 from captioner.artifacts.feature_store import FeatureStore
+from captioner.artifacts.manifests import MANIFEST, ModelManifest, SearchManifest, open_manifest
 from captioner.artifacts.model_directory import load_model
-from captioner.artifacts.output import CLAIM, MANIFEST, Output
-from captioner.artifacts.schema import SCHEMA_VERSION, Record
+from captioner.artifacts.output import CLAIM, WORK, Output, publish_once
 from captioner.config import TuneConfig
 from captioner.decoders import decoder_class
 from captioner.errors import TrainingError
@@ -28,24 +29,12 @@ from captioner.tuning.space import Hyperparameters, draw_trials, training_of
 
 logger = logging.getLogger(__name__)
 
-WORK, SEARCH = "_tuning", "search"
+SEARCH = "search"
 MODEL, TRIALS, PICTURE = "model", "trials.parquet", "trials.png"
 
 # A trial's driver, its Train controller and its progress lines live on the head, without which the search is lost
 # anyhow: another node's loss takes workers, which Ray Train replaces. Memory bounds the trials a small head begins.
 _DRIVER = {"memory": 768 * 2**20, "node:__internal_head__": 0.001}
-
-
-class SearchManifest(Record):
-    """``manifest.json`` of a search."""
-
-    kind: str = "search"
-    schema_version: int = SCHEMA_VERSION
-    best: int
-    """Number of the trial whose model is in ``model/``."""
-    metric: str
-    trials: int
-    files: list[str]
 
 
 @dataclass(frozen=True)
@@ -124,27 +113,24 @@ def run_search(config: TuneConfig) -> SearchResult:
         decoder = training_of(config, trial, "unused", threads=1).decoder
         for split in ("train", "validation"):
             store.require(split, decoder_class(decoder.kind).columns, captions=True)
-    output = Output(
-        config.output,
-        {
-            "job": "tune",
-            "features": store.manifest.model_dump(mode="json", include={"encoder", "source"}),
-            "search": config.model_dump(
-                mode="json", exclude={"features", "output", "max_concurrent", "gpus_per_trial"}
-            ),
-        },
-    )
-    if output.complete:
-        logger.info("%s is complete: nothing to do", output.root)
-        return _published(output)
-    # Tune's newer output has its own columns and ignores the reporter that names ours.
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # Tune's own handler of Ctrl-C returns the trials as they stand, and a half search would be published.
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    with output:
+
+    def fill(output: Output) -> SearchManifest:
+        # Tune's newer output has its own columns and ignores the reporter that names ours.
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+        # Tune's own handler of Ctrl-C returns the trials as they stand, and a half search would be published.
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
         start_ray()
-        found = _run_trials(config, trials, output)
-        return _publish(config, output, found)
+        return _write(config, output, _run_trials(config, trials, output))
+
+    identity = {
+        "job": "tune",
+        "features": store.identity(),
+        "search": config.model_dump(
+            mode="json", exclude={"features", "output", "max_concurrent", "gpus_per_trial"}
+        ),
+    }
+    manifest = publish_once(config.output, identity, SearchManifest, fill)
+    return _published(storage.absolute(config.output), manifest)
 
 
 def _run_trials(config: TuneConfig, trials: list[Hyperparameters], output: Output) -> list[Trial]:
@@ -153,7 +139,7 @@ def _run_trials(config: TuneConfig, trials: list[Hyperparameters], output: Outpu
     trainable = _trainable(config, output.root, threads=max(1, num_cpus() // concurrent))
     metric, mode = _metric(config)
     logger.info("%d trials, %d at a time", len(trials), concurrent)
-    filesystem, path = storage.resolve(output.uri(WORK))
+    filesystem, path = storage.resolve(output.work())
     place = f"{path}/{SEARCH}"
     if tune.Tuner.can_restore(place, storage_filesystem=filesystem):
         logger.info("continuing the search")
@@ -250,7 +236,7 @@ def _metric(config: TuneConfig) -> tuple[str, str]:
     return ("validation_cider", "max") if config.metric == "cider" else ("validation_loss", "min")
 
 
-def _publish(config: TuneConfig, output: Output, trials: list[Trial]) -> SearchResult:
+def _write(config: TuneConfig, output: Output, trials: list[Trial]) -> SearchManifest:
     metric, mode = _metric(config)
     largest = mode == "max"
     finished = [trial for trial in trials if trial.status == "finished"]
@@ -258,32 +244,24 @@ def _publish(config: TuneConfig, output: Output, trials: list[Trial]) -> SearchR
         errors = {trial.error for trial in trials if trial.error}
         raise TrainingError(f"no trial came to its end; {' '.join(sorted(errors)) or 'no error'}")
     best = (max if largest else min)(finished, key=lambda trial: trial.best(largest=largest))
-    source = _trial_uri(output.root, best.number)
-    files = []
-    for file in storage.list_files(source):
-        # The copy becomes a model with its manifest, as everywhere the last file.
-        if file.path not in (MANIFEST, CLAIM):
-            storage.copy_file(file.uri, output.uri(MODEL, file.path))
-            files.append(f"{MODEL}/{file.path}")
-    for name in (CLAIM, MANIFEST):
-        storage.copy_file(storage.join(source, name), output.uri(MODEL, name))
-        files.append(f"{MODEL}/{name}")
+    model = _trial_uri(output.root, best.number)
+    # The copy becomes a model with its manifest, as everywhere the last file.
+    paths = [entry.path for entry in open_manifest(model, ModelManifest).files]
+    files = [
+        output.write(f"{MODEL}/{path}", storage.read_bytes(storage.join(model, path)))
+        for path in (*paths, CLAIM, MANIFEST)
+    ]
     load_model(output.uri(MODEL))
-    for file in storage.list_files(output.uri(WORK, SEARCH)):
+    for file in storage.list_files(output.work(SEARCH)):
         if "events.out.tfevents" in file.path:
-            storage.copy_file(file.uri, output.uri("tensorboard", file.path))
-            files.append(f"tensorboard/{file.path}")
-    with storage.atomic_writer(output.uri(TRIALS)) as handle:
-        pq.write_table(_table(trials, metric, largest), handle)
-    picture = plot_trials(trials, best.number, metric, largest=largest)
-    storage.write_bytes(output.uri(PICTURE), picture)
-    manifest = SearchManifest(
-        best=best.number, metric=metric, trials=len(trials), files=[*files, TRIALS, PICTURE]
-    )
-    output.publish(manifest.model_dump_json(indent=1))
-    filesystem, path = storage.resolve(output.uri(WORK))
-    filesystem.delete_dir(path)
-    return SearchResult(output.root, metric, best.number, trials)
+            files.append(output.write(f"tensorboard/{file.path}", storage.read_bytes(file.uri)))
+    table = io.BytesIO()
+    pq.write_table(_table(trials, metric, largest), table)
+    files += [
+        output.write(TRIALS, table.getvalue()),
+        output.write(PICTURE, plot_trials(trials, best.number, metric, largest=largest)),
+    ]
+    return SearchManifest(best=best.number, metric=metric, trials=len(trials), files=files)
 
 
 def _table(trials: list[Trial], metric: str, largest: bool) -> pa.Table:
@@ -316,9 +294,8 @@ def _table(trials: list[Trial], metric: str, largest: bool) -> pa.Table:
     )
 
 
-def _published(output: Output) -> SearchResult:
-    manifest = SearchManifest.model_validate(storage.read_json(output.uri(MANIFEST)))
-    with storage.open_input(output.uri(TRIALS)) as file:
+def _published(root: str, manifest: SearchManifest) -> SearchResult:
+    with storage.open_input(storage.join(root, TRIALS)) as file:
         rows = pq.read_table(file).to_pylist()
     trials = [
         Trial(
@@ -331,4 +308,4 @@ def _published(output: Output) -> SearchResult:
         )
         for row in rows
     ]
-    return SearchResult(output.root, manifest.metric, manifest.best, trials)
+    return SearchResult(root, manifest.metric, manifest.best, trials)

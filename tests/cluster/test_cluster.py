@@ -11,8 +11,9 @@ import pytest
 import ray
 from ray.util.state import get_actor
 
-from captioner.artifacts.schema import feature_rows
+from captioner.artifacts.tables import feature_rows
 from captioner.config import EncoderConfig, ExtractConfig, ShapesConfig, SourceConfig
+from captioner.encoders.spec import FeatureShape
 from captioner.errors import ConfigError
 from captioner.features.extract import extract
 from captioner.features.pipeline import rows_per_file
@@ -117,7 +118,9 @@ def test_workers_get_the_address_of_s3_and_no_secret(monkeypatch: pytest.MonkeyP
 
 
 def test_large_stores_have_about_a_thousand_files_that_fit_in_memory() -> None:
-    vectors, grids = (feature_rows(2048, grid=grid) for grid in (False, True))
+    vectors, grids = (
+        feature_rows(FeatureShape(2048, 2048, 7, 7), grid=grid) for grid in (False, True)
+    )
     assert rows_per_file(7_000, vectors) == 7
     assert rows_per_file(10, vectors) == 1
     assert rows_per_file(10_000_000, vectors) == 10_000

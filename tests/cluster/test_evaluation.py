@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from captioner import storage
 from captioner.artifacts.feature_store import FeatureStore
-from captioner.artifacts.model_directory import ModelManifest, pack_weights, save_model
+from captioner.artifacts.manifests import ModelManifest
+from captioner.artifacts.model_directory import open_model, pack_weights, save_model
 from captioner.artifacts.output import Output
 from captioner.captioning.captioner import Captioner
 from captioner.config import DecodeConfig, DecoderConfig, TextConfig
@@ -32,12 +34,12 @@ def model(tmp_path_factory: pytest.TempPathFactory, store: FeatureStore) -> str:
     """A transformer with fresh weights: its captions mean nothing, but it looks at the picture."""
     config = DecoderConfig(kind="transformer", width=16, heads=2, layers=1)
     torch.manual_seed(0)
-    decoder = build_decoder(config, len(WORDS), store.manifest.encoder.shape)
+    decoder = build_decoder(config, len(WORDS), store.manifest.encoder.spec.shape)
     with torch.no_grad():
         decoder.output.bias[END] -= 2  # or they would be empty
     output = Output(str(tmp_path_factory.mktemp("models") / "model"), {"job": "train"})
     with output:
-        record = save_model(
+        files = save_model(
             output,
             weights=pack_weights(decoder),
             vocabulary=WORDS,
@@ -45,11 +47,11 @@ def model(tmp_path_factory: pytest.TempPathFactory, store: FeatureStore) -> str:
             decoder=config,
             text=TextConfig(),
             decode=DECODE,
-            store=store,
+            encoder=store.manifest.encoder,
+            encoder_weights=storage.read_bytes(store.encoder_weights_uri),
             training={},
         )
-        published = ModelManifest(weights_sha256=record.weights_sha256, files=[])
-        output.publish(published.model_dump_json())
+        output.publish(ModelManifest(files=files))
     return output.root
 
 
@@ -57,7 +59,7 @@ def test_attention_comes_back_for_the_images_drawn_alone(store: FeatureStore, mo
     captions = store.captions("validation")
     drawn = frozenset(list(captions)[2:4])
     rows = score_split(
-        store, "validation", captions, model, ("grid",), DECODE, drawn=drawn, batch_size=4
+        store, "validation", captions, open_model(model), DECODE, drawn=drawn, batch_size=4
     ).to_pylist()
     assert [row["image_id"] for row in rows] == sorted(captions)
     assert {row["image_id"] for row in rows if row["attention"] is not None} == drawn
@@ -71,4 +73,5 @@ def test_attention_comes_back_for_the_images_drawn_alone(store: FeatureStore, mo
         if row["image_id"] in drawn:
             assert row["words"] == one.text.split()
             assert one.attention is not None
-            np.testing.assert_allclose(row["attention"], one.attention, atol=1e-5)
+            found = np.reshape(row["attention"], one.attention.shape)
+            np.testing.assert_allclose(found, one.attention, atol=1e-5)

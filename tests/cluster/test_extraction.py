@@ -1,5 +1,7 @@
 """Extraction on a real Ray: whatever is killed and continued, every image comes out once, with its own vector."""
 
+import hashlib
+import io
 import json
 import os
 import random
@@ -16,11 +18,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+from PIL import Image
 
 from captioner.artifacts.feature_store import FeatureStore
-from captioner.artifacts.schema import StoreManifest
+from captioner.artifacts.manifests import StoreManifest
 from captioner.config import EncoderConfig, ExtractConfig, ImageLimits
-from captioner.encoders.resnet50 import Encoder
+from captioner.encoders.encoder import Encoder
 from captioner.errors import SourceError, StoreError
 from captioner.features import extract as extraction
 from captioner.features.extract import extract
@@ -32,6 +35,7 @@ from captioner.sources.scenes import draw_scene
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = 120
 BATCH = 8
+MARKS = f"_work/{CHECKPOINT}"
 LIMITS = ImageLimits(max_bytes=2**19)
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(600)]
@@ -71,11 +75,11 @@ def vectors(output: Path) -> dict[str, np.ndarray]:
         [output / file.path for file in manifest.files if "features/" in file.path]
     )
     names = rows["image_id"].to_pylist()
-    assert len(names) == len(set(names)) == manifest.total.images
+    assert len(names) == len(set(names)) == manifest.counts.images
     assert sum(file.rows for file in manifest.files if "features/" in file.path) == len(names)
     there = {f"features/{file.name}" for file in (output / "features").iterdir()}
     assert there == {file.path for file in manifest.files if "features/" in file.path}
-    assert not (output / CHECKPOINT).exists()
+    assert not (output / "_work").exists()
     newest = max(file.stat().st_mtime_ns for file in output.glob("*/*"))
     assert newest <= (output / "manifest.json").stat().st_mtime_ns
     table = FeatureStore.open(str(output)).load("test", ("pooled",))
@@ -125,7 +129,7 @@ def start(config: ExtractConfig, *, own_ray: bool) -> "subprocess.Popen[str]":
 
 def marks(output: Path) -> int:
     """Output files that are complete."""
-    return len([file for file in output.glob(f"{CHECKPOINT}/*") if ".pending" not in file.name])
+    return len([file for file in output.glob(f"{MARKS}/*") if ".pending" not in file.name])
 
 
 def wait_for_marks(output: Path, count: int, child: "subprocess.Popen[str]") -> None:
@@ -158,7 +162,7 @@ def test_killed_again_and_again_it_continues_and_ends_as_if_unbroken(
     assert kept == sorted(kept)
     written = {file: file.stat().st_mtime_ns for file in (output / "features").iterdir()}
     manifest = extract(settings(photos, output))
-    assert manifest.total.ok == IMAGES
+    assert manifest.counts.ok == IMAGES
     assert_same(vectors(output), unbroken)
     # Files that were finished before the last run are still the same: it did not begin anew.
     survivors = [
@@ -229,10 +233,22 @@ def test_bad_images_are_counted_named_and_limited(damaged: Path, tmp_path: Path)
     assert errors.keys() == {"cut.png", "empty.jpg", "text.jpg", "long.png"}
     assert all(reason and "\n" not in reason for reason in errors.values())
     assert len(set(errors.values())) >= 3
-    assert manifest.total.ok == 12
-    assert (manifest.total.images, manifest.total.rejected) == (len(rows), 4) == (16, 4)
+    assert manifest.counts.ok == 12
+    assert (manifest.counts.images, manifest.counts.rejected) == (len(rows), 4) == (16, 4)
     assert all((row["pooled"] is None) == (row["image_id"] in errors) for row in rows)
     assert len(vectors(output)) == 12
+    assert {row["error_kind"] for row in rows} == {None, "final"}
+    for row in rows:
+        data = (damaged / row["image_id"]).read_bytes()
+        assert row["size"] == len(data)
+        # What is over the limit is not even read.
+        assert row["sha256"] in (None, hashlib.sha256(data).hexdigest())
+        assert row["mtime"] is not None
+        assert (row["thumbnail"] is None) == (row["image_id"] in errors)
+    thumbnails = FeatureStore.open(str(output)).thumbnails(["000.png", "cut.png", "absent"])
+    assert list(thumbnails) == ["000.png"]
+    with Image.open(io.BytesIO(thumbnails["000.png"])) as small:
+        assert small.size == (160, 160)
 
 
 def test_finished_rows_are_published_without_encoding_again(
@@ -265,10 +281,10 @@ def test_a_mark_left_twice_costs_no_rows(damaged: Path, tmp_path: Path) -> None:
     config = settings(damaged, output, limits=LIMITS)
     with pytest.raises(SourceError, match="max-reject-fraction"):
         extract(config)
-    mark = next((output / CHECKPOINT).iterdir())
+    mark = next((output / MARKS).iterdir())
     shutil.copy(mark, mark.with_name(f"{mark.stem}.pending.parquet"))
     manifest = extract(config.model_copy(update={"max_reject_fraction": 0.5}))
-    assert manifest.total.ok == 12
+    assert manifest.counts.ok == 12
     assert len(vectors(output)) == 12
 
 
@@ -317,8 +333,10 @@ def test_other_views_are_encoded_as_pictures_of_their_own(tmp_path: Path) -> Non
         *(f"{name}{view}" for view in views for name in ("pooled", "grid")),
     )
     table = store.load("test", columns)
-    encoder = Encoder.load(store.encoder_weights_uri, store.manifest.encoder)
-    pixels = np.stack([load_image(draw_scene(0, "train", index)) for index in range(5)])
+    encoder = Encoder.load(store.encoder_weights_uri, store.manifest.encoder.spec)
+    fit = store.manifest.encoder.spec.fit
+    scenes = [draw_scene(0, "train", index) for index in range(5)]
+    pixels = np.stack([load_image(scene, fit).pixels for scene in scenes])
     pictures = {"": pixels, **dict(other_views(pixels, table.image_ids, mirrored=True, crops=2))}
     for view, images in pictures.items():
         pooled, grid = encoder(images, grid=True)
@@ -345,12 +363,9 @@ def test_manifest_counts_add_up(tmp_path: Path) -> None:
     assert {name: counts.images for name, counts in manifest.splits.items()} == shapes.model_dump(
         include={"train", "validation", "test"}
     )
-    for field in ("images", "ok", "rejected", "captions"):
-        assert getattr(manifest.total, field) == sum(
-            getattr(counts, field) for counts in manifest.splits.values()
-        )
+    assert manifest.counts.ok == manifest.counts.found == 18
     captions = pq.read_table(tmp_path / "features" / "captions")
-    assert manifest.total.captions == len(captions) == 5 * 18
+    assert sum(counts.captions for counts in manifest.splits.values()) == len(captions) == 5 * 18
     store = FeatureStore.open(config.output)
     table = store.load("train", ("pooled", "grid"))
     assert set(store.captions("train")) == set(table.image_ids)
@@ -361,14 +376,14 @@ def test_manifest_counts_add_up(tmp_path: Path) -> None:
         atol=2e-3,
     )
     claim = json.loads((tmp_path / "features" / "_job.json").read_text())
-    assert claim["encoder"] == manifest.encoder.model_dump(mode="json")
+    assert claim["encoder"] == manifest.encoder.spec.model_dump(mode="json")
     # Once finished, the directory is left alone, and refused to any other settings.
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "features").rglob("*")}
     assert extract(config) == manifest
     others = {
         r"grid: True there, False asked": {"grid": False},
         r"limits\.max_bytes: \d+ there, 524288 asked": {"limits": LIMITS},
-        r"encoder\.weights: 'random\(seed=0\)' there, 'random\(seed=1\)' asked": {
+        r"encoder\.weights_sha256: '\w+' there, '\w+' asked": {
             "encoder": config.encoder.model_copy(update={"seed": 1})
         },
         r"source\.options\.\w+: .* there, .* asked": {

@@ -1,4 +1,4 @@
-"""The encoder: both networks, batch independence, arithmetic, weights from files."""
+"""The ResNet50s, and what every encoder does: batch independence, arithmetic, weights from files, one spec for all."""
 
 from pathlib import Path
 
@@ -8,9 +8,12 @@ import safetensors.torch
 import torch
 from torchvision.models import resnet50
 
-from captioner.config import EncoderConfig
-from captioner.encoders.resnet50 import Encoder, build_network, identify, load_weights
-from captioner.errors import ModelError
+from captioner.config import Compute, EncoderConfig
+from captioner.encoders.encoder import Encoder
+from captioner.encoders.family import family_called, family_of
+from captioner.encoders.spec import EncoderSpec
+from captioner.encoders.weights import Tensors
+from captioner.errors import ConfigError, ModelError
 
 RANDOM = EncoderConfig(weights="random")
 
@@ -20,9 +23,18 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (5, 224, 224, 3), dtype=np.uint8)
 
 
-def make(config: EncoderConfig, compute: str) -> Encoder:
+def load_weights(config: EncoderConfig) -> Tensors:
+    tensors, _ = family_of(config.name)[0].weights(config)
+    return tensors
+
+
+def spec_of(config: EncoderConfig, tensors: Tensors, compute: Compute = "float32") -> EncoderSpec:
+    return family_of(config.name)[0].spec(config, tensors, compute)
+
+
+def make(config: EncoderConfig, compute: Compute) -> Encoder:
     tensors = load_weights(config)
-    return Encoder(identify(config, tensors, compute), tensors)
+    return Encoder(spec_of(config, tensors, compute), tensors)
 
 
 def test_layer4_equals_torchvision_without_its_head(images: np.ndarray) -> None:
@@ -43,13 +55,16 @@ def test_layer4_equals_torchvision_without_its_head(images: np.ndarray) -> None:
 
 
 def test_v1_puts_the_stride_on_the_first_convolution() -> None:
-    first = build_network("resnet50_v1", "layer4").layer3[0]
-    assert (first.conv1.stride, first.conv2.stride) == ((2, 2), (1, 1))
-    first = build_network("resnet50", "layer4").layer3[0]
-    assert (first.conv1.stride, first.conv2.stride) == ((1, 1), (2, 2))
+    strides = {}
+    for name in ("resnet50", "resnet50_v1"):
+        config = EncoderConfig(name=name, weights="random")
+        network = family_called("resnet50").build(spec_of(config, load_weights(config)))
+        first = network.get_submodule("layer3.0")
+        strides[name] = (first.conv1.stride, first.conv2.stride)  # type: ignore[union-attr]
+    assert strides == {"resnet50": ((1, 1), (2, 2)), "resnet50_v1": ((2, 2), (1, 1))}
 
 
-def test_full_network_has_the_seeds_number_of_parameters() -> None:
+def test_full_network_has_the_notebooks_number_of_parameters() -> None:
     tensors = load_weights(EncoderConfig(name="resnet50_v1", weights="random"))
     # Keras counts the 26,560 convolution biases that batch norm makes redundant.
     assert sum(tensor.numel() for tensor in tensors.values()) + 26_560 == 23_587_712
@@ -102,18 +117,16 @@ def test_weights_from_a_file_are_the_weights(tmp_path: Path, suffix: str) -> Non
         safetensors.torch.save_file(tensors, path)
     config = EncoderConfig(weights=str(path))
     loaded = load_weights(config)
-    assert identify(config, loaded, "float32").weights_sha256 == (
-        identify(RANDOM, tensors, "float32").weights_sha256
-    )
+    assert spec_of(config, loaded) == spec_of(RANDOM, tensors)
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     tensors = load_weights(EncoderConfig(weights="random", layer="layer3"))
     path = tmp_path / "to_layer3.safetensors"
     safetensors.torch.save_file(tensors, path)
-    with pytest.raises(ModelError, match=r"no 'layer4\.0\.conv1\.weight', needed up to layer4"):
+    with pytest.raises(ModelError, match=r"no 'layer4\.0\.conv1\.weight', which the network"):
         load_weights(EncoderConfig(weights=str(path)))
-    with pytest.raises(ModelError, match="neither IMAGENET1K_V2"):
+    with pytest.raises(ModelError, match="neither pretrained, IMAGENET1K_V1"):
         load_weights(EncoderConfig(weights=str(tmp_path / "absent.safetensors")))
     path.write_bytes(b"rubbish")
     with pytest.raises(ModelError, match="cannot be read"):
@@ -147,3 +160,36 @@ def test_missing_network_names_the_file_to_place(
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(ModelError, match=r"place the file at .*checkpoints/resnet50-11ad3fa6\.pth"):
         load_weights(EncoderConfig())
+
+
+def test_input_of_another_size_has_another_grid() -> None:
+    config = EncoderConfig(weights="random", layer="layer3", input_size=96)
+    encoder = make(config, "float32")
+    pooled, grid = encoder(np.zeros((2, 96, 96, 3), np.uint8), grid=True)
+    assert grid is not None
+    assert encoder.spec.shape.of("grid") == grid.shape[1:] == (9, 1024)
+    assert encoder.spec.shape.of("pooled") == pooled.shape[1:]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"name": "resnet51"},
+            "encoder.name: 'resnet51' is not one of resnet50, resnet50_v1, timm:NAME",
+        ),
+        ({"name": "timm:"}, "encoder.name: 'timm:' is not one of"),
+        ({"input_size": 100}, "encoder.input-size: 100 is no multiple of 32"),
+    ],
+)
+def test_wrong_settings_are_one_line(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_weights(RANDOM.model_copy(update=change))
+
+
+def test_weights_of_another_network_are_refused() -> None:
+    tensors = load_weights(RANDOM)
+    spec = spec_of(RANDOM, tensors)
+    tensors["conv1.weight"][0, 0, 0, 0] += 1e-3
+    with pytest.raises(ModelError, match="not those of resnet50"):
+        Encoder(spec, tensors)

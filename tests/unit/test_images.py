@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from captioner.config import ImageLimits
 from captioner.errors import ImageError, ImageTooLargeError, ImageTypeError
-from captioner.images.load import load_image, load_thumbnail, sniff_format
+from captioner.images.load import THUMBNAIL_SIDE, Fit, Loaded, Pixels, load_image, sniff_format
 from tests.fuzz_images import LIMITS, fuzz, mutate, seed_images
 
 # Pillow warns about what it can still read in damaged files.
@@ -40,12 +40,19 @@ def halves(left: tuple[int, int, int], right: tuple[int, int, int]) -> Image.Ima
     return image
 
 
+FIT = Fit((224, 224))
+
+
+def load(data: bytes, limits: ImageLimits | None = None) -> Pixels:
+    return load_image(data, FIT, limits).pixels
+
+
 RED, BLUE, GREY = (255, 0, 0), (0, 0, 255), (128, 128, 128)
 
 
 @pytest.mark.parametrize("name", sorted(SEEDS))
 def test_every_format_and_mode_decodes_to_one_shape(name: str) -> None:
-    pixels = load_image(SEEDS[name])
+    pixels = load(SEEDS[name])
     assert pixels.shape == (224, 224, 3)
     assert pixels.dtype == np.uint8
     assert pixels.std() > 10
@@ -85,19 +92,19 @@ def test_every_format_and_mode_decodes_to_one_shape(name: str) -> None:
 def test_colors_survive(
     image: Image.Image, kind: str, options: dict[str, object], expected: tuple[int, int, int]
 ) -> None:
-    pixels = load_image(encode(image, kind, **options)).astype(int)
+    pixels = load(encode(image, kind, **options)).astype(int)
     assert np.abs(pixels - expected).max() <= 2
 
 
 def test_adobe_inverted_cmyk_is_not_a_negative() -> None:
     data = encode(solid("CMYK", (0, 0, 0, 0)), "JPEG")
     assert b"Adobe" in data
-    assert load_image(data).min() >= 250
+    assert load(data).min() >= 250
 
 
 def test_sixteen_bit_greys_are_scaled_not_clipped() -> None:
     ramp = np.linspace(0, 65535, 224 * 224).reshape(224, 224).astype(np.uint16)
-    pixels = load_image(encode(Image.fromarray(ramp)))
+    pixels = load(encode(Image.fromarray(ramp)))
     np.testing.assert_array_equal(pixels[:, :, 0], ramp // 256)
 
 
@@ -105,7 +112,7 @@ def test_sixteen_bit_greys_are_scaled_not_clipped() -> None:
 def test_orientation_tag_is_applied(kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # stored turned: the viewer must turn it a quarter clockwise
-    pixels = load_image(encode(halves(RED, BLUE), kind, exif=exif)).astype(int)
+    pixels = load(encode(halves(RED, BLUE), kind, exif=exif)).astype(int)
     assert np.abs(pixels[:100] - RED).mean() < 10
     assert np.abs(pixels[124:] - BLUE).mean() < 10
 
@@ -118,7 +125,7 @@ def test_orientation_of_a_transparent_sixteen_bit_or_palette_picture_is_applied_
     variants = [Image.fromarray(left_white), halves((255, 255, 255), (0, 0, 0)).convert("RGBA")]
     variants.append(halves((255, 255, 255), (0, 0, 0)).quantize(4))
     for image in variants:
-        pixels = load_image(encode(image, exif=exif))
+        pixels = load(encode(image, exif=exif))
         assert pixels[:, :100].max() < 5, image.mode
         assert pixels[:, 124:].min() > 250, image.mode
 
@@ -140,7 +147,7 @@ def test_all_eight_orientations_come_out_upright() -> None:
         exif = Image.Exif()
         exif[0x0112] = orientation
         data = encode(image, exif=exif)
-        np.testing.assert_array_equal(load_image(data), np.asarray(upright), str(orientation))
+        np.testing.assert_array_equal(load(data), np.asarray(upright), str(orientation))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +158,7 @@ def test_damaged_exif_does_not_cost_the_picture(exif: bytes) -> None:
     for kind in ("JPEG", "PNG", "WEBP"):
         plain, damaged = encode(halves(RED, BLUE), kind), encode(halves(RED, BLUE), kind, exif=exif)
         assert len(damaged) > len(plain)
-        np.testing.assert_array_equal(load_image(damaged), load_image(plain), kind)
+        np.testing.assert_array_equal(load(damaged), load(plain), kind)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -162,23 +169,23 @@ def test_first_frame_of_several_is_taken(kind: str) -> None:
         save_all=True,
         append_images=[solid("RGB", BLUE), solid("RGB", GREY)],
     )
-    assert np.abs(load_image(data).astype(int) - RED).max() <= 5
+    assert np.abs(load(data).astype(int) - RED).max() <= 5
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (224, 224), (223, 225)])
 def test_any_shape_is_squashed(size: tuple[int, int]) -> None:
-    pixels = load_image(encode(solid("RGB", RED, size)))
+    pixels = load(encode(solid("RGB", RED, size)))
     np.testing.assert_array_equal(pixels, np.broadcast_to(RED, (224, 224, 3)))
 
 
 def test_picture_of_the_target_size_is_left_as_it_is() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
-    np.testing.assert_array_equal(load_image(encode(Image.fromarray(pixels))), pixels)
+    np.testing.assert_array_equal(load(encode(Image.fromarray(pixels))), pixels)
 
 
 def test_squashing_averages_what_it_leaves_out() -> None:
     checks = np.indices((896, 896)).sum(axis=0) % 2 * 255
-    pixels = load_image(encode(Image.fromarray(checks.astype(np.uint8))))
+    pixels = load(encode(Image.fromarray(checks.astype(np.uint8))))
     assert np.abs(pixels[8:-8, 8:-8].astype(int) - 127).max() <= 2
 
 
@@ -189,7 +196,7 @@ def test_large_jpeg_decoded_at_reduced_size_stays_close_to_the_full_decode() -> 
     grain = Image.fromarray(generator.integers(0, 256, (1800, 2400, 3), np.uint8))
     data = encode(Image.blend(tiles, grain, 0.3), "JPEG", quality=90)
     full = Image.open(io.BytesIO(data)).resize((224, 224), Image.Resampling.BILINEAR)
-    difference = np.abs(load_image(data).astype(int) - np.asarray(full).astype(int))
+    difference = np.abs(load(data).astype(int) - np.asarray(full).astype(int))
     # Decoded at the next smaller size the mean is 2.3.
     assert 0 < difference.mean() < 1
     assert difference.max() < 12
@@ -197,7 +204,7 @@ def test_large_jpeg_decoded_at_reduced_size_stays_close_to_the_full_decode() -> 
 
 def test_same_bytes_give_the_same_pixels() -> None:
     for data in SEEDS.values():
-        np.testing.assert_array_equal(load_image(data), load_image(data))
+        np.testing.assert_array_equal(load(data), load(data))
 
 
 @pytest.mark.parametrize(
@@ -213,34 +220,34 @@ def test_same_bytes_give_the_same_pixels() -> None:
 def test_other_types_are_refused(data: bytes) -> None:
     assert sniff_format(data) is None
     with pytest.raises(ImageTypeError, match="not a JPEG, PNG, WebP, GIF, BMP or TIFF image"):
-        load_image(data)
+        load(data)
 
 
 @pytest.mark.parametrize("kind", ["PPM", "ICO", "PCX", "TGA", "SGI", "JPEG2000"])
 def test_formats_off_the_list_are_refused_though_pillow_reads_them(kind: str) -> None:
     with pytest.raises(ImageTypeError):
-        load_image(encode(solid("RGB", RED), kind))
+        load(encode(solid("RGB", RED), kind))
 
 
 def test_empty_file_is_refused() -> None:
     with pytest.raises(ImageError, match="^empty file$"):
-        load_image(b"")
+        load(b"")
 
 
 def test_byte_limit_is_inclusive() -> None:
     data = encode(solid("RGB", RED))
-    load_image(data, ImageLimits(max_bytes=len(data)))
+    load(data, ImageLimits(max_bytes=len(data)))
     with pytest.raises(
         ImageTooLargeError, match=f"^{len(data)} bytes, over the limit of {len(data) - 1}$"
     ):
-        load_image(data, ImageLimits(max_bytes=len(data) - 1))
+        load(data, ImageLimits(max_bytes=len(data) - 1))
 
 
 def test_pixel_limit_is_inclusive() -> None:
     data = encode(solid("RGB", RED, (40, 30)))
-    load_image(data, ImageLimits(max_pixels=1200))
+    load(data, ImageLimits(max_pixels=1200))
     with pytest.raises(ImageTooLargeError, match="^40x30 pixels, over the limit of 1199 in all$"):
-        load_image(data, ImageLimits(max_pixels=1199))
+        load(data, ImageLimits(max_pixels=1199))
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -259,12 +266,12 @@ def png_header(width: int, height: int) -> bytes:
 def test_pixel_limit_is_checked_before_anything_is_decoded(size: tuple[int, int]) -> None:
     # Decoding would report the missing pixels instead.
     with pytest.raises(ImageTooLargeError, match="pixels"):
-        load_image(png_header(*size))
+        load(png_header(*size))
 
 
 def test_pixel_limit_above_pillows_own_leaves_pillows_in_force() -> None:
     with pytest.raises(ImageTooLargeError, match="more pixels than Pillow decodes"):
-        load_image(png_header(50_000, 50_000), ImageLimits(max_pixels=10**10))
+        load(png_header(50_000, 50_000), ImageLimits(max_pixels=10**10))
 
 
 @pytest.mark.parametrize("name", sorted(SEEDS))
@@ -274,14 +281,14 @@ def test_truncated_image_is_refused(name: str) -> None:
     pages = 3 if name in ("mpo", "apng", "webp-animated", "gif-animated", "tiff-pages") else 1
     for length in (16, 40, len(data) // (2 * pages)):
         with pytest.raises(ImageError, match="truncated or damaged|damaged .* header") as refusal:
-            load_image(data[:length])
+            load(data[:length])
         assert not isinstance(refusal.value, ImageTypeError | ImageTooLargeError), length
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_samples_without_a_defined_white_are_refused(mode: str) -> None:
     with pytest.raises(ImageError, match="32-bit samples"):
-        load_image(encode(solid(mode, 1), "TIFF"))
+        load(encode(solid(mode, 1), "TIFF"))
 
 
 @pytest.mark.parametrize(
@@ -309,7 +316,7 @@ def test_big_endian_tiff_is_known() -> None:
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(ImageError):
-        load_image(data)
+        load(data)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -317,7 +324,7 @@ def test_random_bytes_are_refused(data: bytes) -> None:
 def test_mutated_image_decodes_or_is_refused(name: str, other: str, seed: int) -> None:
     data = mutate(SEEDS[name], SEEDS[other], Random(seed))
     try:
-        pixels = load_image(data, LIMITS)
+        pixels = load(data, LIMITS)
     except ImageError:
         return
     assert pixels.shape == (224, 224, 3)
@@ -333,14 +340,14 @@ def test_whatever_pillow_raises_on_damaged_data_becomes_one_error(
 
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
     with pytest.raises(ImageError, match="^truncated or damaged PNG data$"):
-        load_image(SEEDS["png"])
+        load(SEEDS["png"])
 
 
 def test_fuzzer_reports_what_gets_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(data: bytes, limits: ImageLimits | None = None) -> np.ndarray:
+    def broken(data: bytes, fit: Fit, limits: ImageLimits | None = None) -> Loaded:
         if limits is not None:
             raise KeyError("escaped")
-        return np.zeros((224, 224, 3), np.uint8)
+        return Loaded(np.zeros((224, 224, 3), np.uint8), None)
 
     monkeypatch.setattr("tests.fuzz_images.load_image", broken)
     outcomes, _, _ = fuzz(3, seed=0)
@@ -358,22 +365,60 @@ def test_real_photographs_decode() -> None:
             .convert("RGB")
             .resize((224, 224), Image.Resampling.BILINEAR)
         )
-        np.testing.assert_array_equal(load_image(data), np.asarray(exact))
+        np.testing.assert_array_equal(load(data), np.asarray(exact))
 
 
-@pytest.mark.parametrize(("orientation", "size"), [(1, (80, 40)), (6, (40, 80))])
+@pytest.mark.parametrize(("orientation", "size"), [(1, (224, 112)), (6, (112, 224))])
 def test_thumbnail_keeps_proportions_and_stands_upright(
     orientation: int, size: tuple[int, int]
 ) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    file = io.BytesIO()
-    Image.new("RGB", (400, 200), "red").save(file, "JPEG", exif=exif)
-    small = load_thumbnail(file.getvalue(), None, 80)
-    assert (small.mode, small.size) == ("RGB", size)
-    assert load_thumbnail(file.getvalue(), None, 1000).size[0] in (200, 400)
+    data = encode(Image.new("RGB", (800, 400), "red"), "JPEG", exif=exif)
+    assert load_image(data, FIT).thumbnail is None
+    found = load_image(data, FIT, thumbnail=True).thumbnail
+    assert found is not None
+    with Image.open(io.BytesIO(found)) as small:
+        assert (small.format, small.mode, small.size) == ("JPEG", "RGB", size)
+        assert max(size) == THUMBNAIL_SIDE
 
 
-def test_thumbnail_refuses_what_the_decoder_refuses() -> None:
-    with pytest.raises(ImageTypeError):
-        load_thumbnail(b"text", None, 80)
+def test_a_small_picture_is_its_own_thumbnail() -> None:
+    found = load_image(encode(solid("RGB", RED, (40, 30))), FIT, thumbnail=True).thumbnail
+    assert found is not None
+    with Image.open(io.BytesIO(found)) as small:
+        assert small.size == (40, 30)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (300, 300), (1000, 90)])
+@pytest.mark.parametrize("fraction", [0.875, 1.0])
+def test_a_crop_shows_what_timms_own_transform_shows(
+    size: tuple[int, int], fraction: float
+) -> None:
+    from timm.data.transforms_factory import transforms_imagenet_eval
+
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    theirs = transforms_imagenet_eval(
+        224, crop_pct=fraction, interpolation="bicubic", use_prefetcher=True
+    )(image)
+    fit = Fit((224, 224), "crop", fraction, "bicubic")
+    ours = load_image(encode(image), fit).pixels
+    # Theirs rounds to whole pixels before it crops.
+    difference = np.abs(ours.astype(int) - np.asarray(theirs).transpose(1, 2, 0).astype(int))
+    assert difference.mean() < 3
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_picture_on_its_side_fits_an_input_that_is_not_square(resize: str, kind: str) -> None:
+    upright = np.zeros((300, 400, 3), np.uint8)
+    upright[:150, :, 0], upright[:, 200:, 2] = 255, 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    lying = Image.fromarray(upright).rotate(90, expand=True)
+    fit = Fit((64, 128), resize, 0.9)  # type: ignore[arg-type]
+    found = load_image(encode(lying, kind, exif=exif), fit).pixels
+    expected = load_image(encode(Image.fromarray(upright), kind), fit).pixels
+    assert found.shape == (64, 128, 3)
+    assert np.abs(found.astype(int) - expected.astype(int)).mean() < 3

@@ -173,7 +173,7 @@ def test_a_sample_is_not_compared_with_itself() -> None:
 def test_the_captioner_ranks_by_utility_when_asked() -> None:
     decoder = small_decoder()
     vocabulary = Vocabulary.build([[f"w{number}" for number in range(VOCABULARY - UNK - 1)]])
-    captioner = Captioner(LoadedModel("", None, vocabulary, decoder, RARE), "cpu")
+    captioner = Captioner(LoadedModel(None, vocabulary, decoder, RARE), "cpu")
     plain = DecodeConfig(beam_size=5, max_length=8)
     asked = plain.model_copy(update={"mbr_samples": 30})
     column = features(30)

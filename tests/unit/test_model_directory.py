@@ -1,5 +1,6 @@
 """A model directory is whole and agrees with itself, or loading it is refused in one line."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,33 +9,32 @@ import safetensors.torch
 import torch
 
 from captioner import storage
-from captioner.artifacts.feature_store import ENCODER_WEIGHTS, FeatureStore
+from captioner.artifacts.feature_store import FeatureStore
+from captioner.artifacts.manifests import ModelManifest, StoreManifest
 from captioner.artifacts.model_directory import (
     CONFIG,
     NGRAMS,
     VOCABULARY,
     WEIGHTS,
-    ModelManifest,
     check_features_fit,
     load_model,
-    load_record,
+    open_model,
     pack_weights,
     save_model,
     unpack_weights,
 )
 from captioner.artifacts.output import Output
-from captioner.artifacts.schema import EncoderIdentity, StoreManifest
 from captioner.captioning.captioner import Captioner
 from captioner.config import DecodeConfig, DecoderConfig, TextConfig
 from captioner.decoders import build_decoder
 from captioner.decoding.cider import NGramFrequencies
-from captioner.encoders.spec import FeatureShape
+from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.errors import ModelError
 from captioner.text import Vocabulary
-from tests.stores import CHANNELS, encoder_identity, write_store
+from tests.stores import encoder_spec, write_store
 
 DECODER = DecoderConfig(width=8, output_width=8, dropout=0.5)
-SHAPE = FeatureShape(CHANNELS, CHANNELS, 7, 7)
+SHAPE = encoder_spec().shape
 WORDS = Vocabulary.build([["a", "dog"], ["a", "cat"]])
 SEARCH = DecodeConfig(beam_size=4, num_captions=3, max_length=5, no_repeat_ngram=2)
 FREQUENT = NGramFrequencies(images=2, counts={(4,): 2})
@@ -50,7 +50,7 @@ def model(tmp_path: Path, store: FeatureStore) -> Path:
     """A published model with random weights."""
     output = Output(str(tmp_path / "model"), {"job": "test"})
     torch.manual_seed(7)
-    record = save_model(
+    files = save_model(
         output,
         weights=pack_weights(build_decoder(DECODER, len(WORDS), SHAPE)),
         vocabulary=WORDS,
@@ -58,17 +58,27 @@ def model(tmp_path: Path, store: FeatureStore) -> Path:
         decoder=DECODER,
         text=TextConfig(),
         decode=SEARCH,
-        store=store,
+        encoder=store.manifest.encoder,
+        encoder_weights=storage.read_bytes(store.encoder_weights_uri),
         training={"epochs": 1},
     )
-    manifest = ModelManifest(weights_sha256=record.weights_sha256, files=[WEIGHTS])
-    output.publish(manifest.model_dump_json())
+    output.publish(ModelManifest(files=files))
     return tmp_path / "model"
+
+
+def replace(model: Path, name: str, data: bytes) -> None:
+    """Another file in a manifest that knows it: what is left to check is whether the parts agree."""
+    (model / name).write_bytes(data)
+    manifest = json.loads((model / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        if entry["path"] == name:
+            entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (model / "manifest.json").write_text(json.dumps(manifest))
 
 
 def edit_config(model: Path, **changes: object) -> None:
     raw = json.loads((model / CONFIG).read_text())
-    (model / CONFIG).write_text(json.dumps(raw | changes))
+    replace(model, CONFIG, json.dumps(raw | changes).encode())
 
 
 def test_a_loaded_model_is_the_saved_one(model: Path) -> None:
@@ -87,7 +97,7 @@ def test_a_loaded_model_is_the_saved_one(model: Path) -> None:
 
 def test_a_model_is_searched_as_it_was_trained_to_be(model: Path) -> None:
     captioner = Captioner.load(str(model), "cpu")
-    features = {"pooled": torch.ones(1, CHANNELS)}
+    features = {"pooled": torch.ones(1, SHAPE.pooled_channels)}
     (own,) = captioner.caption_features(features)
     (asked,) = captioner.caption_features(features, SEARCH)
     assert [one.text for one in own.candidates] == [one.text for one in asked.candidates]
@@ -98,7 +108,7 @@ def test_model_needs_nothing_outside_its_directory(model: Path, tmp_path: Path) 
     (tmp_path / "features").rename(tmp_path / "gone")
     moved = model.rename(tmp_path / "elsewhere")
     loaded = load_model(str(moved))
-    weights = storage.read_bytes(loaded.encoder_weights_uri)
+    weights = storage.read_bytes(loaded.directory.encoder_weights_uri)
     assert weights == (tmp_path / "gone" / ENCODER_WEIGHTS).read_bytes()
 
 
@@ -110,12 +120,13 @@ def test_unpublished_directory_is_no_model(model: Path) -> None:
 
 def test_a_feature_store_is_no_model(store: FeatureStore) -> None:
     with pytest.raises(ModelError, match="not a model directory"):
-        load_record(store.uri)
+        open_model(store.uri)
 
 
-def test_unknown_schema_version_is_refused(model: Path) -> None:
-    edit_config(model, schema_version=99)
-    with pytest.raises(ModelError, match="schema version 99"):
+def test_model_of_another_release_is_refused(model: Path) -> None:
+    manifest = json.loads((model / "manifest.json").read_text())
+    (model / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 1}))
+    with pytest.raises(ModelError, match="written by another release"):
         load_model(str(model))
 
 
@@ -126,14 +137,14 @@ def test_damaged_config_names_the_field(model: Path) -> None:
 
 
 def test_vocabulary_of_another_size_is_refused(model: Path) -> None:
-    (model / VOCABULARY).write_text(Vocabulary.build([["a"]]).save_json())
+    replace(model, VOCABULARY, Vocabulary.build([["a"]]).save_json().encode())
     with pytest.raises(ModelError, match=r"5 entries, the decoder 7"):
         load_model(str(model))
 
 
 def test_weights_of_another_width_name_the_tensor_and_both_shapes(model: Path) -> None:
     wider = build_decoder(DecoderConfig(width=16, output_width=8), len(WORDS), SHAPE)
-    (model / WEIGHTS).write_bytes(pack_weights(wider))
+    replace(model, WEIGHTS, pack_weights(wider))
     with pytest.raises(ModelError, match=r"dense\.weight is \(8, 16\), expected \(8, 8\)"):
         load_model(str(model))
 
@@ -150,29 +161,61 @@ def test_missing_and_foreign_tensors_are_named(missing: bool) -> None:
         unpack_weights(decoder, safetensors.torch.save(tensors))
 
 
-def test_weights_of_another_training_are_refused(model: Path) -> None:
-    (model / WEIGHTS).write_bytes(pack_weights(build_decoder(DECODER, len(WORDS), SHAPE)))
-    with pytest.raises(ModelError, match="not the file"):
+@pytest.mark.parametrize("name", [WEIGHTS, VOCABULARY, NGRAMS, CONFIG])
+def test_a_flipped_bit_is_noticed(model: Path, name: str) -> None:
+    data = bytearray((model / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (model / name).write_bytes(data)
+    with pytest.raises(ModelError, match=r"is damaged|not JSON"):
         load_model(str(model))
+
+
+def test_two_words_swapped_are_noticed(model: Path) -> None:
+    text = (model / VOCABULARY).read_text()
+    swapped = text.replace('"cat"', '"?"').replace('"dog"', '"cat"').replace('"?"', '"dog"')
+    assert swapped != text
+    (model / VOCABULARY).write_text(swapped)
+    with pytest.raises(ModelError, match="is damaged"):
+        load_model(str(model))
+
+
+def test_a_model_without_n_grams_loads(tmp_path: Path, store: FeatureStore) -> None:
+    output = Output(str(tmp_path / "plain"), {"job": "test"})
+    files = save_model(
+        output,
+        weights=pack_weights(build_decoder(DECODER, len(WORDS), SHAPE)),
+        vocabulary=WORDS,
+        ngrams=None,
+        decoder=DECODER,
+        text=TextConfig(),
+        decode=DecodeConfig(),
+        encoder=store.manifest.encoder,
+        encoder_weights=storage.read_bytes(store.encoder_weights_uri),
+        training={},
+    )
+    output.publish(ModelManifest(files=files))
+    assert not (tmp_path / "plain" / NGRAMS).exists()
+    assert load_model(str(tmp_path / "plain")).ngrams is None
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04pickle", b"\xff" * 64])
 def test_other_files_are_not_taken_for_weights(model: Path, content: bytes) -> None:
-    (model / WEIGHTS).write_bytes(content)
+    replace(model, WEIGHTS, content)
     with pytest.raises(ModelError, match="not a safetensors file"):
         load_model(str(model))
 
 
-@pytest.mark.parametrize("name", [ENCODER_WEIGHTS, NGRAMS])
+@pytest.mark.parametrize("name", [ENCODER_WEIGHTS, NGRAMS, VOCABULARY])
 def test_every_part_must_be_there(model: Path, name: str) -> None:
     (model / name).unlink()
-    with pytest.raises(ModelError, match=f"{name} is missing"):
+    with pytest.raises(ModelError, match=name):
         load_model(str(model))
 
 
 def with_encoder(manifest: StoreManifest, **changes: object) -> StoreManifest:
-    identity = EncoderIdentity.model_validate(encoder_identity().model_dump() | changes)
-    return manifest.model_copy(update={"encoder": identity})
+    spec = encoder_spec().model_copy(update=changes)
+    encoder = manifest.encoder.model_copy(update={"spec": spec})
+    return manifest.model_copy(update={"encoder": encoder})
 
 
 @pytest.mark.parametrize(
@@ -181,26 +224,31 @@ def with_encoder(manifest: StoreManifest, **changes: object) -> StoreManifest:
         {"name": "resnet50_v1"},
         {"layer": "layer3"},
         {"weights_sha256": "1" * 64},
-        {"preprocessing": "caffe"},
-        {"channels": CHANNELS + 1},
+        {"resize": "crop"},
+        {"filter": "bicubic"},
+        {"mean": (1.0, 0.0, 0.0)},
+        {"precision": "bfloat16"},
+        {"input_size": (96, 96)},
     ],
 )
 def test_features_of_another_encoder_are_refused(
     model: Path, store: FeatureStore, changes: dict[str, object]
 ) -> None:
-    record = load_record(str(model))
+    record = open_model(str(model)).record
     check_features_fit(record, store.manifest)
     with pytest.raises(ModelError, match=f"encoder.{next(iter(changes))}"):
         check_features_fit(record, with_encoder(store.manifest, **changes))
 
 
-def test_name_of_the_weights_and_arithmetic_may_differ(model: Path, store: FeatureStore) -> None:
-    same = with_encoder(store.manifest, weights="renamed.safetensors", compute="bfloat16")
-    check_features_fit(load_record(str(model)), same)
+def test_name_of_the_weights_and_runtime_may_differ(model: Path, store: FeatureStore) -> None:
+    encoder = store.manifest.encoder
+    renamed = encoder.model_copy(update={"weights": "renamed.safetensors", "runtime": "compiled"})
+    same = store.manifest.model_copy(update={"encoder": renamed})
+    check_features_fit(open_model(str(model)).record, same)
 
 
 def test_a_decoder_of_the_grid_needs_a_grid(model: Path, store: FeatureStore) -> None:
-    record = load_record(str(model)).model_copy(update={"columns": ("grid",)})
+    record = open_model(str(model)).record.model_copy(update={"columns": ("grid",)})
     with pytest.raises(ModelError, match="it reads the grid"):
         check_features_fit(record, store.manifest)
     check_features_fit(record, store.manifest.model_copy(update={"grid": True}))

@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from captioner.evaluation.pictures import choose_images, draw_report
+from tests.stores import encoder_spec
 
 COLORS = [(220, 20, 20), (20, 200, 20), (20, 20, 220), (200, 200, 20), (200, 20, 200)]
 CIDER = [0.1, 2.0, 1.0, 0.5, 0.2]
+SPEC = encoder_spec().model_copy(update={"grid": (2, 3)})
 IDS = [f"{number}.jpg" for number in range(len(COLORS))]
 
 
@@ -43,7 +45,7 @@ def draw(table: pa.Table, chosen: list[str], missing: Sequence[str] = ()) -> dic
     def those_left(image_ids: Sequence[str]) -> dict[str, bytes]:
         return thumbnails([name for name in image_ids if name not in missing])
 
-    return dict(draw_report(table, chosen, those_left, grid=(2, 3)))
+    return dict(draw_report(table, chosen, those_left, spec=SPEC))
 
 
 def places(png: bytes) -> dict[int, tuple[float, float]]:

@@ -11,9 +11,9 @@ import pytest
 
 from captioner.config import SourceConfig
 from captioner.errors import SourceError
-from captioner.sources import open_source, read_image
+from captioner.sources import open_source
 from captioner.sources.parquet_rows import BYTES_PER_TABLE, SLICES_PER_GROUP
-from tests.sources import IMAGE, captions_of, picture, read_all, write_parquet
+from tests.sources import IMAGE, captions_of, picture, read_all, read_uri, write_parquet
 
 
 def test_parquet_ids_count_the_rows_of_a_split_over_its_files(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_parquet_ids_count_the_rows_of_a_split_over_its_files(tmp_path: Path) ->
     for number, name in ((0, "train-00000-of-00002.parquet/0"), (249, "train-00000-of-00002.parquet/249"),
                          (250, "train-00001-of-00002.parquet/0"), (281, "val-00000-of-00001.parquet/1")):  # fmt: skip
         assert rows[number]["bytes"] == picture(name)
-        assert read_image(rows[number]["uri"]) == picture(name)
+        assert read_uri(rows[number]["uri"]) == picture(name)
     captions = captions_of(source)
     assert list(captions) == [row["image_id"] for row in rows]
     assert captions["train-000250"] == [f"train-00001-of-00002.parquet 0 {k}" for k in range(11)]
@@ -68,7 +68,7 @@ def test_parquet_without_captions_or_split_is_a_test_split(tmp_path: Path) -> No
         ("image-000001", "test", None),
     ]
     assert [row["error"] for row in rows] == [None, "no image bytes in the row"]
-    assert list(source.captions()) == []
+    assert captions_of(source) == {}
 
 
 def test_parquet_with_captions_and_no_split_is_hashed(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_parquet_split_column_decides_before_the_file_name(tmp_path: Path) -> No
     assert captions_of(source) == {f"image-{number:06d}": [f"a {number}"] for number in kept}
     rows = read_all(open_source(str(tmp_path), SourceConfig(limit=1)))
     assert [row["image_id"] for row in rows] == ["image-000000", "image-000002", "image-000003"]
-    assert all(read_image(row["uri"]) == row["bytes"] for row in rows)
+    assert all(read_uri(row["uri"]) == row["bytes"] for row in rows)
 
 
 def test_parquet_split_column_is_counted_over_all_files(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from captioner.config import SourceConfig
 from captioner.errors import SourceError
-from captioner.sources import open_source, read_image
-from tests.sources import picture, read_all, write_images, write_parquet
+from captioner.sources import open_source
+from tests.sources import captions_of, picture, read_all, read_uri, write_images, write_parquet
 
 
 def test_folder_takes_images_alone_and_names_them_by_their_paths(tmp_path: Path) -> None:
@@ -19,8 +19,9 @@ def test_folder_takes_images_alone_and_names_them_by_their_paths(tmp_path: Path)
     rows = read_all(source)
     assert [row["image_id"] for row in rows] == ["a/b.png", "a/c.jpeg", "b.JPG"]
     assert {row["split"] for row in rows} == {"test"}
-    assert all(row["bytes"] == picture(row["image_id"]) == read_image(row["uri"]) for row in rows)
-    assert list(source.captions()) == []
+    assert all(row["bytes"] == picture(row["image_id"]) == read_uri(row["uri"]) for row in rows)
+    assert captions_of(source) == {}
+    assert source.left_out() == {"hidden": 2, ".txt": 1}
     rows = read_all(open_source(str(tmp_path), SourceConfig(split="train", limit=2)))
     assert [(row["image_id"], row["split"]) for row in rows] == [
         ("a/b.png", "train"),
@@ -45,9 +46,7 @@ def test_names_of_any_characters_are_read_by_task_and_by_uri(tmp_path: Path, pre
     assert sorted(row["image_id"] for row in rows) == sorted(names)
     rows += read_all(open_source(prefix + str(tmp_path / "tables")))
     assert len(rows) == len(names) + 2
-    assert all(row["bytes"] == read_image(row["uri"]) for row in rows)
-    with pytest.raises(SourceError, match="no image there"):
-        read_image(str(tmp_path / "tables/a#1 b%20.parquet#2"))
+    assert all(row["bytes"] == read_uri(row["uri"]) for row in rows)
 
 
 def test_folder_passes_over_what_jobs_write(tmp_path: Path) -> None:

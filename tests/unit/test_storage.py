@@ -1,6 +1,5 @@
 """Storage: atomic files, exclusive manifests, claims on directories."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from captioner import storage
-from captioner.artifacts.output import Output
+from captioner.artifacts.manifests import (
+    Manifest,
+    ModelManifest,
+    StoreManifest,
+    open_manifest,
+)
+from captioner.artifacts.output import Output, publish_once
 from captioner.errors import StoreError
 
 
@@ -73,7 +78,7 @@ def test_published_directory_is_complete_for_the_same_job_and_refused_to_another
     root = str(tmp_path / "out")
     output = Output(root, {"job": "x"})
     assert not output.complete
-    output.publish(json.dumps({"done": True}))
+    output.publish(Manifest(kind="model", files=[]))
     assert Output(root, {"job": "x"}).complete
     with pytest.raises(StoreError, match="job: 'x' there, 'y' asked"):
         Output(root, {"job": "y"})
@@ -112,3 +117,57 @@ def test_relative_path_becomes_absolute_and_uri_stays(
     monkeypatch.chdir(tmp_path)
     assert storage.absolute("runs/x/") == os.path.join(tmp_path, "runs/x")
     assert storage.absolute("s3://bucket/x/") == "s3://bucket/x"
+
+
+def test_what_only_the_run_needed_goes_once_it_is_published(tmp_path: Path) -> None:
+    identity, root = {"job": "x"}, str(tmp_path / "out")
+    filled = []
+
+    def fill(output: Output) -> ModelManifest:
+        filled.append(output.resumed)
+        storage.write_bytes(output.work("marks", "1"), b"done")
+        return ModelManifest(files=[output.write("data/a", b"abc")])
+
+    manifest = publish_once(root, identity, ModelManifest, fill)
+    assert [(entry.path, entry.bytes) for entry in manifest.files] == [("data/a", 3)]
+    assert not (tmp_path / "out" / "_work").exists()
+    # A run killed between publishing and this leaves it to the next one.
+    (tmp_path / "out" / "_work").mkdir()
+    assert publish_once(root, identity, ModelManifest, fill) == manifest
+    assert not (tmp_path / "out" / "_work").exists()
+    assert filled == [False]
+
+
+def test_an_unfinished_directory_is_filled_again(tmp_path: Path) -> None:
+    def fail(output: Output) -> ModelManifest:
+        storage.write_bytes(output.work("marks", "1"), b"done")
+        raise StoreError("no space left")
+
+    def go_on(output: Output) -> ModelManifest:
+        assert output.resumed
+        assert storage.exists(output.work("marks", "1"))
+        return ModelManifest(files=[])
+
+    root = str(tmp_path / "out")
+    with pytest.raises(StoreError, match="no space left"):
+        publish_once(root, {"job": "x"}, ModelManifest, fail)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    publish_once(root, {"job": "x"}, ModelManifest, go_on)
+    assert (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is not a feature store: its manifest says None"),
+        ("{", "is not JSON"),
+        ('{"kind": "model", "schema_version": 2, "files": []}', "its manifest says 'model'"),
+        ('{"kind": "features", "schema_version": 1}', "written by another release"),
+        ('{"kind": "features", "schema_version": 2}', "is damaged: files: Field required"),
+    ],
+)
+def test_other_manifests_are_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(StoreError, match=message) as caught:
+        open_manifest(str(tmp_path), StoreManifest)
+    assert "\n" not in str(caught.value)

@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from captioner.artifacts.feature_store import FeatureStore
-from captioner.artifacts.schema import GRID_CELLS
 from captioner.config import TextConfig, TrainConfig
 from captioner.errors import StoreError
 from captioner.text import END, PAD, START, Vocabulary, clean
 from captioner.training.data import Batch, CaptionData
 from captioner.training.ingest import Ingest, Resident, Streaming, open_split
 from captioner.training.plan import WINDOW, Plan, caption_units, epoch_plan, sequential_plan
-from tests.stores import ANIMALS, CHANNELS, write_store
+from tests.stores import ANIMALS, CHANNELS, GRID, write_store
 
 CONFIG = TrainConfig(features="unused", output="unused", global_batch=8)
 
@@ -257,7 +256,7 @@ def test_captions_come_in_the_order_of_images_and_of_their_places(tmp_path: Path
     store = FeatureStore.open(write_store(tmp_path, {"train": 30}, uncaptioned=1))
     words = vocabulary(store)
     data = CaptionData.load(store, "train", words, CONFIG.text)
-    rows = {name: row for row, name in enumerate(store.image_uris("train"))}
+    rows = {name: row for row, name in enumerate(store.image_ids("train"))}
     wanted = [
         (rows[name], words.encode(clean(text)))
         for name, texts in store.captions("train").items()
@@ -310,7 +309,7 @@ def test_grid_stays_float16_in_memory_and_arrives_as_float32(tmp_path: Path) -> 
     assert way.views[0]["grid"].dtype == torch.float16
     batch = next(iter(way.ordered()))
     assert batch.features["grid"].dtype == torch.float32
-    assert batch.features["grid"].shape == (8, GRID_CELLS, CHANNELS)
+    assert batch.features["grid"].shape == (8, GRID[0] * GRID[1], CHANNELS)
 
 
 def test_mapped_features_are_those_in_memory(tmp_path: Path) -> None:

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from captioner.artifacts.schema import view_names
-from captioner.images.load import Pixels, load_image
-from captioner.images.views import crop, other_views
+from captioner.images.load import Fit, Pixels, load_image
+from captioner.images.views import crop, other_views, view_names
 from tests.pictures import picture
 
 IDS = ["a.jpg", "b.jpg", "c.jpg"]
@@ -13,7 +12,9 @@ IDS = ["a.jpg", "b.jpg", "c.jpg"]
 
 @pytest.fixture(scope="module")
 def images() -> Pixels:
-    return np.stack([load_image(picture(number)) for number in range(len(IDS))])
+    return np.stack(
+        [load_image(picture(number), Fit((224, 160))).pixels for number in range(len(IDS))]
+    )
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

@@ -1,0 +1,218 @@
+"""What is written last into every published directory, and the one way to open it."""
+
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from captioner import storage
+from captioner.config import DecodeConfig
+from captioner.encoders.spec import EncoderSpec
+from captioner.errors import StoreError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 2
+
+
+class Record(BaseModel):
+    """Base of everything written to a manifest: immutable, and strict about what it reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(Record):
+    """One file of a published directory."""
+
+    path: str
+    """Relative to the manifest; a URI where the file belongs to an older part of a growing collection."""
+    bytes: int
+    rows: int | None = None
+    """Of a table."""
+    sha256: str | None = None
+    """Of files that are read whole; Parquet pages carry checksums of their own."""
+
+    def uri(self, root: str) -> str:
+        """Where it lies, given the directory of the manifest."""
+        elsewhere = "://" in self.path or self.path.startswith("/")
+        return self.path if elsewhere else storage.join(root, self.path)
+
+
+class Manifest(Record):
+    """``manifest.json``: its presence is what makes a directory published."""
+
+    kind: str
+    schema_version: int = SCHEMA_VERSION
+    files: list[FileEntry]
+
+
+class SourceIdentity(Record):
+    """Where the images came from; decides whether a run may continue another's directory."""
+
+    kind: str
+    uri: str
+    options: dict[str, str | int | None] = {}
+
+
+class Counts(Record):
+    """What became of every file found."""
+
+    ok: int
+    rejected: int
+    """Not pictures we accept: final."""
+    unreadable: int
+    """Could not be read: worth another try."""
+    left_out: dict[str, int] = {}
+    """Not taken, by kind."""
+
+    @property
+    def images(self) -> int:
+        """Pictures taken from the source."""
+        return self.ok + self.rejected + self.unreadable
+
+    @property
+    def found(self) -> int:
+        """Files found."""
+        return self.images + sum(self.left_out.values())
+
+
+class SplitCounts(Record):
+    """Good pictures of a split, and their captions."""
+
+    images: int
+    captions: int
+
+
+class EncoderRecord(Record):
+    """The encoder of a store or a model."""
+
+    spec: EncoderSpec
+    weights: str
+    """Where its weights came from: a published name, ``random(seed=0)``, or a file's base name."""
+    runtime: str = "eager"
+    """How it was run: changes speed, not features."""
+
+
+class StoreManifest(Manifest):
+    """Of a feature store."""
+
+    kind: Literal["features"] = "features"
+    encoder: EncoderRecord
+    source: SourceIdentity
+    grid: bool
+    """Whether the grid is there beside the pooled vector."""
+    mirrored: bool = False
+    """Whether the features of mirrored images are there, too."""
+    crops: int = 0
+    """Random crops of every image whose features are there, too."""
+    thumbnails: bool = True
+    counts: Counts
+    splits: dict[str, SplitCounts]
+    removed: FileEntry | None = None
+    """Table (file, image_id) of rows that no longer count."""
+
+
+class ModelManifest(Manifest):
+    """Of a model directory."""
+
+    kind: Literal["model"] = "model"
+
+
+class CaptionsManifest(Manifest):
+    """Of a captioned collection."""
+
+    kind: Literal["captions"] = "captions"
+    model: str
+    """URI of the model directory."""
+    version: str
+    """SHA-256 of the model's weights."""
+    decode: DecodeConfig
+    source: SourceIdentity
+    counts: Counts
+
+
+class ReportManifest(Manifest):
+    """Of an evaluation report."""
+
+    kind: Literal["report"] = "report"
+    model: str
+    features: str
+    split: str
+    images: int
+
+
+class SearchManifest(Manifest):
+    """Of a search."""
+
+    kind: Literal["search"] = "search"
+    best: int
+    """Number of the trial whose model is in ``model/``."""
+    metric: str
+    trials: int
+
+
+NOUNS = {
+    "features": "feature store",
+    "model": "model directory",
+    "captions": "captioned collection",
+    "report": "report",
+    "search": "search",
+}
+KINDS: dict[str, type[Manifest]] = {
+    "features": StoreManifest,
+    "model": ModelManifest,
+    "captions": CaptionsManifest,
+    "report": ReportManifest,
+    "search": SearchManifest,
+}
+AnyManifest = TypeVar("AnyManifest", bound=Manifest)
+
+
+def open_manifest(
+    uri: str, wanted: type[AnyManifest], error: type[Exception] = StoreError
+) -> AnyManifest:
+    """The manifest of a published directory.
+
+    Args:
+        wanted: the kind that is expected; ``Manifest`` takes any.
+        error: what is raised.
+
+    Raises:
+        error: nothing is published there, it is of another kind, of another release, or damaged.
+    """
+    uri = storage.absolute(uri)
+    place = storage.join(uri, MANIFEST)
+    kind = None if wanted is Manifest else str(wanted.model_fields["kind"].default)
+    noun = "published directory" if kind is None else NOUNS[kind]
+    try:
+        if not storage.exists(place):
+            raise error(f"{uri} is not a {noun}: it has no {MANIFEST}")
+        raw = storage.read_json(place)
+    except StoreError as problem:
+        raise error(str(problem)) from problem
+    found = raw.get("kind") if isinstance(raw, dict) else None
+    if found not in KINDS or kind not in (None, found):
+        raise error(f"{uri} is not a {noun}: its manifest says {found!r}")
+    if raw.get("schema_version") != SCHEMA_VERSION:
+        raise error(
+            f"{uri} was written by another release (schema version {raw.get('schema_version')}, this one reads "
+            f"{SCHEMA_VERSION}): make it again"
+        )
+    return parse_record(place, raw, KINDS[found] if kind is None else wanted, error)  # type: ignore[return-value]
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def parse_record(
+    place: str, raw: Any, wanted: type[AnyRecord], error: type[Exception]
+) -> AnyRecord:
+    """JSON read from ``place`` as a record.
+
+    Raises:
+        error: it does not fit.
+    """
+    try:
+        return wanted.model_validate(raw)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise error(f"{place} is damaged: {where}: {first['msg']}") from problem

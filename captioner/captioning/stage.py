@@ -1,0 +1,46 @@
+"""The captioning job's stage: pictures -> captions."""
+
+import pyarrow as pa
+
+from captioner.artifacts.tables import CAPTIONED_ROWS
+from captioner.config import DecodeConfig, ImageLimits
+from captioner.encoders.spec import EncoderSpec
+from captioner.features.stage import PIXELS, PixelStage, tensor
+from captioner.runtime.device import prepare_device
+
+
+class CaptionImages(PixelStage):
+    """Pictures -> ``caption``, ``log_prob`` and ``alternatives`` columns."""
+
+    def __init__(
+        self,
+        model_uri: str,
+        spec: EncoderSpec,
+        decode: DecodeConfig,
+        limits: ImageLimits,
+        *,
+        thumbnails: bool,
+        threads: int,
+    ):
+        super().__init__(spec, limits, thumbnails=thumbnails)
+        self.model_uri, self.decode, self.threads = model_uri, decode, threads
+
+    def prepare(self) -> None:
+        # Here, for the tasks that load pictures have no use for the tensor library.
+        from captioner.captioning.captioner import Captioner
+
+        self.captioner = Captioner.load(self.model_uri, prepare_device(threads=self.threads))
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        captions = self.captioner.caption_pixels(tensor(batch, PIXELS), self.decode)
+        alternatives = [
+            [{"caption": other.text, "log_prob": other.log_prob} for other in one.alternatives]
+            for one in captions
+        ]
+        return pa.table(
+            {
+                "caption": [caption.text for caption in captions],
+                "log_prob": pa.array([caption.log_prob for caption in captions], pa.float32()),
+                "alternatives": pa.array(alternatives, CAPTIONED_ROWS.field("alternatives").type),
+            }
+        )

@@ -1,0 +1,65 @@
+"""What a pipeline does with pictures: loading on CPUs, a network on model actors."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from captioner.artifacts.tables import THUMBNAIL
+from captioner.config import ImageLimits
+from captioner.encoders.spec import EncoderSpec
+from captioner.images.load import load_image
+
+PIXELS = "pixels"
+
+
+class Stage(ABC):
+    """What a pipeline does with pictures. It is made of plain settings and sent to every task and actor; what is heavy
+    comes with ``prepare``.
+    """
+
+    loaded: pa.Schema
+    """What ``load`` gives, by name: tensors of fixed shape, or bytes."""
+
+    @abstractmethod
+    def load(self, data: bytes) -> dict[str, Any]:
+        """One encoded picture on a CPU: an array for every tensor of ``loaded``, and bytes or None.
+
+        Raises:
+            ImageError: it is no picture that is accepted.
+        """
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make ready for batches: called once in every model actor."""
+
+    @abstractmethod
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Output columns for the pictures of a batch, in their order.
+
+        Args:
+            batch: ``image_id`` and the columns of ``loaded``, of N pictures.
+        """
+
+
+def tensor(batch: pa.Table, name: str) -> np.ndarray[Any, Any]:
+    """A column of tensors as one array [N, ...], without a copy where it is one piece."""
+    column = batch[name].combine_chunks()
+    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    array: np.ndarray[Any, Any] = column.to_numpy_ndarray()
+    return array
+
+
+class PixelStage(Stage):
+    """A stage whose network sees an encoder's pixels, uint8 [rows, columns, 3]; and thumbnails, where asked for."""
+
+    def __init__(self, spec: EncoderSpec, limits: ImageLimits, *, thumbnails: bool):
+        self.spec, self.limits, self.thumbnails = spec, limits, thumbnails
+        pixels = pa.field(PIXELS, pa.fixed_shape_tensor(pa.uint8(), [*spec.input_size, 3]))
+        self.loaded = pa.schema([pixels, *[THUMBNAIL] * thumbnails])
+
+    def load(self, data: bytes) -> dict[str, Any]:
+        found = load_image(data, self.spec.fit, self.limits, thumbnail=self.thumbnails)
+        columns: dict[str, Any] = {PIXELS: found.pixels}
+        return columns | {THUMBNAIL.name: found.thumbnail} if self.thumbnails else columns
