@@ -14,6 +14,7 @@ from captioner.artifacts.tables import CAPTIONED_ROWS, THUMBNAIL
 from captioner.captioning.contact_sheet import write_contact_sheet
 from captioner.captioning.stage import CaptionImages
 from captioner.config import CaptionConfig
+from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.features.extract import describe_counts
 from captioner.features.pipeline import run_pipeline
 from captioner.features.row_marks import count_rows, finish_rows, list_data_files
@@ -38,6 +39,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
     # All of it, once, before every actor of a cluster finds the same damage.
     model = load_model(config.model)
     directory, spec = model.directory, model.record.encoder.spec
+    directory.read(ENCODER_WEIGHTS)
     decode = config.decode.over(model.record.decode)
     start_ray()
 

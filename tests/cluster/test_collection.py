@@ -60,7 +60,7 @@ def test_a_damaged_model_is_refused_before_the_output_is_claimed(
     content = bytearray((damaged / part).read_bytes())
     content[-1] ^= 1
     (damaged / part).write_bytes(content)
-    with pytest.raises(ModelError, match=f"{part} is not the file"):
+    with pytest.raises(ModelError, match=f"{part} is damaged"):
         caption_collection(config(photos, str(damaged), output))
     assert not output.exists()
 
@@ -84,7 +84,7 @@ def test_json_lines_hold_what_parquet_holds(
     manifest = caption_collection(asked)
     assert [(entry.path, entry.rows) for entry in manifest.files] == [("captions.jsonl", 8)]
     searched = OWN.model_copy(update={"num_captions": 2, "max_length": 6})
-    assert manifest.decode == searched.model_dump()
+    assert manifest.decode == searched
     names = {file.path for file in storage.list_files(str(tmp_path / "jsonl"))}
     assert names == {"_job.json", "captions.jsonl", "manifest.json"}
     lines = (tmp_path / "jsonl/captions.jsonl").read_text().splitlines()

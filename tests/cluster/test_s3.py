@@ -19,8 +19,9 @@ from ray.cluster_utils import Cluster
 
 from captioner import storage
 from captioner.artifacts.feature_store import FeatureStore
+from captioner.artifacts.manifests import FileEntry, ModelManifest, open_manifest
 from captioner.artifacts.model_directory import load_model
-from captioner.artifacts.output import MANIFEST, Output
+from captioner.artifacts.output import MANIFEST, WORK, Output
 from captioner.captioning.collection import caption_collection
 from captioner.config import (
     CaptionConfig,
@@ -31,13 +32,14 @@ from captioner.config import (
     ExtractConfig,
     TrainConfig,
 )
+from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.errors import StoreError
 from captioner.evaluation.evaluate import evaluate
 from captioner.features.extract import extract
 from captioner.features.row_marks import CHECKPOINT
 from captioner.runtime.cluster import start_ray
 from captioner.sources.scenes import draw_scene, make_scene
-from captioner.training.run import WORK, run_training
+from captioner.training.run import run_training
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "pictures"
@@ -139,7 +141,9 @@ def features(bucket: str) -> str:
     )
     deadline = time.monotonic() + 200
     while not (
-        done := [key for key in keys(f"features/{CHECKPOINT}/") if ".pending" not in key and key]
+        done := [
+            key for key in keys(f"features/{WORK}/{CHECKPOINT}/") if ".pending" not in key and key
+        ]
     ):
         if child.poll() is not None:
             pytest.fail(f"ended before it could be killed: {child.communicate()[1][-2000:]}")
@@ -158,20 +162,21 @@ def features(bucket: str) -> str:
 
 def test_killed_extraction_continues_and_every_image_is_there_once(features: str) -> None:
     store = FeatureStore.open(features)
-    assert {split: counts.ok for split, counts in store.manifest.splits.items()} == SIZES
-    assert store.manifest.total.captions == 5 * (sum(SIZES.values()) - 1)
+    assert {split: counts.images for split, counts in store.manifest.splits.items()} == SIZES
+    captions = sum(counts.captions for counts in store.manifest.splits.values())
+    assert captions == 5 * (sum(SIZES.values()) - 1)
     for split, size in SIZES.items():
         table = store.load(split, ("pooled",))
         assert table.image_ids == [f"{split}-{index:02d}.png" for index in range(size)]
         assert len({vector.tobytes() for vector in table.columns["pooled"]}) > 0.8 * size
-    listed = {file.path for file in store.manifest.files}
+    listed = {file.path for file in store.manifest.files} - {ENCODER_WEIGHTS}
     there = {
         key
         for key in keys("features/")
         if key.startswith(("features/", "captions/")) and not key.endswith("/")
     }
     assert there == listed
-    assert not [key for key in keys("features/") if key.startswith(CHECKPOINT)]
+    assert not [key for key in keys("features/") if key.startswith(WORK)]
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +235,7 @@ def test_collection_is_captioned_from_s3_to_s3(model: str, bucket: str) -> None:
         decode=DecodeOverrides(beam_size=1, max_length=5),
     )
     manifest = caption_collection(config)
-    assert (manifest.images, manifest.rejected) == (sum(SIZES.values()), 0)
+    assert (manifest.counts.images, manifest.counts.rejected) == (sum(SIZES.values()), 0)
     filesystem, path = storage.resolve(f"{bucket}/captioned/captions")
     rows = pq.read_table(path, filesystem=filesystem)
     assert len(set(rows["image_id"].to_pylist())) == len(rows) == sum(SIZES.values())
@@ -239,10 +244,11 @@ def test_collection_is_captioned_from_s3_to_s3(model: str, bucket: str) -> None:
 
 def test_of_two_writers_one_publishes(bucket: str) -> None:
     first, second = (Output(f"{bucket}/contested", {"job": "x"}) for _ in range(2))
-    first.publish(json.dumps({"writer": 1}))
+    first.publish(ModelManifest(files=[FileEntry(path="1", bytes=1)]))
     with pytest.raises(StoreError, match="another run published first"):
-        second.publish(json.dumps({"writer": 2}))
-    assert storage.read_json(f"{bucket}/contested/manifest.json") == {"writer": 1}
+        second.publish(ModelManifest(files=[FileEntry(path="2", bytes=1)]))
+    published = open_manifest(f"{bucket}/contested", ModelManifest)
+    assert [entry.path for entry in published.files] == ["1"]
     assert Output(f"{bucket}/contested", {"job": "x"}).complete
 
 

@@ -20,6 +20,7 @@ from ray.train import ControllerError, UserCallback, WorkerGroupError
 
 from captioner.artifacts.feature_store import FeatureStore
 from captioner.artifacts.model_directory import load_model
+from captioner.artifacts.output import WORK
 from captioner.config import DecoderConfig, OptimizerConfig, TrainConfig
 from captioner.errors import ConfigError, StoreError, TrainingError
 from captioner.runtime.progress import TrainingGauges
@@ -186,7 +187,7 @@ def test_a_killed_driver_changes_nothing(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    work = tmp_path / "model" / run.WORK / "run"
+    work = tmp_path / "model" / WORK / "run"
     deadline = time.monotonic() + 200
     while len(list(work.glob("checkpoint_*/history.json"))) < 2:
         assert driver.poll() is None, "the driver ended before it could be killed"
@@ -198,7 +199,7 @@ def test_a_killed_driver_changes_nothing(
     result = run_training(config)
     assert values(result.history) == values(unbroken.history)
     assert weights(result) == weights(unbroken)
-    assert not (tmp_path / "model" / run.WORK).exists()
+    assert not (tmp_path / "model" / WORK).exists()
 
 
 @pytest.mark.long
@@ -219,7 +220,7 @@ def test_a_run_killed_before_publishing_publishes_without_training_again(
             run_training(config)
     # The traceback holds the claim on the directory, which a dead process would have lost.
     stopped.tb.tb_next.tb_frame.f_locals["output"].close()
-    before = next((tmp_path / "model" / run.WORK).rglob("history.json"))
+    before = next((tmp_path / "model" / WORK).rglob("history.json"))
     first = json.loads(before.read_text())
     result = run_training(config)
     assert [record.seconds for record in result.history][0] == first[0]["seconds"]
@@ -371,8 +372,8 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_good_checkp
         run_training(config)
     assert "\n" not in str(stopped.value)
     assert not (tmp_path / "model" / "manifest.json").exists()
-    assert str(stopped.value).endswith(f"kept in {tmp_path / 'model' / run.WORK}")
-    kept = max((tmp_path / "model" / run.WORK / "run").glob("checkpoint_*/history.json"))
+    assert str(stopped.value).endswith(f"kept in {tmp_path / 'model' / WORK}")
+    kept = max((tmp_path / "model" / WORK / "run").glob("checkpoint_*/history.json"))
     history = json.loads(kept.read_text())
     assert f"in epoch {len(history) + 1}:" in str(stopped.value)
     weights = safetensors.torch.load_file(kept.with_name("last.safetensors"))

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner.artifacts.model_directory import load_model
+from captioner.artifacts.output import WORK
 from captioner.config import TuneConfig
 from captioner.errors import StoreError
 from captioner.tuning import search
@@ -147,7 +148,7 @@ def test_killed_search_goes_on_with_the_same_trials(features: str, tmp_path: Pat
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    trials = tmp_path / "out" / search.WORK / "trials"
+    trials = tmp_path / "out" / WORK / "trials"
     deadline = time.monotonic() + 600
     while not list(trials.glob("*/manifest.json")):
         assert driver.poll() is None, "the search ended before it could be killed"

@@ -14,7 +14,7 @@ from captioner.artifacts.feature_store import FeatureStore
 from captioner.captioning.captioner import Captioner
 from captioner.config import DecodeConfig
 from captioner.images.load import load_image
-from captioner.sources import read_image
+from captioner.sources.scenes import draw_scene
 
 from .conftest import RunJob
 
@@ -44,9 +44,8 @@ def road(tmp_path_factory: pytest.TempPathFactory, submit_job: RunJob) -> Path:
         assert done.returncode == 0, f"{name}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     folder = root / "photos" / "deep"
     folder.mkdir(parents=True)
-    store = FeatureStore.open(f"{root}/features")
-    for name, uri in list(store.image_uris("test").items())[:5]:
-        (folder / f"{name.replace('/', '_')}.png").write_bytes(read_image(uri))
+    for index in range(5):
+        (folder / f"{index}.png").write_bytes(draw_scene(0, "test", index))
     (folder / "notes.jpg").write_text("not a picture")
     done = submit_job(
         "caption",
@@ -63,11 +62,12 @@ def road(tmp_path_factory: pytest.TempPathFactory, submit_job: RunJob) -> Path:
 
 def test_store_holds_every_image_once(road: Path) -> None:
     manifest = json.loads((road / "features/manifest.json").read_text())
-    assert manifest["total"] == {"images": 152, "ok": 152, "rejected": 0, "captions": 760}
+    assert manifest["counts"] == {"ok": 152, "rejected": 0, "unreadable": 0, "left_out": {}}
+    assert sum(split["captions"] for split in manifest["splits"].values()) == 760
     rows = pq.read_table(road / "features/features")
     assert sorted(rows["image_id"].to_pylist()) == sorted(set(rows["image_id"].to_pylist()))
     assert len(rows) == 152
-    assert not (road / "features/_checkpoint").exists()
+    assert not (road / "features/_work").exists()
 
 
 def test_scores_have_the_promised_form(road: Path) -> None:
@@ -121,10 +121,11 @@ def test_captioner_gives_the_same_vector_and_caption_as_the_jobs(road: Path) -> 
     predictions = pq.read_table(road / "report/predictions.parquet").to_pylist()
     expected = {row["image_id"]: row["caption"] for row in predictions}
     table = store.load("validation", ("pooled", "grid"))
-    uris = store.image_uris("validation")
+    fit = captioner.model.record.encoder.spec.fit
     for position, name in enumerate(table.image_ids[:4]):
-        data = read_image(uris[name])
-        pooled, grid = captioner.encoders.resnet50(load_image(data)[np.newaxis], grid=True)
+        data = draw_scene(0, "validation", position)
+        pixels = load_image(data, fit).pixels
+        pooled, grid = captioner.encoder(pixels[np.newaxis], grid=True)
         np.testing.assert_array_equal(pooled[0].numpy(), table.columns["pooled"][position])
         assert grid is not None
         np.testing.assert_array_equal(grid[0].numpy(), table.columns["grid"][position])

@@ -17,6 +17,7 @@ import torch
 from ray import serve
 
 from captioner import storage
+from captioner.artifacts.output import WORK
 from captioner.captioning.collection import caption_collection
 from captioner.config import (
     CaptionConfig,
@@ -32,7 +33,7 @@ from captioner.features.extract import extract
 from captioner.features.row_marks import CHECKPOINT
 from captioner.serving.run import deploy, url
 from captioner.sources.scenes import draw_scene, make_scene
-from captioner.training.run import WORK, run_training
+from captioner.training.run import run_training
 from captioner.tuning.search import SearchResult, run_search
 from tests.head import free_port
 from tests.nodes.conftest import ROWS, Nodes
@@ -95,7 +96,7 @@ def report(job: str, fault: str, lost: str, repeated: str, seconds: tuple[float,
 
 
 def finished_files(nodes: Nodes, output: str) -> int:
-    marks = nodes.keys(f"{output}/{CHECKPOINT}/")
+    marks = nodes.keys(f"{output}/{WORK}/{CHECKPOINT}/")
     return len([key for key in marks if key and ".pending" not in key])
 
 
@@ -135,12 +136,11 @@ def features(nodes: Nodes, photos: str) -> str:
 
 def test_extraction_survives_the_loss_of_a_node(nodes: Nodes, features: str) -> None:
     manifest = storage.read_json(f"{features}/manifest.json")
-    assert manifest["total"] == {
-        "images": IMAGES,
-        "ok": sum(SIZES.values()),
-        "rejected": len(BAD),
-        "captions": 5 * sum(SIZES.values()),
-    }
+    counts = {"ok": sum(SIZES.values()), "rejected": len(BAD), "unreadable": 0, "left_out": {}}
+    assert manifest["counts"] == counts
+    assert counts["ok"] + counts["rejected"] == IMAGES
+    captions = sum(split["captions"] for split in manifest["splits"].values())
+    assert captions == 5 * sum(SIZES.values())
     listed = {file["path"] for file in manifest["files"]}
     there = {f"features/{key}" for key in nodes.keys("features-killed/features/") if key}
     assert there == {path for path in listed if path.startswith("features/")}
@@ -209,7 +209,7 @@ def test_search_survives_the_loss_of_a_node(nodes: Nodes, features: str) -> None
     undisturbed = timed(lambda: found.append(run_search(config("search"))))
     disturbed = nodes.run_and_kill(
         lambda: found.append(run_search(config("search-killed"))),
-        lambda: any("checkpoint" in key for key in nodes.keys("search-killed/_tuning/trials/")),
+        lambda: any("checkpoint" in key for key in nodes.keys(f"search-killed/{WORK}/trials/")),
         "RayTrainWorker",
         random.Random(4).uniform(0, 0.2),
     )

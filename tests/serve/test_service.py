@@ -229,19 +229,19 @@ def test_killed_replica_costs_no_request(
     asyncio.run(load.during(kill))
     assert load.broken == []
     assert load.statuses.keys() == {200}
-    check_captions(load, {captioner.model.record.weights_sha256[:12]: captioner})
+    check_captions(load, {captioner.model.directory.version[:12]: captioner})
 
 
 def test_new_version_under_load_fails_no_request(
     service: Service, deploy: Callable[[str], int], models: dict[str, str], captioner: Captioner
 ) -> None:
     new = Captioner.load(models["v2"], device="cpu")
-    versions = {one.model.record.weights_sha256[:12]: one for one in (captioner, new)}
+    versions = {one.model.directory.version[:12]: one for one in (captioner, new)}
     load = Load(service)
 
     def roll_out() -> None:
         deploy(models["v2"])
-        wanted = new.model.record.weights_sha256[:12]
+        wanted = new.model.directory.version[:12]
         deadline = time.monotonic() + 300
         while True:
             load.wait(answers=40)
@@ -256,7 +256,7 @@ def test_new_version_under_load_fails_no_request(
     assert {version for _, version, _ in load.answers} == versions.keys()
     check_captions(load, versions)
     cards = httpx.get(f"{service.url}/v1/models").json()["models"]
-    assert cards[0]["version"] == new.model.record.weights_sha256[:12]
+    assert cards[0]["version"] == new.model.directory.version[:12]
 
 
 def check_captions(load: Load, versions: dict[str, Captioner]) -> None:

@@ -21,7 +21,7 @@ def test_mixed_load_with_a_killed_replica_gets_right_captions_and_no_other_5xx(
     pictures = [picture(number, size=(320, 240)) for number in range(8)]
     served = httpx.get(f"{service.url}/v1/models").json()["models"][0]["version"]
     captioners = [Captioner.load(models[name], device="cpu") for name in ("v1", "v2")]
-    [current] = [one for one in captioners if one.model.record.weights_sha256.startswith(served)]
+    [current] = [one for one in captioners if one.model.directory.version.startswith(served)]
     report = asyncio.run(
         soak(
             service,
