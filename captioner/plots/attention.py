@@ -50,7 +50,7 @@ def attention_maps(
     panels[0].imshow(picture, interpolation="lanczos", extent=whole)
     for axes, word, weights in zip(panels[1:], words, attention, strict=True):
         peak = float(weights.max())
-        axes.set_title(fit(word, WIDTH, WORD, 1), loc="left", **ink(WORD))
+        axes.set_title(fit(word, 0.9 * WIDTH, WORD, 1), loc="left", **ink(WORD))
         axes.set_xlabel(f"peak {peak:.1%}", loc="left", **ink(NOTE, GREY))
         # Grey and rather pale, so that the colours stand out.
         axes.imshow(grey, "gray", vmin=-50, vmax=290, interpolation="lanczos", extent=whole)
