@@ -27,6 +27,8 @@ class Candidate:
     """One caption for an image."""
 
     text: str
+    words: tuple[str, ...]
+    """Its words, one for each grid of ``attention``."""
     log_prob: float
     """Natural logarithm of its probability, summed over the words and <end>."""
     attention: np.ndarray[Any, np.dtype[np.float32]] | None
@@ -42,6 +44,10 @@ class Caption:
     @property
     def text(self) -> str:
         return self.candidates[0].text
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return self.candidates[0].words
 
     @property
     def log_prob(self) -> float:
@@ -153,8 +159,10 @@ class Captioner:
         if attention is not None:
             rows, columns = self.model.record.encoder.spec.grid
             attention = attention.reshape(-1, rows, columns)
+        vocabulary = self.model.vocabulary
         return Candidate(
-            self.model.vocabulary.decode(list(hypothesis.tokens)),
+            vocabulary.decode(hypothesis.tokens),
+            tuple(vocabulary.words[token] for token in hypothesis.tokens),
             hypothesis.log_prob,
             None if attention is None else attention.cpu().numpy(),
         )

@@ -62,9 +62,10 @@ def write_contact_sheet(
     pieces = []
     for entry in files:
         with storage.open_input(output.uri(entry.path)) as handle:
-            for batch in pq.ParquetFile(handle).iter_batches(4096):
-                table = pa.table(batch)
-                pieces.append(table.filter(pc.is_in(table["image_id"], wanted)))
+            file = pq.ParquetFile(handle)
+            there = pc.is_in(file.read(["image_id"])["image_id"], wanted)
+            if pc.any(there).as_py():  # the thumbnails of the others are left where they are
+                pieces.append(file.read().filter(there))
     chosen = pa.concat_tables(pieces).sort_by("image_id").to_pylist()
     page = _PAGE.format(
         title=f"Captions of {html.escape(config.images)}",

@@ -116,12 +116,8 @@ def _fill(
         **{name: pa.array(values, pa.float32()) for name, values in standard.per_image.items()},
     }
     looked = {name: rows[name] for name in ("words", "attention")}
-    pictures = draw_report(
-        pa.table({**predictions, **looked}),
-        chosen,
-        store.thumbnails,
-        spec=record.encoder.spec,
-    )
+    scored = pa.table({**predictions, **looked})
+    pictures = draw_report(scored, chosen, store.thumbnails, fit=record.encoder.spec.fit)
     table = io.BytesIO()
     pq.write_table(pa.table(predictions), table)
     files = [

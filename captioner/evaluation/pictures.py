@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from captioner import storage
-from captioner.encoders.spec import EncoderSpec
+from captioner.images.load import Fit
 from captioner.plots import Captioned, attention_maps, caption_grids
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def draw_report(
     chosen: Sequence[str],
     thumbnails: Callable[[Sequence[str]], dict[str, bytes]],
     *,
-    spec: EncoderSpec,
+    fit: Fit,
 ) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the PNG files of a report.
 
@@ -38,7 +38,7 @@ def draw_report(
         scored: image_id, caption, references and cider of every image; words and attention of some, null of others.
         chosen: ids of the grid's images.
         thumbnails: ids -> the small pictures of those that have one.
-        spec: of the encoder whose grid attention is over.
+        fit: which part of a picture the grid lies over.
     """
     order = np.argsort(-scored["cider"].to_numpy(), kind="stable")
     count = min(EXTREMES, (len(order) + 1) // 2)  # no image is in both
@@ -71,8 +71,7 @@ def draw_report(
         row = rows[place]
         thumbnail = small.get(row["image_id"])
         if row["words"] and thumbnail is not None:
-            weights = np.array(row["attention"]).reshape(-1, *spec.grid)
             with Image.open(io.BytesIO(thumbnail)) as picture:
-                box = spec.fit.box(*picture.size)
-            maps = attention_maps(thumbnail, row["words"], weights, box)
+                box = fit.box(*picture.size)
+            maps = attention_maps(thumbnail, row["words"], np.array(row["attention"]), box)
             yield storage.join("attention", f"{number}.png"), maps

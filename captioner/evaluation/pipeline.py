@@ -33,9 +33,9 @@ SCORED_ROWS = pa.schema(
         pa.field("image_id", pa.string()),
         pa.field("caption", pa.string()),
         pa.field("log_prob", pa.float32()),
-        # The words and, for each, its weights of the grid's cells; null for images that are not drawn.
+        # The words and, for each, its weights over the grid's rows and columns; null for images that are not drawn.
         pa.field("words", pa.list_(pa.string())),
-        pa.field("attention", pa.list_(pa.list_(pa.float32()))),
+        pa.field("attention", pa.list_(pa.list_(pa.list_(pa.float32())))),
         pa.field("loss_sum", pa.float64()),
         pa.field("correct", pa.int64()),
         pa.field("targets", pa.int64()),
@@ -67,17 +67,16 @@ class ScoreImages:
         self.counter = counter
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> pa.Table:
-        model = self.captioner.model
-        features = {
-            name: torch.from_numpy(np.array(batch[name])).float().to(self.captioner.device)
-            for name in model.decoder.columns
-        }
         # An image without captions cannot be scored.
         there = [name in self.captions for name in batch["image_id"]]
-        batch = {name: column[there] for name, column in batch.items()}
-        names = batch["image_id"].tolist()
+        names = batch["image_id"][there].tolist()
         if not names:
             return SCORED_ROWS.empty_table()
+        model = self.captioner.model
+        features = {
+            name: torch.from_numpy(batch[name][there]).float().to(self.captioner.device)
+            for name in model.decoder.columns
+        }
         found = self.captioner.caption_features(features, self.decode)
         references = [self.captions[name] for name in names]
         image = torch.tensor([row for row, texts in enumerate(references) for _ in texts])
@@ -101,13 +100,10 @@ class ScoreImages:
                 "caption": [one.text for one in found],
                 "log_prob": [one.log_prob for one in found],
                 "words": [
-                    None if weights is None else one.text.split()
+                    None if weights is None else one.words
                     for one, weights in zip(found, looked, strict=True)
                 ],
-                "attention": [
-                    None if weights is None else weights.reshape(len(weights), -1).tolist()
-                    for weights in looked
-                ],
+                "attention": [None if weights is None else weights.tolist() for weights in looked],
                 "loss_sum": [loss] + [0.0] * others,
                 "correct": [correct] + [0] * others,
                 "targets": [targets] + [0] * others,

@@ -153,7 +153,7 @@ def _attention(candidate: Candidate) -> list[WordAttention] | None:
     grids: Any = weights.tolist()
     return [
         WordAttention(word=word, weights=grid)
-        for word, grid in zip(candidate.text.split(), grids, strict=True)
+        for word, grid in zip(candidate.words, grids, strict=True)
     ]
 
 

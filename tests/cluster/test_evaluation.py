@@ -1,6 +1,9 @@
 """Evaluation's pass over a split: what comes back of every image, and of those that a report draws."""
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -10,9 +13,10 @@ from captioner.artifacts.manifests import ModelManifest
 from captioner.artifacts.model_directory import open_model, pack_weights, save_model
 from captioner.artifacts.output import Output
 from captioner.captioning.captioner import Captioner
-from captioner.config import DecodeConfig, DecoderConfig, TextConfig
+from captioner.config import DecodeConfig, DecoderConfig, EvaluateConfig, TextConfig
 from captioner.decoders import build_decoder
 from captioner.decoding.cider import NGramFrequencies
+from captioner.evaluation.evaluate import evaluate, score_table
 from captioner.evaluation.pipeline import score_split
 from captioner.text import END, Vocabulary
 from tests.stores import ANIMALS, write_store
@@ -26,7 +30,7 @@ WORDS = Vocabulary.build([["a", "runs", *ANIMALS]])
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     root = tmp_path_factory.mktemp("stores") / "features"
-    return FeatureStore.open(write_store(root, {"validation": 9}, grid=True))
+    return FeatureStore.open(write_store(root, {"validation": 9}, grid=True, uncaptioned=2))
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +70,38 @@ def test_attention_comes_back_for_the_images_drawn_alone(store: FeatureStore, mo
     words = sum(len(text.rstrip(".").split()) + 1 for texts in captions.values() for text in texts)
     assert sum(row["targets"] for row in rows) == words
     table = store.load("validation", ("grid",))
-    features = {"grid": torch.from_numpy(table.columns["grid"]).float()}
+    there = [name in captions for name in table.image_ids]
+    features = {"grid": torch.from_numpy(table.columns["grid"][there]).float()}
     expected = Captioner.load(model, "cpu").caption_features(features, DECODE)
     assert [row["caption"] for row in rows] == [one.text for one in expected]
     for row, one in zip(rows, expected, strict=True):
         if row["image_id"] in drawn:
-            assert row["words"] == one.text.split()
-            assert one.attention is not None
-            found = np.reshape(row["attention"], one.attention.shape)
-            np.testing.assert_allclose(found, one.attention, atol=1e-5)
+            assert row["words"] == list(one.words)
+            np.testing.assert_allclose(row["attention"], one.attention, atol=1e-5)
+
+
+def test_a_report_is_scored_and_drawn_from_the_store_alone(
+    store: FeatureStore, model: str, tmp_path: Path
+) -> None:
+    config = EvaluateConfig(
+        features=store.uri,
+        model=model,
+        output=str(tmp_path / "report"),
+        attention_images=2,
+        meteor=False,
+    )
+    report = evaluate(config)
+    images = len(store.captions("validation"))
+    assert report.scores["images"] == images
+    assert evaluate(config) == report
+    pictures = ["attention/0.png", "attention/1.png", "best_and_worst.png", "grid.png"]
+    found = sorted(str(path.relative_to(tmp_path / "report")) for path in tmp_path.rglob("*.png"))
+    assert found == pictures
+    predictions = pq.read_table(tmp_path / "report/predictions.parquet")
+    assert predictions["image_id"].to_pylist() == list(store.captions("validation"))
+    for name, value in report.scores["standard"].items():
+        if name in ("rouge_l", "cider"):
+            assert np.mean(predictions[name].to_numpy()) == pytest.approx(value, abs=1e-5)
+    table = score_table(report)
+    assert f"{images} images, split validation" in table
+    assert "cider" in table

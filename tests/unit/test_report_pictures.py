@@ -9,17 +9,17 @@ import pytest
 from PIL import Image
 
 from captioner.evaluation.pictures import choose_images, draw_report
-from tests.stores import encoder_spec
+from captioner.images.load import Fit
 
 COLORS = [(220, 20, 20), (20, 200, 20), (20, 20, 220), (200, 200, 20), (200, 20, 200)]
 CIDER = [0.1, 2.0, 1.0, 0.5, 0.2]
-SPEC = encoder_spec().model_copy(update={"grid": (2, 3)})
+SQUASH, CROP = Fit((40, 40)), Fit((40, 40), "crop")
 IDS = [f"{number}.jpg" for number in range(len(COLORS))]
 
 
 def scored(attended: Sequence[int] = ()) -> pa.Table:
     """Five images, the decoder having looked at the upper right cell of a 2x3 grid in some of them."""
-    looked = [[[0.0, 0.0, 1.0, 0.0, 0.0, 0.0]] * 2 if n in attended else None for n in range(5)]
+    looked = [[[[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]] * 2 if n in attended else None for n in range(5)]
     return pa.table(
         {
             "image_id": IDS,
@@ -27,7 +27,7 @@ def scored(attended: Sequence[int] = ()) -> pa.Table:
             "references": [["A dog."]] * 5,
             "cider": pa.array(CIDER, pa.float32()),
             "words": pa.array([one and ["a", "dog"] for one in looked], pa.list_(pa.string())),
-            "attention": pa.array(looked, pa.list_(pa.list_(pa.float32()))),
+            "attention": pa.array(looked, pa.list_(pa.list_(pa.list_(pa.float32())))),
         }
     )
 
@@ -41,11 +41,13 @@ def thumbnails(image_ids: Sequence[str]) -> dict[str, bytes]:
     return found
 
 
-def draw(table: pa.Table, chosen: list[str], missing: Sequence[str] = ()) -> dict[str, bytes]:
+def draw(
+    table: pa.Table, chosen: list[str], missing: Sequence[str] = (), fit: Fit = SQUASH
+) -> dict[str, bytes]:
     def those_left(image_ids: Sequence[str]) -> dict[str, bytes]:
         return thumbnails([name for name in image_ids if name not in missing])
 
-    return dict(draw_report(table, chosen, those_left, spec=SPEC))
+    return dict(draw_report(table, chosen, those_left, fit=fit))
 
 
 def places(png: bytes) -> dict[int, tuple[float, float]]:
@@ -97,3 +99,15 @@ def test_a_report_goes_without_thumbnails(caplog: pytest.LogCaptureFixture) -> N
     assert set(drawn) == {"grid.png", "best_and_worst.png", "attention/0.png"}
     assert list(places(drawn["grid.png"])) == [0]
     assert "4 of the report's 5 pictures are grey" in caplog.text
+
+
+def test_attention_lies_over_the_part_that_the_encoder_saw() -> None:
+    def right_of_the_middle(fit: Fit) -> float:
+        png = draw(scored(attended=(3,)), [IDS[3]], fit=fit)["attention/0.png"]
+        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+        coloured = np.ptp(pixels, axis=-1)[:, pixels.shape[1] // 3 : pixels.shape[1] * 2 // 3]
+        return float(coloured.sum(axis=0) @ np.linspace(-1, 1, coloured.shape[1]) / coloured.sum())
+
+    # The last of three columns: of the whole picture, 60 pixels wide, or of its middle 40.
+    whole, centre = right_of_the_middle(SQUASH), right_of_the_middle(CROP)
+    assert centre / whole == pytest.approx(40 / 60, abs=0.08)
