@@ -169,7 +169,7 @@ class _Alone:
 
     def __init__(self, config: BenchmarkServeConfig):
         self.captioner = Captioner.load(config.model, prepare_device())
-        self.decode = config.decode.over(self.captioner.model.record.decode)
+        self.decode = self.captioner.model.directory.search(config.decode)
         self.config = config
 
     def rate(self, pictures: list[bytes]) -> float:

@@ -19,12 +19,12 @@ from captioner.artifacts.manifests import (
     parse_record,
 )
 from captioner.artifacts.output import Output, differences
-from captioner.config import DecodeConfig, DecoderConfig, TextConfig
+from captioner.config import DecodeConfig, DecodeOverrides, DecoderConfig, TextConfig
 from captioner.decoders import build_decoder
 from captioner.decoders.base import Decoder
 from captioner.decoding.cider import NGramFrequencies
 from captioner.encoders.weights import ENCODER_WEIGHTS
-from captioner.errors import ModelError, StoreError
+from captioner.errors import ConfigError, ModelError, StoreError
 from captioner.text import Vocabulary
 
 CONFIG, VOCABULARY, WEIGHTS = "config.json", "vocab.json", "weights.safetensors"
@@ -64,6 +64,16 @@ class ModelDirectory:
     @property
     def encoder_weights_uri(self) -> str:
         return storage.join(self.uri, ENCODER_WEIGHTS)
+
+    def search(self, asked: DecodeOverrides) -> DecodeConfig:
+        """The model's own search, with what is asked for in its place.
+
+        Raises:
+            ConfigError: the model cannot be searched like that.
+        """
+        decode = asked.over(self.record.decode)
+        check_search(decode, ngrams=any(entry.path == NGRAMS for entry in self.manifest.files))
+        return decode
 
     def entry(self, path: str) -> FileEntry:
         """What the manifest says of a file.
@@ -105,6 +115,21 @@ class LoadedModel:
     @property
     def record(self) -> ModelRecord:
         return self.directory.record
+
+
+def check_search(decode: DecodeConfig, *, ngrams: bool) -> None:
+    """
+    Args:
+        ngrams: whether the model has them.
+
+    Raises:
+        ConfigError: the search ranks by n-grams, which the model does not have.
+    """
+    if decode.mbr_samples and not ngrams:
+        raise ConfigError(
+            f"decode.mbr_samples: {decode.mbr_samples} asked of a model without n-grams to rank captions by: "
+            "leave it out, or train the model with --decode.mbr-samples"
+        )
 
 
 def pack_weights(decoder: nn.Module) -> bytes:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from captioner.artifacts.model_directory import LoadedModel, load_model
+from captioner.artifacts.model_directory import LoadedModel, check_search, load_model
 from captioner.config import DecodeConfig, ImageLimits
 from captioner.decoders.base import Features
 from captioner.decoding.beam import Hypothesis, search
 from captioner.decoding.mbr import search_mbr
 from captioner.encoders.encoder import Encoder
-from captioner.errors import ConfigError, ImageError
+from captioner.errors import ImageError
 from captioner.images.load import load_image
 from captioner.runtime.device import choose_device
 
@@ -143,13 +143,11 @@ class Captioner:
             ConfigError: the search ranks by n-grams, which the model does not have.
         """
         features = {name: tensor.to(self.device) for name, tensor in features.items()}
-        decode, decoder = decode or self.model.record.decode, self.model.decoder
-        if decode.mbr_samples:
-            if self.model.ngrams is None:
-                raise ConfigError(
-                    "decode.mbr-samples: the model has no n-grams to rank by; train it with --decode.mbr-samples"
-                )
-            found = search_mbr(decoder, features, decode, self.model.ngrams)
+        decode = decode or self.model.record.decode
+        decoder, ngrams = self.model.decoder, self.model.ngrams
+        check_search(decode, ngrams=ngrams is not None)
+        if decode.mbr_samples and ngrams is not None:
+            found = search_mbr(decoder, features, decode, ngrams)
         else:
             found = search(decoder, features, decode)
         return [Caption(tuple(self._candidate(one) for one in image)) for image in found]

@@ -33,14 +33,14 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         SourceError: there are no images, or too many were rejected.
         ModelError: the model directory is unusable.
         StoreError: the output belongs to another run or cannot be written.
-        ConfigError: the cluster has too few CPUs.
+        ConfigError: the cluster has too few CPUs, or the model cannot be searched as asked.
     """
     source = open_source(config.images, config.source_options, limits=config.limits, captions=False)
     # All of it, once, before every actor of a cluster finds the same damage.
     model = load_model(config.model)
     directory, spec = model.directory, model.record.encoder.spec
     directory.read(ENCODER_WEIGHTS)
-    decode = config.decode.over(model.record.decode)
+    decode = directory.search(config.decode)
     start_ray()
 
     def fill(output: Output) -> CaptionsManifest:

@@ -45,12 +45,13 @@ def evaluate(config: EvaluateConfig) -> Report:
     Raises:
         StoreError: the features, the split or its captions are missing; the output belongs to another run.
         ModelError: the model is unusable or was trained on other features.
+        ConfigError: it cannot be searched as asked.
     """
     store = FeatureStore.open(config.features)
     # All of it, once, before every actor of a cluster finds the same damage.
     model = load_model(config.model).directory
     check_features_fit(model.record, store.manifest)
-    decode = config.decode.over(model.record.decode)
+    decode = model.search(config.decode)
     store.require(config.split, (), captions=True)
     identity = {
         "job": "evaluate",

@@ -92,11 +92,12 @@ def describe_models(config: ServeConfig) -> dict[str, ModelCard]:
 
     Raises:
         ModelError: a model directory is unusable.
+        ConfigError: a model cannot be searched as asked.
     """
     models = {name: open_model(uri) for name, uri in config.models.items()}
     default = next(iter(models))
     return {
-        name: _card(name, model, config.decode.over(model.record.decode), name == default)
+        name: _card(name, model, model.search(config.decode), name == default)
         for name, model in models.items()
     }
 

@@ -137,12 +137,16 @@ def _identity(config: TrainConfig, store: FeatureStore) -> dict[str, Any]:
     return {"job": "train", "features": store.identity(), "training": settings}
 
 
-def _read_captions(config: TrainConfig, store: FeatureStore) -> tuple[Vocabulary, NGramFrequencies]:
-    """The train split's vocabulary, and its n-grams in a sample of its images."""
+def _read_captions(
+    config: TrainConfig, store: FeatureStore
+) -> tuple[Vocabulary, NGramFrequencies | None]:
+    """The train split's vocabulary, and where the search ranks by them the n-grams of a sample of its images."""
     images = list(store.captions("train").values())
     rules, longest = config.text.rules, config.text.max_length
     words = (clean(caption, rules) for captions in images for caption in captions)
     vocabulary = Vocabulary.build(words, config.text.min_count, rules)
+    if not config.decode.mbr_samples:
+        return vocabulary, None
     # From all over the split: its order is that of folders and files.
     sample = images[:: -(-len(images) // NGRAM_IMAGES)]
     tokens = (

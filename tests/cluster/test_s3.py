@@ -200,7 +200,6 @@ def test_model_is_published_without_its_checkpoints(model: str) -> None:
     assert {
         "weights.safetensors",
         "encoder.safetensors",
-        "ngrams.safetensors",
         "manifest.json",
         "history.parquet",
     } <= set(keys("model/"))

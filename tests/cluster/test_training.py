@@ -21,7 +21,7 @@ from ray.train import ControllerError, UserCallback, WorkerGroupError
 from captioner.artifacts.feature_store import FeatureStore
 from captioner.artifacts.model_directory import load_model
 from captioner.artifacts.output import WORK
-from captioner.config import DecoderConfig, OptimizerConfig, TrainConfig
+from captioner.config import DecodeConfig, DecoderConfig, OptimizerConfig, TrainConfig
 from captioner.errors import ConfigError, StoreError, TrainingError
 from captioner.runtime.progress import TrainingGauges
 from captioner.serving.metrics import exposition
@@ -61,6 +61,7 @@ def settings(features: str, output: Path, **changes: Any) -> TrainConfig:
         global_batch=37,
         patience=None,
         ema_decay=0.6,
+        decode=DecodeConfig(mbr_samples=4),
         compute="float32",
     )
     return base.model_copy(update=changes)

@@ -25,11 +25,11 @@ from captioner.artifacts.model_directory import (
 )
 from captioner.artifacts.output import Output
 from captioner.captioning.captioner import Captioner
-from captioner.config import DecodeConfig, DecoderConfig, TextConfig
+from captioner.config import DecodeConfig, DecodeOverrides, DecoderConfig, TextConfig
 from captioner.decoders import build_decoder
 from captioner.decoding.cider import NGramFrequencies
 from captioner.encoders.weights import ENCODER_WEIGHTS
-from captioner.errors import ModelError
+from captioner.errors import ConfigError, ModelError
 from captioner.text import Vocabulary
 from tests.stores import encoder_spec, write_store
 
@@ -179,7 +179,11 @@ def test_two_words_swapped_are_noticed(model: Path) -> None:
         load_model(str(model))
 
 
-def test_a_model_without_n_grams_loads(tmp_path: Path, store: FeatureStore) -> None:
+def test_a_search_with_n_grams_is_refused_of_a_model_without(
+    model: Path, tmp_path: Path, store: FeatureStore
+) -> None:
+    asked = DecodeOverrides(mbr_samples=7)
+    assert load_model(str(model)).directory.search(asked).mbr_samples == 7
     output = Output(str(tmp_path / "plain"), {"job": "test"})
     files = save_model(
         output,
@@ -195,7 +199,16 @@ def test_a_model_without_n_grams_loads(tmp_path: Path, store: FeatureStore) -> N
     )
     output.publish(ModelManifest(files=files))
     assert not (tmp_path / "plain" / NGRAMS).exists()
-    assert load_model(str(tmp_path / "plain")).ngrams is None
+    plain = load_model(str(tmp_path / "plain"))
+    assert plain.ngrams is None
+    assert plain.directory.search(DecodeOverrides(beam_size=2)).beam_size == 2
+    refused = "mbr_samples: 7 asked of a model without n-grams .* train the model with --decode.mbr-samples"
+    with pytest.raises(ConfigError, match=refused):
+        plain.directory.search(asked)
+    with pytest.raises(ConfigError, match=refused):
+        Captioner(plain, "cpu").caption_features(
+            {"pooled": torch.zeros(1, SHAPE.pooled_channels)}, DecodeConfig(mbr_samples=7)
+        )
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04pickle", b"\xff" * 64])
