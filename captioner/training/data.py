@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from captioner.artifacts.feature_store import FeatureStore
-from captioner.config import TextConfig
+from captioner.config import TextConfig, TrainConfig
 from captioner.decoders.base import Features
 from captioner.text import PAD, START, Vocabulary, clean
-from captioner.training.plan import Indices, Plan
+from captioner.training.plan import Indices, Plan, caption_units
 
 Reader = Callable[[list[Indices]], Iterator[Features]]
 """Features (float32) of each batch of images, given as their rows in the split in the order of ids."""
@@ -136,3 +136,11 @@ class Pass:
                     name: column.new_zeros(1, *column.shape[1:]) for name, column in columns.items()
                 }
             yield Batch(columns, data.padded(share.ravel(), longest), share, targets)
+
+
+def units_of(
+    data: CaptionData, config: TrainConfig, images: int | None = None
+) -> tuple[Indices, int]:
+    """Units of a pass, and captions in a global batch."""
+    units = caption_units(data.image_rows, grouped=config.group_captions or images is not None)
+    return units, config.global_batch if images is None else images * units.shape[1]

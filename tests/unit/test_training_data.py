@@ -12,8 +12,10 @@ from captioner.config import TextConfig, TrainConfig
 from captioner.errors import StoreError
 from captioner.text import END, PAD, START, Vocabulary, clean
 from captioner.training.data import Batch, CaptionData
-from captioner.training.ingest import Ingest, Resident, Streaming, open_split
+from captioner.training.ingest import Ingest, open_split
 from captioner.training.plan import WINDOW, Plan, caption_units, epoch_plan, sequential_plan
+from captioner.training.resident import Resident
+from captioner.training.streaming import Streaming
 from tests.stores import ANIMALS, CHANNELS, GRID, write_store
 
 CONFIG = TrainConfig(features="unused", output="unused", global_batch=8)

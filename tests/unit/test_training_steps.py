@@ -21,8 +21,8 @@ from captioner.errors import ConfigError, TrainingError
 from captioner.text import END, PAD, START
 from captioner.training.data import Batch, CaptionData
 from captioner.training.history import EpochRecord, finished
-from captioner.training.ingest import Resident
 from captioner.training.plan import Plan
+from captioner.training.resident import Resident
 from captioner.training.state import TrainingState
 from captioner.training.steps import (
     Schedule,
