@@ -71,7 +71,7 @@ class TrainConfig(Config):
     """Probability mass spread over the vocabulary in the training loss (validation never smooths)."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Decay of the exponential moving average of the weights, per optimizer step; the averaged weights are validated
-    and published. 0: no averaging."""
+    and published. 0: none."""
     group_captions: bool = False
     """Keep the captions of an image in one batch: its features are read and projected once for all of them."""
     validation_cider: bool = False

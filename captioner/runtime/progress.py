@@ -142,7 +142,7 @@ class TrainingGauges:
     NAMES = {
         "epoch": "Epochs done",
         "captions_per_second": "Captions trained on per second, over all workers",
-        "validation_loss": "Nats per next word under teacher forcing",
+        "validation_loss": "Nats per target token under teacher forcing",
         "data_wait_fraction": "Share of the time spent waiting for batches",
     }
 

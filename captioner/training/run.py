@@ -268,7 +268,7 @@ def _write(
     table = io.BytesIO()
     pq.write_table(rows, table)
     files += [
-        # The weights after the last step, without averaging: what another training could start from.
+        # The weights after the last step, not their EMA: what another training could start from.
         output.write(LAST, last),
         output.write("metrics.json", best.model_dump_json(indent=1).encode()),
         output.write("history.parquet", table.getvalue()),

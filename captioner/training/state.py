@@ -26,14 +26,14 @@ class TrainingState:
             decoder: on the device it is trained on.
         """
         self.decoder = decoder
-        self.average: AveragedModel | None = None
+        self.ema: AveragedModel | None = None
         if config.ema_decay:
-            self.average = AveragedModel(
+            self.ema = AveragedModel(
                 decoder,
                 multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay),  # type: ignore[no-untyped-call]
             )
             # A copy's weights lie apart in memory, and cuDNN would put them together at every call.
-            for part in self.average.modules():
+            for part in self.ema.modules():
                 if isinstance(part, nn.RNNBase):
                     part.flatten_parameters()
         self.optimizer = build_optimizer(config.optimizer, decoder)
@@ -45,7 +45,7 @@ class TrainingState:
     @property
     def judged(self) -> Decoder:
         """The decoder that is validated and published: the EMA of the one in training, or that one itself."""
-        return self.decoder if self.average is None else cast(Decoder, self.average.module)
+        return self.decoder if self.ema is None else cast(Decoder, self.ema.module)
 
     def before_step(self, epochs_done: float) -> float:
         """Set the learning rate of the next step and return it."""
@@ -55,9 +55,9 @@ class TrainingState:
         return rate
 
     def after_step(self) -> None:
-        """Every worker has the same weights after a step, and so the same average."""
-        if self.average is not None:
-            self.average.update_parameters(self.decoder)
+        """Every worker has the same weights after a step, and so the same EMA."""
+        if self.ema is not None:
+            self.ema.update_parameters(self.decoder)
 
     def after_epoch(self, record: EpochRecord) -> bool:
         """Add an epoch to the history; returns whether it is the best so far, whose weights are kept."""
@@ -76,8 +76,8 @@ class TrainingState:
         (folder / HISTORY).write_text(json.dumps([epoch.model_dump() for epoch in self.history]))
         schedule = {"factor": self.schedule.factor, "waited": self.schedule.waited}
         state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "schedule": schedule}
-        if self.average is not None:
-            state["average"] = self.average.state_dict()
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
         torch.save(state, folder / STATE)
 
     def restore(self, folder: Path) -> None:
@@ -86,8 +86,8 @@ class TrainingState:
         device = next(self.decoder.parameters()).device
         state = torch.load(folder / STATE, map_location=device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
         self.schedule.factor = state["schedule"]["factor"]
         self.schedule.waited = state["schedule"]["waited"]
         self.history = read_history((folder / HISTORY).read_text())
