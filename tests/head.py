@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +72,7 @@ def ray_head(
         )
     found = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment, process.pid)
     try:
-        _wait_for(found, process, log, _submit if jobs else _health)
+        _wait_for(process, log, found, jobs)
         yield found
     finally:
         try:
@@ -86,26 +87,28 @@ def ray_head(
             process.wait()
 
 
-def _submit(head: Head) -> list[str]:
-    # The job server answers some twenty seconds before the agent that starts jobs is there.
-    return [str(RAY), "job", "submit", "--address", head.dashboard, "--", "true"]
-
-
-def _health(head: Head) -> list[str]:
-    return [str(RAY.with_name("serve")), "status", "-a", head.dashboard]
-
-
-def _wait_for(
-    head: Head,
-    process: "subprocess.Popen[bytes]",
-    log: Path,
-    command: Callable[[Head], list[str]],
-) -> None:
+def _wait_for(process: "subprocess.Popen[bytes]", log: Path, head: Head, jobs: bool) -> None:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
-        tried = subprocess.run(command(head), env=head.environment, capture_output=True, text=True)
-        if tried.returncode == 0:
+        if _is_ready(head, jobs):
             return
-        time.sleep(3)
-    pytest.fail(f"the head is not usable within 240 s: {tried.stdout}{tried.stderr}")
+        time.sleep(0.5)
+    pytest.fail("the head is not usable within 240 s")
+
+
+def _is_ready(head: Head, jobs: bool) -> bool:
+    with httpx.Client(
+        base_url=head.dashboard,
+        headers={"Authorization": f"Bearer {head.environment['RAY_AUTH_TOKEN']}"},
+        timeout=60,
+    ) as client:
+        try:
+            if jobs:
+                # The job server answers some twenty seconds before the agent that starts jobs is there.
+                answer = client.post("/api/jobs/", json={"entrypoint": "true"})
+            else:
+                answer = client.get("/api/serve/applications/")
+        except httpx.TransportError:
+            return False
+    return answer.status_code == 200
