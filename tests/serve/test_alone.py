@@ -9,8 +9,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from captioner.serving import run
-from ray_jobs.serve import main
 from tests.head import ROOT, free_port
 from tests.pictures import picture
 from tests.serve.service import Service
@@ -67,40 +65,3 @@ def listening(pid: int, port: int) -> set[str]:
         if state == "0A" and int(number, 16) == port:
             found.add(socket.inet_ntoa(bytes.fromhex(address)[::-1]))
     return found
-
-
-@pytest.mark.parametrize(
-    ("arguments", "variables", "message"),
-    [
-        ([], {}, "model"),
-        (["--model", "{tmp}/absent"], {}, "is not a model directory"),
-        (["--model", "{model}", "--port", "{taken}"], {}, "Address already in use"),
-        (["--model", "{model}", "--token-file", "{tmp}/absent"], {}, "cannot read"),
-        (["--model", "{model}"], {"CAPTIONER_TOKENS": ""}, "CAPTIONER_TOKENS: there is no token"),
-        (["--model", "a={model}", "--model", "a={model}"], {}, "two are called 'a'"),
-        (["--model", "{model}", "--token", "secret"], {}, "--token"),
-    ],
-)
-def test_wrong_input_is_one_line_and_status_2_before_ray_starts(
-    models: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    variables: dict[str, str],
-    message: str,
-) -> None:
-    monkeypatch.setattr(run, "start_ray", lambda: pytest.fail("Ray was started"))
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        values = {"tmp": tmp_path, "model": models["v1"], "taken": taken.getsockname()[1]}
-        monkeypatch.setattr("sys.argv", ["serve", *(text.format(**values) for text in arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-    assert stop.value.code == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert [line for line in errors if line.startswith("error: ")] == errors[-1:]
-    assert message in errors[-1]
