@@ -11,7 +11,7 @@ from captioner.config import DecodeConfig, ServeConfig
 from captioner.serving.app import create_app
 from captioner.serving.errors import RequestError
 from captioner.serving.guard import GuardSettings
-from captioner.serving.messages import CaptionResponse, ImageCaption, ModelCard, Timing
+from captioner.serving.messages import CaptionResponse, EncoderCard, ImageCaption, ModelCard, Timing
 from captioner.serving.uploads import Upload
 
 SEARCHES = {"first": DecodeConfig(), "second": DecodeConfig(beam_size=6, no_repeat_ngram=3)}
@@ -19,8 +19,9 @@ SEARCHES = {"first": DecodeConfig(), "second": DecodeConfig(beam_size=6, no_repe
 
 def card(name: str) -> ModelCard:
     return ModelCard(
-        name=name, version="v", decoder="merge", encoder="resnet50 layer4", vocabulary_size=10,
-        attention=False, decode=SEARCHES[name], default=name == "first",
+        name=name, version="v", decoder="merge", vocabulary_size=10, attention=False,
+        encoder=EncoderCard(family="resnet50", name="resnet50", layer="layer4"),
+        decode=SEARCHES[name], default=name == "first",
     )  # fmt: skip
 
 
@@ -40,7 +41,7 @@ class Service:
         captions = [
             ImageCaption(
                 name=name, caption=str(len(data)), log_prob=-1.0, probability=0.3,
-                alternatives=[], attention=None,
+                alternatives=[], attention=None, attention_box=(0, 0, 1, 1),
             )
             for data, name in zip(upload.images, upload.names, strict=True)
         ]  # fmt: skip

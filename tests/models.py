@@ -31,9 +31,13 @@ def write_model(
     kind: DecoderKind = "merge",
     seed: int = 0,
     decode: DecodeConfig | None = None,
+    *,
+    grid: tuple[int, int] = (7, 7),
 ) -> str:
     """A model whose captions, though without sense, differ from picture to picture and from seed to seed."""
     spec, tensors = _encoder()
+    size = (32 * grid[0], 32 * grid[1])
+    spec = spec.model_copy(update={"grid": grid, "input_size": size})
     vocabulary = Vocabulary.build([WORDS])
     config = DecoderConfig(
         kind=kind, width=32, output_width=32, attention_width=16, layers=1, heads=4, dropout=0.0
@@ -43,9 +47,9 @@ def write_model(
         decoder = build_decoder(config, len(vocabulary), spec.shape)
     encoder = Encoder(spec, tensors)
     images = np.stack([load_image(picture(number), spec.fit).pixels for number in range(8)])
-    pooled, grid = encoder(images, grid=True)
-    assert grid is not None
-    seen = grid.float().flatten(0, 1) if "grid" in decoder.columns else pooled
+    pooled, cells = encoder(images, grid=True)
+    assert cells is not None
+    seen = cells.float().flatten(0, 1) if "grid" in decoder.columns else pooled
     decoder.standardize.fit(seen.mean(dim=0), seen.std(dim=0))
     with torch.no_grad():
         decoder.output.weight *= 5  # decided, so that pictures and words matter

@@ -101,6 +101,8 @@ class Loaded:
     """uint8 RGB [rows, columns, 3] of the encoder's input."""
     thumbnail: bytes | None
     """The whole picture for people, a JPEG of at most 224 pixels a side; None where it was not asked for."""
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    """What ``pixels`` show of the upright picture: left, top, right, bottom, in parts of its width and height."""
 
 
 def load_image(
@@ -142,14 +144,19 @@ def load_image(
             _draft(image, fit)
             image.load()
             turn = _TURNS.get(_orientation(image))
-            lying = fit.turned() if turn in _SWAPPING else fit
+            width, height = image.size
+            lying, upright = fit, (width, height)
+            if turn in _SWAPPING:
+                lying, upright = fit.turned(), (height, width)
             rows, columns = lying.size
-            box = lying.box(*image.size)
+            box = lying.box(width, height)
+            left, top, right, bottom = fit.box(*upright)
             pixels = _reduce(image, (columns, rows), box, _FILTERS[fit.filter], turn)
             small = _thumbnail(image, turn) if thumbnail else None
         except _PILLOW_ERRORS as error:
             raise ImageError(f"truncated or damaged {name} data") from error
-    return Loaded(np.asarray(pixels), small)
+    wide, high = upright
+    return Loaded(np.asarray(pixels), small, (left / wide, top / high, right / wide, bottom / high))
 
 
 def _draft(image: Image.Image, fit: Fit) -> None:

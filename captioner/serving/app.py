@@ -45,7 +45,8 @@ _EXAMPLE = {
             "alternatives": [
                 {"caption": "a brown dog runs", "log_prob": -6.4, "probability": 0.0017}
             ],
-            "attention": [{"word": "a", "weights": [[0.0204] * 7] * 7}],
+            "attention": [{"word": "a", "weights": [[0.1, 0.2, 0.1], [0.2, 0.3, 0.1]]}],
+            "attention_box": [0.0, 0.0, 1.0, 1.0],
         }
     ],
     "timing": {

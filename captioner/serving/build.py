@@ -13,7 +13,7 @@ from captioner.decoders import decoder_class
 from captioner.runtime.cluster import num_cpus, num_gpus
 from captioner.serving.guard import GuardSettings
 from captioner.serving.ingress import CaptionApi
-from captioner.serving.messages import ModelCard
+from captioner.serving.messages import EncoderCard, ModelCard
 from captioner.serving.replica import CaptionModel
 
 # A line per request costs more than it tells: the metrics count them.
@@ -103,12 +103,12 @@ def describe_models(config: ServeConfig) -> dict[str, ModelCard]:
 
 
 def _card(name: str, model: ModelDirectory, decode: DecodeConfig, default: bool) -> ModelCard:
-    record = model.record
+    record, spec = model.record, model.record.encoder.spec
     return ModelCard(
         name=name,
         version=model.version[:12],
         decoder=record.decoder.kind,
-        encoder=record.encoder.spec.title,
+        encoder=EncoderCard(family=spec.family, name=spec.name, layer=spec.layer),
         vocabulary_size=record.vocabulary_size,
         attention=decoder_class(record.decoder.kind).attends,
         decode=decode,

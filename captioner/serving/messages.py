@@ -37,7 +37,8 @@ class WordAttention(Message):
 
     word: str
     weights: list[list[float]]
-    """Over a grid laid on the image: rows from top to bottom, in each the columns from left to right; they sum to 1."""
+    """Over the cells of a grid laid on the image: rows from top to bottom, in each columns from left to right; they sum
+    to 1."""
 
 
 class Alternative(Message):
@@ -56,6 +57,9 @@ class ImageCaption(Alternative):
     """Its file name in the request."""
     alternatives: list[Alternative]
     attention: list[WordAttention] | None
+    attention_box: tuple[float, float, float, float]
+    """Where the grid lies: left, top, right and bottom edge of what the model saw, in parts of the image's width and
+    height."""
 
 
 class Timing(Message):
@@ -83,6 +87,14 @@ class CaptionResponse(Message):
     timing: Timing
 
 
+class EncoderCard(Message):
+    """What turns a picture into features."""
+
+    family: str
+    name: str
+    layer: str
+
+
 class ModelCard(Message):
     """A model of the service."""
 
@@ -90,7 +102,7 @@ class ModelCard(Message):
     version: str
     """Beginning of the SHA-256 of its weights."""
     decoder: str
-    encoder: str
+    encoder: EncoderCard
     vocabulary_size: int
     attention: bool
     """Whether it can say where it looked."""

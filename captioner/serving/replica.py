@@ -16,7 +16,7 @@ from PIL import Image
 from captioner.captioning.captioner import Candidate, Caption, Captioner
 from captioner.config import DecodeConfig, ImageLimits
 from captioner.errors import CaptionerError, ImageError, ImageTooLargeError, ImageTypeError
-from captioner.images.load import load_image
+from captioner.images.load import Loaded, load_image
 from captioner.runtime.device import num_cores, prepare_device
 from captioner.serving.batcher import Batcher
 from captioner.serving.errors import ErrorCode, RequestError
@@ -69,22 +69,22 @@ class CaptionModel:
         loaded = await asyncio.gather(
             *(loop.run_in_executor(self._loaders, self._load, data) for data in images)
         )
-        good = []
+        good: list[Loaded] = []
         for position, found in enumerate(loaded):
             if isinstance(found, RequestError):
                 return found.of_image(position, names)
             good.append(found)
         ready = time.perf_counter()
         answers = await asyncio.gather(
-            *(self._batcher.submit(_Item(pixels, decode)) for pixels in good)
+            *(self._batcher.submit(_Item(one.pixels, decode)) for one in good)
         )
         began = [when for _, when, _ in answers]
         return CaptionResponse(
             model=self._name,
             version=self._version,
             captions=[
-                _message(caption, name, attention)
-                for (caption, _, _), name in zip(answers, names, strict=True)
+                _message(caption, name, one, attention)
+                for (caption, _, _), name, one in zip(answers, names, good, strict=True)
             ],
             timing=Timing(
                 load_ms=round(1e3 * (ready - started), 2),
@@ -104,9 +104,9 @@ class CaptionModel:
         """Called by Ray Serve, which replaces a replica that raises or does not return."""
         await self.probe()
 
-    def _load(self, data: bytes) -> NDArray[np.uint8] | RequestError:
+    def _load(self, data: bytes) -> Loaded | RequestError:
         try:
-            return load_image(data, self._fit, self._limits).pixels
+            return load_image(data, self._fit, self._limits)
         except ImageTooLargeError as error:
             return RequestError(ErrorCode.IMAGE_TOO_LARGE, str(error))
         except ImageTypeError as error:
@@ -129,7 +129,7 @@ class CaptionModel:
         return [caption for caption in found if caption is not None]
 
 
-def _message(caption: Caption, name: str | None, attention: bool) -> ImageCaption:
+def _message(caption: Caption, name: str | None, picture: Loaded, attention: bool) -> ImageCaption:
     return ImageCaption(
         name=name,
         caption=caption.text,
@@ -142,6 +142,7 @@ def _message(caption: Caption, name: str | None, attention: bool) -> ImageCaptio
             for other in caption.alternatives
         ],
         attention=_attention(caption.candidates[0]) if attention else None,
+        attention_box=picture.box,
     )
 
 

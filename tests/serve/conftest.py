@@ -36,7 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         "v1": write_model(root / "v1", "merge", 0),
         "v2": write_model(root / "v2", "merge", 1),
-        "places": write_model(root / "places", "spatial_attention", 0),
+        "places": write_model(root / "places", "spatial_attention", 0, grid=(3, 5)),
     }
 
 

@@ -130,7 +130,7 @@ def test_pointing_at_a_word_shows_where_the_model_looked(
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(2, 5), (4, 3), (1, 1), (37, 37)])
-def test_grid_of_any_shape_lies_over_the_whole_picture(
+def test_grid_of_any_shape_lies_over_what_the_model_saw(
     open_page: OpenPage, rows: int, columns: int
 ) -> None:
     page = open_page()
@@ -141,6 +141,7 @@ def test_grid_of_any_shape_lies_over_the_whole_picture(
         answer = route.fetch()
         body = answer.json()
         body["captions"][0]["attention"] = [{"word": "here", "weights": weights}]
+        body["captions"][0]["attention_box"] = [0.125, 0.0, 0.875, 1.0]
         route.fulfill(response=answer, json=body)
 
     page.route("**/v1/captions*", with_grid)
@@ -149,7 +150,12 @@ def test_grid_of_any_shape_lies_over_the_whole_picture(
     page.locator(".word").hover()
     expect(page.locator("canvas")).to_have_css("opacity", "1")
     assert brightest(page) == (rows - 1, 0)
-    assert page.locator("canvas").bounding_box() == page.locator("img").bounding_box()
+    seen, whole = (page.locator(name).bounding_box() for name in ("canvas", "img"))
+    assert seen is not None
+    assert whole is not None
+    assert seen["x"] == pytest.approx(whole["x"] + whole["width"] / 8, abs=1)
+    assert seen["width"] == pytest.approx(0.75 * whole["width"], abs=1)
+    assert (seen["y"], seen["height"]) == (whole["y"], whole["height"])
 
 
 def test_everything_works_from_the_keyboard(open_page: OpenPage) -> None:

@@ -136,8 +136,9 @@ def test_model_from_s3_says_where_it_looked(service: Service) -> None:
     assert answer["model"] == "places"
     assert [one["word"] for one in found["attention"]] == found["caption"].split()
     for one in found["attention"]:
-        assert [len(row) for row in one["weights"]] == [7] * 7
+        assert [len(row) for row in one["weights"]] == [5] * 3
         assert sum(map(sum, one["weights"])) == pytest.approx(1, abs=1e-3)
+    assert found["attention_box"] == [0, 0, 1, 1]
     plain = service.caption(PICTURES[0], model="places").json()["captions"][0]
     assert plain["attention"] is None
     assert plain["caption"] == found["caption"]

@@ -418,7 +418,10 @@ def test_a_picture_on_its_side_fits_an_input_that_is_not_square(resize: str, kin
     exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
     lying = Image.fromarray(upright).rotate(90, expand=True)
     fit = Fit((64, 128), resize, 0.9)  # type: ignore[arg-type]
-    found = load_image(encode(lying, kind, exif=exif), fit).pixels
-    expected = load_image(encode(Image.fromarray(upright), kind), fit).pixels
-    assert found.shape == (64, 128, 3)
-    assert np.abs(found.astype(int) - expected.astype(int)).mean() < 3
+    found = load_image(encode(lying, kind, exif=exif), fit)
+    expected = load_image(encode(Image.fromarray(upright), kind), fit)
+    assert found.pixels.shape == (64, 128, 3)
+    assert np.abs(found.pixels.astype(int) - expected.pixels.astype(int)).mean() < 3
+    # 0.9 of the largest box twice as wide as high is 360 x 180 pixels of 400 x 300.
+    whole = (0.0, 0.0, 1.0, 1.0)
+    assert found.box == pytest.approx((0.05, 0.2, 0.95, 0.8) if resize == "crop" else whole)

@@ -111,6 +111,7 @@ function fill(card, file, found) {
   const line = card.querySelector(".caption");
   line.ariaBusy = "false";
   if (best.attention?.length) {
+    place(card.querySelector("canvas"), best.attention_box);
     line.replaceChildren(...words(card, best.attention));
     line.setAttribute("role", "toolbar");
     line.ariaLabel = `${best.caption}: arrow keys move from word to word`;
@@ -145,9 +146,9 @@ function fail(card, file, error) {
   card.querySelector(".caption").hidden = true;
   card.querySelector(".tip").hidden = true;
   card.querySelector(".candidates").hidden = true;
-  const place = card.querySelector(".error");
-  place.hidden = false;
-  place.textContent = text[0].toUpperCase() + text.slice(1);
+  const line = card.querySelector(".error");
+  line.hidden = false;
+  line.textContent = text[0].toUpperCase() + text.slice(1);
   card.querySelector(".again").hidden = false;
 }
 
@@ -201,6 +202,14 @@ function words(card, attention) {
     });
   }
   return buttons.flatMap((button, position) => (position ? [" ", button] : [button]));
+}
+
+// Over what the model saw of the picture.
+function place({ style }, [left, top, right, bottom]) {
+  style.left = `${100 * left}%`;
+  style.top = `${100 * top}%`;
+  style.width = `${100 * (right - left)}%`;
+  style.height = `${100 * (bottom - top)}%`;
 }
 
 // The grid, smoothly enlarged: bright where the weight is high. A model that looks everywhere alike shows an even veil.
