@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from PIL import Image
 
@@ -47,99 +48,84 @@ def caption_grids(sections: Mapping[str, Sequence[Captioned]], columns: int = 4)
     if not columns:
         raise ValueError("there are no pictures to draw")
     rows = [
-        _Row("" if start else heading, [_cell(one) for one in cells[start : start + columns]])
+        ("" if start else heading, [_Cell.of(one) for one in cells[start : start + columns]])
         for heading, cells in sections.items()
         for start in range(0, len(cells), columns)
     ]
-    heights = [row.height for row in rows]
-    figure = Figure((columns * (WIDTH + GAP) + GAP, sum(heights)), DPI)
-    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for part, row in zip(parts, rows, strict=True):
-        row.draw(part, columns)
+    # Of each row: where its pictures end, and all of it.
+    bottoms = [
+        (HEADING_HEIGHT if heading else GAP / 2) + max(cell.size[1] for cell in cells)
+        for heading, cells in rows
+    ]
+    heights = [
+        bottom + GAP / 2 + max(cell.text_height for cell in cells)
+        for bottom, (_, cells) in zip(bottoms, rows, strict=True)
+    ]
+    width = columns * (WIDTH + GAP) + GAP
+    figure = Figure((width, sum(heights)), DPI)
+    grid = figure.add_gridspec(len(rows), columns, height_ratios=heights, wspace=GAP / WIDTH)
+    grid.update(left=GAP / width, right=1 - GAP / width, bottom=0, top=1, hspace=0)
+    for row, (heading, cells) in enumerate(rows):
+        for column, cell in enumerate(cells):
+            axes = figure.add_subplot(grid[row, column])
+            cell.draw(axes, bottoms[row])
+            axes.set(xlim=(0, WIDTH), ylim=(heights[row], 0), aspect="auto")
+            axes.set_axis_off()
+            if not column:
+                axes.text(0, HEADING_HEIGHT / 2, heading, va="center", **ink(HEADING))
     return to_png(figure)
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """Sizes are inches."""
-
     picture: Image.Image
     label: str
     """Written over the picture."""
     texts: list[tuple[str, FontProperties, str]]
     """Written below it, with fonts and colours."""
 
+    @classmethod
+    def of(cls, one: Captioned) -> "_Cell":
+        texts = [(fit(one.caption or "(empty)", WIDTH, CAPTION, CAPTION_LINES), CAPTION, INK)]
+        if one.note:
+            texts.append((fit(one.note, WIDTH, NOTE, 1), NOTE, INK))
+        for reference in one.references[:REFERENCES]:
+            texts.append((fit(reference, WIDTH, REFERENCE, REFERENCE_LINES), REFERENCE, GREY))
+        if one.thumbnail is None:
+            label = fit(one.image_id, WIDTH - GAP, NOTE, CAPTION_LINES)
+            return cls(Image.new("RGB", (4, 3), FAINT), label, texts)
+        return cls(open_picture(one.thumbnail), "", texts)
+
     @property
-    def picture_height(self) -> float:
-        return min(HEIGHT, WIDTH * self.picture.height / self.picture.width)
+    def size(self) -> tuple[float, float]:
+        """Width and height of the picture in inches."""
+        scale = min(WIDTH / self.picture.width, HEIGHT / self.picture.height)
+        return scale * self.picture.width, scale * self.picture.height
 
     @property
     def text_height(self) -> float:
+        """Inches."""
         return sum(
             (1.2 * properties.get_size_in_points() * (text.count("\n") + 1) + 4) / 72
             for text, properties, _ in self.texts
         )
 
-
-def _cell(one: Captioned) -> _Cell:
-    texts = [(fit(one.caption or "(empty)", WIDTH, CAPTION, CAPTION_LINES), CAPTION, INK)]
-    if one.note:
-        texts.append((fit(one.note, WIDTH, NOTE, 1), NOTE, INK))
-    for reference in one.references[:REFERENCES]:
-        texts.append((fit(reference, WIDTH, REFERENCE, REFERENCE_LINES), REFERENCE, GREY))
-    if one.thumbnail is None:
-        label = fit(one.image_id, WIDTH - GAP, NOTE, CAPTION_LINES)
-        return _Cell(Image.new("RGB", (4, 3), FAINT), label, texts)
-    return _Cell(open_picture(one.thumbnail), "", texts)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """Sizes are inches."""
-
-    heading: str
-    cells: list[_Cell]
-
-    @property
-    def top(self) -> float:
-        return HEADING_HEIGHT if self.heading else GAP / 2
-
-    @property
-    def bottom(self) -> float:
-        return GAP / 2 + max(cell.text_height for cell in self.cells)
-
-    @property
-    def height(self) -> float:
-        return self.top + max(cell.picture_height for cell in self.cells) + self.bottom
-
-    def draw(self, figure: SubFigure, columns: int) -> None:
-        margin, height = GAP / (columns * (WIDTH + GAP) + GAP), self.height
-        grid = figure.add_gridspec(
-            1,
-            columns,
-            left=margin,
-            right=1 - margin,
-            bottom=self.bottom / height,
-            top=1 - self.top / height,
-            wspace=GAP / WIDTH,
-        )
-        figure.text(margin, 1 - self.top / 2 / height, self.heading, va="center", **ink(HEADING))
-        for place, cell in enumerate(self.cells):
-            axes = figure.add_subplot(grid[place], anchor="SW", xticks=[], yticks=[])
-            axes.imshow(cell.picture, interpolation="lanczos")
-            axes.spines[:].set_color(FAINT)
-            axes.annotate(
-                cell.label, (0.5, 0.5), xycoords="axes fraction", ha="center", **ink(NOTE, GREY)
+    def draw(self, axes: Axes, bottom: float) -> None:
+        """Draw the picture above and the texts below ``bottom``, on axes in inches."""
+        width, height = self.size
+        extent = (0, width, bottom, bottom - height)
+        axes.imshow(self.picture, interpolation="lanczos", extent=extent)
+        middle = (width / 2, bottom - height / 2)
+        axes.text(*middle, self.label, ha="center", va="center", **ink(NOTE, GREY))
+        position: dict[str, Any] = {"xy": (0, bottom), "xycoords": "data"}
+        for text, properties, color in self.texts:
+            # Each at the lower left corner of what is above it.
+            written = axes.annotate(
+                text,
+                **position,
+                xytext=(0, -4),
+                textcoords="offset points",
+                va="top",
+                **ink(properties, color),
             )
-            above: Any = axes.transAxes
-            for text, properties, color in cell.texts:
-                # At the lower left corner of what is above it.
-                above = axes.annotate(
-                    text,
-                    (0, 0),
-                    xycoords=above,
-                    xytext=(0, -4),
-                    textcoords="offset points",
-                    va="top",
-                    **ink(properties, color),
-                )
+            position = {"xy": (0, 0), "xycoords": written}
