@@ -4,7 +4,6 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 # Nodes of `ray start` may take their time on a busy machine, as those of a local Ray may.
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
+# Ray Train looks for what its workers report every two seconds by default, and an epoch of a test is over at once.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 # Ray notes the last cluster of a machine in its temporary folder, and a submitted job goes by that note: a folder of
 # our own keeps the tests and a Ray that someone uses here apart.
 RAY_FOLDER = tempfile.mkdtemp(prefix="ray-")
@@ -69,17 +70,3 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the folder {SHARED.name} beside the checkout")
     return SHARED
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """One real local Ray for the tests of a module; its four logical CPUs need not be four cores."""
-    import ray
-
-    from captioner.runtime.cluster import start_local_ray
-
-    start_local_ray(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()

@@ -203,7 +203,7 @@ def _fit(
             with _plain_interrupts():
                 result = trainer.fit()
         except TrainingFailedError as failure:
-            raise _user_error(failure) from failure
+            raise error_of_ours(failure) from failure
     if result.return_value is not None:
         kept = f"; the epoch before is kept in {output.work()}" if result.checkpoint else ""
         raise TrainingError(f"{result.return_value}{kept}")
@@ -229,7 +229,7 @@ def _plain_interrupts() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
-def _user_error(failure: Exception) -> Exception:
+def error_of_ours(failure: Exception) -> Exception:
     """The error of ours behind a failed run, if there is one."""
     # Only failures of workers carry them; a failed controller or a preempted node has none.
     for failed in getattr(failure, "worker_failures", {}).values():

@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
 
 # The model's own search; the job asks for a few words and a second caption besides.
 OWN = DecodeConfig(beam_size=2, mbr_samples=8)
+SEARCHED = OWN.model_copy(update={"num_captions": 2, "max_length": 6})
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +43,42 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(photos: Path, model: str, output: Path, **changes: object) -> CaptionConfig:
-    base = CaptionConfig(
-        images=str(photos),
-        model=model,
-        output=str(output),
-        decode=DecodeOverrides(num_captions=2, max_length=6),
-    )
-    return base.model_copy(update=changes)
+    base = {
+        "images": str(photos),
+        "model": model,
+        "output": str(output),
+        "decode": DecodeOverrides(num_captions=2, max_length=6),
+        "contact_sheet": True,
+        "contact_sheet_images": 5,
+    }
+    return CaptionConfig.model_validate(base | changes)
+
+
+@pytest.fixture(scope="module")
+def parquet(photos: Path, model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("parquet") / "captions"
+    caption_collection(config(photos, model, output))
+    return output
+
+
+@pytest.fixture(scope="module")
+def jsonl(photos: Path, model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stopped after its last row: the next run must make the file of rows that are there already."""
+    output = tmp_path_factory.mktemp("jsonl") / "captions"
+    asked = config(photos, model, output, format="jsonl")
+
+    def full_disk(*_: object) -> None:
+        raise StoreError("no space left on the device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collection, "_write_json_lines", full_disk)
+        with pytest.raises(StoreError, match="no space"):
+            caption_collection(asked)
+    assert not (output / "manifest.json").exists()
+    manifest = caption_collection(asked)
+    assert [(entry.path, entry.rows) for entry in manifest.files] == [("captions.jsonl", 8)]
+    assert manifest.decode == SEARCHED
+    return output
 
 
 @pytest.mark.parametrize("part", [WEIGHTS, NGRAMS])
@@ -65,57 +95,37 @@ def test_a_damaged_model_is_refused_before_the_output_is_claimed(
     assert not output.exists()
 
 
-@pytest.mark.long
 def test_json_lines_hold_what_parquet_holds(
-    photos: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, model: str, parquet: Path, jsonl: Path
 ) -> None:
-    caption_collection(config(photos, model, tmp_path / "parquet"))
-    asked = config(photos, model, tmp_path / "jsonl", format="jsonl")
-
-    def full_disk(*_: object) -> None:
-        raise StoreError("no space left on the device")
-
-    # Stopped after its last row: the next run must make the file of rows that are there already.
-    with monkeypatch.context() as patch:
-        patch.setattr(collection, "_write_json_lines", full_disk)
-        with pytest.raises(StoreError, match="no space"):
-            caption_collection(asked)
-    assert not (tmp_path / "jsonl/manifest.json").exists()
-    manifest = caption_collection(asked)
-    assert [(entry.path, entry.rows) for entry in manifest.files] == [("captions.jsonl", 8)]
-    searched = OWN.model_copy(update={"num_captions": 2, "max_length": 6})
-    assert manifest.decode == searched
-    names = {file.path for file in storage.list_files(str(tmp_path / "jsonl"))}
-    assert names == {"_job.json", "captions.jsonl", "manifest.json"}
-    lines = (tmp_path / "jsonl/captions.jsonl").read_text().splitlines()
+    names = {file.path for file in storage.list_files(str(jsonl))}
+    sheet = {"contact_sheet.html", "grid.png", "tensorboard/events.out.tfevents.captions"}
+    assert names == {"_job.json", "captions.jsonl", "manifest.json"} | sheet
+    lines = (jsonl / "captions.jsonl").read_text().splitlines()
     rows = {row["image_id"]: row for row in map(json.loads, lines)}
-    expected = pq.read_table(tmp_path / "parquet/captions").to_pylist()
+    expected = pq.read_table(parquet / "captions").to_pylist()
     assert rows == {row["image_id"]: row for row in expected}
     good = rows["3.png"]
     captioner = Captioner.load(model, device="cpu")
-    found = captioner.caption([picture(3, "PNG", (400, 200))], searched)[0]
+    found = captioner.caption([picture(3, "PNG", (400, 200))], SEARCHED)[0]
     assert (good["caption"], good["error"]) == (found.text, None)
     assert good["log_prob"] == pytest.approx(found.log_prob, abs=1e-3)
     assert rows["&<b>.jpg"]["caption"] is None
     assert "not a JPEG" in rows["&<b>.jpg"]["error"]
     with pytest.raises(StoreError, match="format"):
-        caption_collection(config(photos, model, tmp_path / "jsonl"))
+        caption_collection(config(photos, model, jsonl))
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
 def test_contact_sheet_is_one_file_with_the_first_pictures(
-    photos: Path, model: str, tmp_path: Path, form: str
+    model: str, form: str, request: pytest.FixtureRequest
 ) -> None:
-    asked = config(
-        photos, model, tmp_path / "out", format=form, contact_sheet=True, contact_sheet_images=5
-    )
-    caption_collection(asked)
-    page = (tmp_path / "out/contact_sheet.html").read_text()
+    output: Path = request.getfixturevalue(form)
+    page = (output / "contact_sheet.html").read_text()
     captioner = Captioner.load(model, device="cpu")
-    searched = asked.decode.over(OWN)
     pictures = re.findall(r'<img [^>]*alt="([^"]*)" width="(\d+)" height="(\d+)"', page)
     expected = [
-        captioner.caption([picture(number, "PNG", (400, 200))], searched)[0].text
+        captioner.caption([picture(number, "PNG", (400, 200))], SEARCHED)[0].text
         for number in range(4)
     ]
     assert [html.unescape(text) for text, _, _ in pictures] == expected
@@ -126,8 +136,8 @@ def test_contact_sheet_is_one_file_with_the_first_pictures(
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "<script" not in page
     # The first five are four pictures and a file that is none.
-    grid = Image.open(tmp_path / "out/grid.png")
+    grid = Image.open(output / "grid.png")
     assert grid.width > 1.9 * grid.height
-    assert [file.name for file in (tmp_path / "out/tensorboard").iterdir()] == [
+    assert [file.name for file in (output / "tensorboard").iterdir()] == [
         "events.out.tfevents.captions"
     ]

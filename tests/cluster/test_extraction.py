@@ -25,7 +25,6 @@ from captioner.artifacts.manifests import StoreManifest
 from captioner.config import EncoderConfig, ExtractConfig, ImageLimits
 from captioner.encoders.encoder import Encoder
 from captioner.errors import SourceError, StoreError
-from captioner.features import extract as extraction
 from captioner.features.extract import extract
 from captioner.features.row_marks import CHECKPOINT
 from captioner.images.load import load_image
@@ -51,13 +50,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(source: Path, output: Path, **changes: object) -> ExtractConfig:
-    base = ExtractConfig(
-        source=str(source),
-        output=str(output),
-        encoder=EncoderConfig(weights="random", layer="layer3", compute="float32"),
-        batch_size=BATCH,
-    )
-    return base.model_copy(update=changes)
+    base = {
+        "source": str(source),
+        "output": str(output),
+        "encoder": EncoderConfig(weights="random", layer="layer3", compute="float32"),
+        "batch_size": BATCH,
+    }
+    return ExtractConfig.model_validate(base | changes)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +146,7 @@ def test_killed_again_and_again_it_continues_and_ends_as_if_unbroken(
 ) -> None:
     output, generator = tmp_path / "features", random.Random(20)
     kept: list[int] = []
-    for kill in range(5):
+    for kill in range(3):
         child = start(settings(photos, output), own_ray=kill == 2)
         # The first dies with nothing done; the others when they have added at least one file.
         wait_for_marks(output, kept[-1] + 1 if kept else 0, child)
@@ -204,11 +203,10 @@ def encoder_processes() -> list[int]:
     ]
 
 
-@pytest.fixture
-def damaged(photos: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def damaged(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve good pictures and four bad ones."""
-    folder = tmp_path / "damaged"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("damaged")
     for file in sorted(photos.iterdir())[:12]:
         shutil.copy(file, folder)
     whole = (photos / "000.png").read_bytes()
@@ -219,15 +217,31 @@ def damaged(photos: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_bad_images_are_counted_named_and_limited(damaged: Path, tmp_path: Path) -> None:
-    output = tmp_path / "features"
-    config = settings(damaged, output, limits=LIMITS)
+@pytest.fixture(scope="module")
+def ended_early(damaged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that came to its last row and not to its manifest: too many of its images were rejected."""
+    output = tmp_path_factory.mktemp("ended") / "features"
     with pytest.raises(SourceError, match=r"^4 of 16 images were rejected, .* 0\.01") as one:
-        extract(config)
+        extract(settings(damaged, output, limits=LIMITS))
     assert "\n" not in str(one.value)
     assert not (output / "manifest.json").exists()
-    # All rows are there already: with a larger fraction only publishing is left.
-    manifest = extract(config.model_copy(update={"max_reject_fraction": 0.5}))
+    return output
+
+
+@pytest.fixture
+def resumed(damaged: Path, ended_early: Path, tmp_path: Path) -> ExtractConfig:
+    """That run's directory, and settings with which only publishing is left."""
+    output = shutil.copytree(ended_early, tmp_path / "features")
+    return settings(damaged, output, limits=LIMITS, max_reject_fraction=0.5)
+
+
+def test_bad_images_are_counted_and_named_and_nothing_is_encoded_again(
+    damaged: Path, resumed: ExtractConfig
+) -> None:
+    output = Path(resumed.output)
+    before = {file: file.stat().st_mtime_ns for file in (output / "features").iterdir()}
+    manifest = extract(resumed)
+    assert before == {file: file.stat().st_mtime_ns for file in (output / "features").iterdir()}
     rows = pq.read_table(output / "features").to_pylist()
     errors = {row["image_id"]: row["error"] for row in rows if row["error"] is not None}
     assert errors.keys() == {"cut.png", "empty.jpg", "text.jpg", "long.png"}
@@ -251,40 +265,12 @@ def test_bad_images_are_counted_named_and_limited(damaged: Path, tmp_path: Path)
         assert small.size == (160, 160)
 
 
-def test_finished_rows_are_published_without_encoding_again(
-    damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run that dies between its last row and its manifest."""
-    output = tmp_path / "features"
-    config = settings(damaged, output, limits=LIMITS, max_reject_fraction=0.5)
-
-    class Killed(BaseException):
-        pass
-
-    def killed(*_: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(extraction, "finish_rows", killed)
-        with pytest.raises(Killed):
-            extract(config)
-    before = {file: file.stat().st_mtime_ns for file in (output / "features").iterdir()}
-    extract(config)
-    assert before == {file: file.stat().st_mtime_ns for file in (output / "features").iterdir()}
-    assert len(vectors(output)) == 12
-
-
-@pytest.mark.long
-def test_a_mark_left_twice_costs_no_rows(damaged: Path, tmp_path: Path) -> None:
+def test_a_mark_left_twice_costs_no_rows(resumed: ExtractConfig) -> None:
     """On S3 a rename is a copy and a delete: killed between them, both the pending mark and the final one are there."""
-    output = tmp_path / "features"
-    config = settings(damaged, output, limits=LIMITS)
-    with pytest.raises(SourceError, match="max-reject-fraction"):
-        extract(config)
+    output = Path(resumed.output)
     mark = next((output / MARKS).iterdir())
     shutil.copy(mark, mark.with_name(f"{mark.stem}.pending.parquet"))
-    manifest = extract(config.model_copy(update={"max_reject_fraction": 0.5}))
-    assert manifest.counts.ok == 12
+    assert extract(resumed).counts.ok == 12
     assert len(vectors(output)) == 12
 
 

@@ -12,7 +12,7 @@ from tests.head import RAY, ROOT, Head, ray_head
 RunJob = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     # On a cluster `python` is that of its environment.
     path = {"PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}"}
@@ -20,7 +20,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         yield found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def run_job(head: Head) -> RunJob:
     """Run ``python -m ray_jobs.NAME`` in a child process on the head's cluster."""
 
@@ -37,7 +37,7 @@ def run_job(head: Head) -> RunJob:
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def submit_job(head: Head) -> RunJob:
     """The same through ``ray job submit --working-dir .``."""
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while Ray Train or Ray Tune, which have handlers of their own, are at work."""
+"""Ctrl-C while Ray Train or Ray Tune, which have handlers of their own, work on a Ray of the job or on a cluster."""
 
 import os
 import signal
@@ -9,25 +9,29 @@ from pathlib import Path
 
 import pytest
 
-from tests.head import ROOT
+from tests.head import ROOT, Head
 from tests.stores import write_store
 
 JOBS = {
     "train": ["--epochs", "400", "--patience", "None"],
-    "tune": ["--max-epochs", "400", "--scheduler", "none"],
+    "tune": ["--space", "notebook", "--max-epochs", "400", "--max-concurrent", "1"],
 }
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("job", list(JOBS))
-def test_interrupted_job_publishes_nothing_and_says_so(job: str, tmp_path: Path) -> None:
+def test_interrupted_job_publishes_nothing_and_says_so(
+    job: str, head: Head, tmp_path: Path
+) -> None:
+    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    cluster = head.environment | {"RAY_ADDRESS": head.address}
     features = write_store(tmp_path / "features", {"train": 40, "validation": 5})
     output, log = tmp_path / "out", tmp_path / "log"
     with log.open("w") as file:
         running = subprocess.Popen(
             [sys.executable, "-m", f"ray_jobs.{job}", "--features", features, "--output", str(output), *JOBS[job]],
             cwd=ROOT,
-            env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+            env=own if job == "train" else cluster,
             stdout=file,
             stderr=subprocess.STDOUT,
         )  # fmt: skip

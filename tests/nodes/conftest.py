@@ -1,99 +1,28 @@
-"""Three nodes on one machine, whose only common storage is a bucket; a node can be killed; a table of what it cost."""
+"""Three nodes that share a bucket, and what the jobs made of the pictures in it while a node died."""
 
-import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import json
+import random
+from collections.abc import Iterator
 
 import boto3
-import psutil
+import numpy as np
 import pytest
 import ray
 from moto.server import ThreadedMotoServer
 from ray.cluster_utils import Cluster
 
 from captioner import storage
+from captioner.artifacts.output import WORK
+from captioner.config import DecoderConfig, EncoderConfig, ExtractConfig, TrainConfig
+from captioner.features.extract import extract
 from captioner.runtime.cluster import start_ray
-
-BUCKET = "nodes"
-# Of one worker node: an encoder or a training worker, and tasks beside it.
-CPUS = 2
-# Of the table that the summary prints: job, fault, lost rows, repeated rows, seconds without and with the fault.
-ROWS: list[tuple[str, ...]] = []
+from captioner.sources.scenes import draw_scene, make_scene
+from captioner.training.run import TrainResult, run_training
+from tests.nodes.cluster import BUCKET, Nodes
+from tests.nodes.comparison import BAD, ROWS, SIZES, compare, report, timed
 
 
-@dataclass
-class Nodes:
-    """A head without CPUs for work, and two nodes that work."""
-
-    cluster: Cluster
-    uri: str
-    """Of the bucket."""
-
-    def keys(self, prefix: str) -> list[str]:
-        """Objects below a prefix, without it."""
-        pages = boto3.client("s3").get_paginator("list_objects_v2")
-        found = pages.paginate(Bucket=BUCKET, Prefix=prefix)
-        return [
-            entry["Key"].removeprefix(prefix)
-            for page in found
-            for entry in page.get("Contents", [])
-        ]
-
-    def kill_node_running(self, name: str) -> None:
-        """SIGKILL to a node's raylet, at once and with no warning, where a process named ``ray::<name>...`` lives."""
-        for node in self.cluster.worker_nodes:
-            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-            if any(name in process_title(child) for child in raylet.children()):
-                os.kill(raylet.pid, signal.SIGKILL)
-                self.cluster.remove_node(node, allow_graceful=False)
-                return
-        raise AssertionError(f"no node runs {name}")
-
-    def run_and_kill(
-        self, job: Callable[[], object], moment: Callable[[], bool], name: str, delay: float
-    ) -> float:
-        """Run a job while a node dies ``delay`` seconds after ``moment`` first holds.
-
-        Returns:
-            how long the job took, in seconds. Afterwards there are three nodes again.
-        """
-        errors: list[BaseException] = []
-
-        def kill() -> None:
-            try:
-                while not moment():
-                    time.sleep(0.02)
-                time.sleep(delay)
-                self.kill_node_running(name)
-            except BaseException as error:  # shown by the test, which waits for this thread
-                errors.append(error)
-
-        killer = threading.Thread(target=kill, daemon=True)
-        started = time.monotonic()
-        killer.start()
-        job()
-        seconds = time.monotonic() - started
-        killer.join(timeout=60)
-        assert not killer.is_alive(), "the job ended before its node could be killed"
-        assert not errors, errors
-        self.add_node()
-        return seconds
-
-    def add_node(self) -> None:
-        self.cluster.add_node(num_cpus=CPUS, object_store_memory=2 * 10**8)
-
-
-def process_title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # it ended meanwhile
-        return ""
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def nodes() -> Iterator[Nodes]:
     """The nodes have credentials in their environment; where the bucket is they learn from the driver."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -119,6 +48,98 @@ def nodes() -> Iterator[Nodes]:
             ray.shutdown()
             found.cluster.shutdown()
     server.stop()
+
+
+@pytest.fixture(scope="package")
+def photos(nodes: Nodes) -> str:
+    """Pictures, all but one with captions, and three files that are none."""
+    folder, listed = f"{nodes.uri}/photos", []
+    for split, size in SIZES.items():
+        for index in range(size):
+            name = f"{split}-{index:03d}.png"
+            storage.write_bytes(f"{folder}/{name}", draw_scene(0, split, index))
+            none = (split, index) == ("validation", 0)
+            captions = [] if none else make_scene(0, split, index).captions()
+            sentences = [{"raw": text} for text in captions]
+            listed.append({"filename": name, "split": split, "sentences": sentences})
+    whole = draw_scene(0, "train", 0)
+    for name, data in zip(BAD, (whole[: len(whole) // 2], b"", b"not a picture"), strict=True):
+        storage.write_bytes(f"{folder}/{name}", data)
+    dataset = json.dumps({"images": listed, "dataset": "scenes"}).encode()
+    storage.write_bytes(f"{folder}/dataset_scenes.json", dataset)
+    return folder
+
+
+def extraction(photos: str, output: str) -> ExtractConfig:
+    return ExtractConfig(
+        source=photos,
+        output=output,
+        encoder=EncoderConfig(weights="random", layer="layer3", compute="float32"),
+        max_reject_fraction=0.05,
+        batch_size=8,
+    )
+
+
+@pytest.fixture(scope="package")
+def features(nodes: Nodes, photos: str) -> str:
+    """A feature store, made twice: undisturbed, and while a node died. Checked here, as the other jobs read it."""
+
+    def config(output: str) -> ExtractConfig:
+        return extraction(photos, f"{nodes.uri}/{output}")
+
+    undisturbed = timed(lambda: extract(config("features")))
+    disturbed = nodes.run_and_kill(
+        lambda: extract(config("features-killed")),
+        lambda: nodes.finished_files("features-killed") > 0,
+        "MapWorker",
+        random.Random(1).uniform(0, 0.5),
+    )
+    uris = tuple(f"{config(name).output}/features" for name in ("features", "features-killed"))
+    expected, found = compare(
+        "extraction", "node with an encoder killed", uris, (undisturbed, disturbed)
+    )
+    good = expected["error"].is_null()
+    one, two = (
+        table.filter(good)["pooled"].combine_chunks().to_numpy_ndarray()
+        for table in (expected, found)
+    )
+    np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-4)
+    assert len(np.unique(one, axis=0)) > 0.9 * len(one)
+    return config("features-killed").output
+
+
+@pytest.fixture(scope="package")
+def model(nodes: Nodes, features: str) -> str:
+    """A model, trained twice by two workers: undisturbed, and while the node of one died."""
+
+    def config(output: str) -> TrainConfig:
+        return TrainConfig(
+            features=features,
+            output=f"{nodes.uri}/{output}",
+            decoder=DecoderConfig(width=16, output_width=16, dropout=0.3),
+            epochs=6,
+            patience=None,
+            num_workers=2,
+            compute="float32",
+        )
+
+    found: list[TrainResult] = []
+    undisturbed = timed(lambda: found.append(run_training(config("model"))))
+    assert run_training(config("model")) == found[0]
+    disturbed = nodes.run_and_kill(
+        lambda: run_training(config("model-killed")),
+        lambda: any("checkpoint" in key for key in nodes.keys(f"model-killed/{WORK}/")),
+        "RayTrainWorker",
+        random.Random(2).uniform(0, 0.2),
+    )
+    report(
+        "training, 2 workers",
+        "node with a worker killed",
+        "-",
+        "-",
+        (undisturbed, disturbed),
+    )
+    return config("model-killed").output
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,15 +1,12 @@
 """Every job on three nodes that share only a bucket: a node dies in its middle, and nothing is lost or repeated."""
 
 import io
-import json
 import random
 import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
@@ -19,119 +16,15 @@ from ray import serve
 from captioner import storage
 from captioner.artifacts.output import WORK
 from captioner.captioning.collection import caption_collection
-from captioner.config import (
-    CaptionConfig,
-    DecodeOverrides,
-    DecoderConfig,
-    EncoderConfig,
-    ExtractConfig,
-    ServeConfig,
-    TrainConfig,
-    TuneConfig,
-)
-from captioner.features.extract import extract
-from captioner.features.row_marks import CHECKPOINT
+from captioner.config import CaptionConfig, DecodeOverrides, ServeConfig, TuneConfig
 from captioner.serving.run import deploy, url
-from captioner.sources.scenes import draw_scene, make_scene
-from captioner.training.run import run_training
+from captioner.sources.scenes import draw_scene
 from captioner.tuning.search import SearchResult, run_search
 from tests.head import free_port
-from tests.nodes.conftest import ROWS, Nodes
-
-SIZES = {"train": 80, "validation": 16}
-BAD = ("cut.png", "empty.jpg", "text.jpg")
-IMAGES = sum(SIZES.values()) + len(BAD)
+from tests.nodes.cluster import Nodes
+from tests.nodes.comparison import BAD, IMAGES, SIZES, compare, report, timed
 
 pytestmark = pytest.mark.timeout(1800)
-
-
-@pytest.fixture(scope="module")
-def photos(nodes: Nodes) -> str:
-    """Pictures with captions, and three that are none."""
-    folder, listed = f"{nodes.uri}/photos", []
-    for split, size in SIZES.items():
-        for index in range(size):
-            name = f"{split}-{index:03d}.png"
-            storage.write_bytes(f"{folder}/{name}", draw_scene(0, split, index))
-            sentences = [{"raw": text} for text in make_scene(0, split, index).captions()]
-            listed.append({"filename": name, "split": split, "sentences": sentences})
-    whole = draw_scene(0, "train", 0)
-    for name, data in zip(BAD, (whole[: len(whole) // 2], b"", b"not a picture"), strict=True):
-        storage.write_bytes(f"{folder}/{name}", data)
-    dataset = json.dumps({"images": listed, "dataset": "scenes"}).encode()
-    storage.write_bytes(f"{folder}/dataset_scenes.json", dataset)
-    return folder
-
-
-def timed(job: Callable[[], object]) -> float:
-    started = time.monotonic()
-    job()
-    return time.monotonic() - started
-
-
-def read_rows(uri: str) -> pa.Table:
-    filesystem, path = storage.resolve(uri)
-    return pq.read_table(path, filesystem=filesystem).sort_by("image_id")
-
-
-def compare(
-    job: str, fault: str, uris: tuple[str, str], seconds: tuple[float, float]
-) -> tuple[pa.Table, pa.Table]:
-    """Rows of the undisturbed run and of the disturbed one, which must be of the same images, each once."""
-    expected, found = (read_rows(uri) for uri in uris)
-    names, there = expected["image_id"].to_pylist(), found["image_id"].to_pylist()
-    lost, repeated = len(set(names) - set(there)), len(there) - len(set(there))
-    report(job, fault, str(lost), str(repeated), seconds)
-    assert there == names
-    assert len(set(names)) == len(names) == IMAGES
-    assert found["error"].to_pylist() == expected["error"].to_pylist()
-    assert {
-        name for name, error in zip(there, found["error"].to_pylist(), strict=True) if error
-    } == set(BAD)
-    return expected, found
-
-
-def report(job: str, fault: str, lost: str, repeated: str, seconds: tuple[float, float]) -> None:
-    ROWS.append((job, fault, lost, repeated, f"{seconds[0]:.0f} s", f"{seconds[1]:.0f} s"))
-
-
-def finished_files(nodes: Nodes, output: str) -> int:
-    marks = nodes.keys(f"{output}/{WORK}/{CHECKPOINT}/")
-    return len([key for key in marks if key and ".pending" not in key])
-
-
-@pytest.fixture(scope="module")
-def features(nodes: Nodes, photos: str) -> str:
-    """A feature store, made twice: undisturbed, and while a node died. Checked here, as the other jobs read it."""
-
-    def config(output: str) -> ExtractConfig:
-        return ExtractConfig(
-            source=photos,
-            output=f"{nodes.uri}/{output}",
-            encoder=EncoderConfig(weights="random", layer="layer3", compute="float32"),
-            max_reject_fraction=0.05,
-            batch_size=8,
-        )
-
-    undisturbed = timed(lambda: extract(config("features")))
-    disturbed = nodes.run_and_kill(
-        lambda: extract(config("features-killed")),
-        lambda: finished_files(nodes, "features-killed") > 0,
-        "MapWorker",
-        random.Random(1).uniform(0, 0.5),
-    )
-    uris = tuple(f"{config(name).output}/features" for name in ("features", "features-killed"))
-    expected, found = compare(
-        "extraction", "node with an encoder killed", uris, (undisturbed, disturbed)
-    )
-    good = expected["error"].is_null()
-    one, two = (
-        table.filter(good)["pooled"].combine_chunks().to_numpy_ndarray()
-        for table in (expected, found)
-    )
-    np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-4)
-    assert len(np.unique(one, axis=0)) > 0.9 * len(one)
-    return config("features-killed").output
 
 
 def test_extraction_survives_the_loss_of_a_node(nodes: Nodes, features: str) -> None:
@@ -140,42 +33,10 @@ def test_extraction_survives_the_loss_of_a_node(nodes: Nodes, features: str) -> 
     assert manifest["counts"] == counts
     assert counts["ok"] + counts["rejected"] == IMAGES
     captions = sum(split["captions"] for split in manifest["splits"].values())
-    assert captions == 5 * sum(SIZES.values())
+    assert captions == 5 * (sum(SIZES.values()) - 1)
     listed = {file["path"] for file in manifest["files"]}
     there = {f"features/{key}" for key in nodes.keys("features-killed/features/") if key}
     assert there == {path for path in listed if path.startswith("features/")}
-
-
-@pytest.fixture(scope="module")
-def model(nodes: Nodes, features: str) -> str:
-    """A model, trained twice by two workers: undisturbed, and while the node of one died."""
-
-    def config(output: str) -> TrainConfig:
-        return TrainConfig(
-            features=features,
-            output=f"{nodes.uri}/{output}",
-            decoder=DecoderConfig(width=16, output_width=16, dropout=0.3),
-            epochs=6,
-            patience=None,
-            num_workers=2,
-            compute="float32",
-        )
-
-    undisturbed = timed(lambda: run_training(config("model")))
-    disturbed = nodes.run_and_kill(
-        lambda: run_training(config("model-killed")),
-        lambda: any("checkpoint" in key for key in nodes.keys(f"model-killed/{WORK}/")),
-        "RayTrainWorker",
-        random.Random(2).uniform(0, 0.2),
-    )
-    report(
-        "training, 2 workers",
-        "node with a worker killed",
-        "-",
-        "-",
-        (undisturbed, disturbed),
-    )
-    return config("model-killed").output
 
 
 def test_training_survives_the_loss_of_a_node(nodes: Nodes, model: str) -> None:
@@ -191,6 +52,9 @@ def test_training_survives_the_loss_of_a_node(nodes: Nodes, model: str) -> None:
         assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
 
 
+TRIALS = 3
+
+
 def test_search_survives_the_loss_of_a_node(nodes: Nodes, features: str) -> None:
     """No trial is stopped early, so that which come first to a rung decides nothing."""
 
@@ -199,7 +63,7 @@ def test_search_survives_the_loss_of_a_node(nodes: Nodes, features: str) -> None
             features=features,
             output=f"{nodes.uri}/{output}",
             space="wide",
-            num_samples=4,
+            num_samples=TRIALS,
             max_epochs=3,
             max_concurrent=2,
             scheduler="none",
@@ -215,15 +79,15 @@ def test_search_survives_the_loss_of_a_node(nodes: Nodes, features: str) -> None
     )
     one, two = found
     numbers = [trial.number for trial in two.trials]
-    lost = len(set(range(4)) - set(numbers))
+    lost = len(set(range(TRIALS)) - set(numbers))
     report(
-        "tuning, 4 trials",
+        f"tuning, {TRIALS} trials",
         "node with a trial's worker killed",
         str(lost),
         str(len(numbers) - len(set(numbers))),
         (undisturbed, disturbed),
     )
-    assert numbers == [0, 1, 2, 3]
+    assert numbers == list(range(TRIALS))
     assert two.best == one.best
     for expected, there in zip(one.trials, two.trials, strict=True):
         assert there.hyperparameters == expected.hyperparameters
@@ -254,7 +118,7 @@ def test_captioning_survives_the_loss_of_a_node(nodes: Nodes, photos: str, model
     undisturbed = timed(lambda: caption_collection(config("captions")))
     disturbed = nodes.run_and_kill(
         lambda: caption_collection(config("captions-killed")),
-        lambda: finished_files(nodes, "captions-killed") > 0,
+        lambda: nodes.finished_files("captions-killed") > 0,
         "MapWorker",
         random.Random(3).uniform(0, 0.5),
     )

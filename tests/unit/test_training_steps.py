@@ -298,6 +298,27 @@ def test_a_run_may_continue_from_any_step(tmp_path: Path, first: int) -> None:
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
 
 
+def test_averaging_changes_what_is_judged_and_nothing_of_the_training() -> None:
+    data = captions(45)
+    without, barely, half = (
+        TrainingState(
+            decoder(dropout=0.5),
+            config(learning_rate=0.02).model_copy(update={"ema_decay": decay}),
+            steps_per_epoch=6,
+        )
+        for decay in (0.0, 1e-7, 0.5)
+    )
+    for state in (without, barely, half):
+        run_steps(state, data, range(6))
+        assert pack_weights(state.decoder) == pack_weights(without.decoder)
+    expected, close, far = (
+        nn.utils.parameters_to_vector(state.judged.parameters())
+        for state in (without, barely, half)
+    )
+    torch.testing.assert_close(close, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(far, expected, rtol=1e-2, atol=1e-3)
+
+
 def test_every_step_and_worker_has_its_own_dropout() -> None:
     losses = []
     batch = captions(8).whole()

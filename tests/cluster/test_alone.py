@@ -1,4 +1,4 @@
-"""What a local Ray shows to the network and to the machine's other users: nothing."""
+"""A local Ray as every job starts it: what it shows to others, nothing; how large it is; and which of two is whose."""
 
 import json
 import os
@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import ray
+from ray.util.state import get_actor
 
+from captioner.runtime import cluster as runtime
 from tests.head import ROOT
 from tests.processes import command_lines, descendants, listening
 
@@ -47,7 +50,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRay]:
         child = subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
             cwd=ROOT,
-            env=variables | {"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"},
+            env=variables
+            | {name: os.environ[name] for name in ("RAY_USAGE_STATS_ENABLED", "RAY_TMPDIR")}
+            | {"HOME": str(home)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -105,3 +110,41 @@ def test_dashboard_and_job_server_ask_for_the_token(cluster: LocalRay) -> None:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {cluster.token}"})
     with urllib.request.urlopen(request, timeout=60) as answer:
         assert answer.status == 200
+
+
+@pytest.fixture(scope="module")
+def second(cluster: LocalRay) -> Iterator[None]:
+    """A Ray of a job of this process, beside the first, on a machine of one core."""
+    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setattr(runtime, "num_cores", lambda: 1)
+        runtime.start_ray()
+        yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("second")
+def test_a_machine_of_one_core_gets_two_logical_cpus() -> None:
+    assert runtime.num_cpus() == 2
+    # Actors for both, and yet room for a task and for Ray Data's filter.
+    pool = runtime.plan_pool(7_000)
+    assert (pool.size, pool.num_gpus, pool.threads) == (2, 0, 1)
+    few = runtime.plan_pool(200)
+    assert (few.size, few.threads) == (1, 2)
+    asked = runtime.plan_pool(200, size=3, cpus_per_actor=2)
+    assert (asked.size, asked.threads) == (3, 2)
+    assert pool.size * pool.num_cpus + runtime.TASK_CPUS + 1 <= 2.001
+
+
+@pytest.mark.usefixtures("second")
+def test_processes_of_a_local_ray_know_which_ray_is_theirs() -> None:
+    """Ray Train's cleaner asks for the state of an actor; beside another Ray it must not ask that one, nor give up."""
+
+    @ray.remote
+    class Asker:
+        def state_of_itself(self) -> str:
+            found = get_actor(ray.get_runtime_context().get_actor_id(), timeout=30)
+            return "unknown" if found is None else found.state
+
+    assert ray.get(Asker.remote().state_of_itself.remote()) == "ALIVE"

@@ -1,0 +1,56 @@
+"""What is promised of object stores, on a server that speaks S3's protocol."""
+
+from collections.abc import Iterator
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from captioner import storage
+from captioner.artifacts.feature_store import FeatureStore
+from captioner.artifacts.manifests import FileEntry, ModelManifest, open_manifest
+from captioner.artifacts.output import Output
+from captioner.errors import StoreError
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """URI of a bucket on a free port; its clients find it by the environment."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in storage.S3_ADDRESS_VARIABLES:
+            patch.delenv(name, raising=False)
+        patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+def test_of_two_writers_one_publishes(bucket: str) -> None:
+    first, second = (Output(f"{bucket}/contested", {"job": "x"}) for _ in range(2))
+    first.publish(ModelManifest(files=[FileEntry(path="1", bytes=1)]))
+    with pytest.raises(StoreError, match="another run published first"):
+        second.publish(ModelManifest(files=[FileEntry(path="2", bytes=1)]))
+    published = open_manifest(f"{bucket}/contested", ModelManifest)
+    assert [entry.path for entry in published.files] == ["1"]
+    assert Output(f"{bucket}/contested", {"job": "x"}).complete
+
+
+def test_missing_bucket_is_one_line(bucket: str) -> None:
+    with pytest.raises(StoreError) as one:
+        FeatureStore.open("s3://no-such-bucket/features")
+    assert "\n" not in str(one.value)
+
+
+def test_failed_write_leaves_no_object(bucket: str) -> None:
+    uri = f"{bucket}/half/data.bin"
+    with pytest.raises(StoreError, match="injected"), storage.atomic_writer(uri) as file:  # noqa: PT012
+        file.write(b"half")
+        raise OSError("injected")
+    # What boto3, not pyarrow, finds.
+    assert "Contents" not in boto3.client("s3").list_objects_v2(Bucket="bucket", Prefix="half/")
