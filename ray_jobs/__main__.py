@@ -16,6 +16,7 @@ JOBS = (
     "evaluate",
     "caption",
     "serve",
+    "verify",
     "demo",
     "benchmark",
 )

@@ -10,6 +10,7 @@ from captioner.config.jobs import (
     EvaluateConfig,
     ExtractConfig,
     TrainConfig,
+    VerifyConfig,
 )
 from captioner.config.parts import (
     DECODER_KINDS,
@@ -55,4 +56,5 @@ __all__ = [
     "TrainConfig",
     "TuneConfig",
     "UploadBounds",
+    "VerifyConfig",
 ]

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Literal
 
+import tyro
 from pydantic import Field, model_validator
 
 from captioner.config.decoding import DecodeConfig, DecodeOverrides
@@ -165,6 +166,13 @@ class CaptionConfig(Config):
     """Captioning actors; default: one per GPU or, without, what suits the CPUs; fewer for a few hundred images."""
     cpus_per_captioner: Positive | None = None
     """Threads of one captioning actor on CPU; default: chosen from the cluster."""
+
+
+class VerifyConfig(Config):
+    """Check a published directory."""
+
+    uri: tyro.conf.Positional[str]
+    """Feature store, model, captions, report or search (path or URI)."""
 
 
 class DemoConfig(Config):

@@ -11,6 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from captioner.artifacts.feature_store import FeatureStore
+from captioner.artifacts.verify import verify
 from captioner.captioning.captioner import Captioner
 from captioner.config import DecodeConfig
 from captioner.images.load import load_image
@@ -68,6 +69,13 @@ def test_store_holds_every_image_once(road: Path) -> None:
     assert sorted(rows["image_id"].to_pylist()) == sorted(set(rows["image_id"].to_pylist()))
     assert len(rows) == 152
     assert not (road / "features/_work").exists()
+
+
+@pytest.mark.parametrize("part", ["features", "model", "report", "captions"])
+def test_what_jobs_publish_is_sound(road: Path, part: str) -> None:
+    found = verify(str(road / part))
+    assert found.problems == []
+    assert found.files >= 1
 
 
 def test_scores_have_the_promised_form(road: Path) -> None:

@@ -30,6 +30,7 @@ CONFIGS = {
     "caption": settings.CaptionConfig,
     "demo": settings.DemoConfig,
     "serve": settings.ServeConfig,
+    "verify": settings.VerifyConfig,
     "benchmark extract": benchmarks.BenchmarkExtractConfig,
     "benchmark scores": benchmarks.BenchmarkScoresConfig,
     "benchmark serve": benchmarks.BenchmarkServeConfig,
