@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+from torch import nn
 
+from captioner import storage
+from captioner.artifacts.feature_store import FeatureStore
 from captioner.artifacts.manifests import EncoderRecord, ModelManifest
 from captioner.artifacts.model_directory import pack_weights, save_model
 from captioner.artifacts.output import Output
@@ -54,14 +57,47 @@ def write_model(
     with torch.no_grad():
         decoder.output.weight *= 5  # decided, so that pictures and words matter
         decoder.output.bias[END] -= 1.0
-    output = Output(str(root), {"test": seed})
-    files = save_model(
-        output, weights=pack_weights(decoder.eval()), vocabulary=vocabulary, ngrams=NGRAMS, decoder=config,
-        text=TextConfig(), decode=decode or DecodeConfig(), encoder=EncoderRecord(spec=spec, weights="random"),
-        encoder_weights=safetensors.torch.save(tensors), training={},
-    )  # fmt: skip
-    output.publish(ModelManifest(files=files))
+    return publish_model(
+        root,
+        decoder,
+        config,
+        vocabulary,
+        encoder=(EncoderRecord(spec=spec, weights="random"), safetensors.torch.save(tensors)),
+        decode=decode,
+    )
+
+
+def publish_model(
+    root: Path,
+    decoder: nn.Module,
+    config: DecoderConfig,
+    vocabulary: Vocabulary,
+    *,
+    encoder: tuple[EncoderRecord, bytes],
+    decode: DecodeConfig | None = None,
+    ngrams: NGramFrequencies | None = NGRAMS,
+) -> str:
+    """A model directory with a decoder, and with an encoder and its weights."""
+    output = Output(str(root), {"job": "test"})
+    with output:
+        files = save_model(
+            output,
+            weights=pack_weights(decoder),
+            vocabulary=vocabulary,
+            ngrams=ngrams,
+            decoder=config,
+            text=TextConfig(),
+            decode=decode or DecodeConfig(),
+            encoder=encoder[0],
+            encoder_weights=encoder[1],
+            training={"epochs": 1},
+        )
+        output.publish(ModelManifest(files=files))
     return str(root)
+
+
+def encoder_of(store: FeatureStore) -> tuple[EncoderRecord, bytes]:
+    return store.manifest.encoder, storage.read_bytes(store.encoder_weights_uri)
 
 
 @cache

@@ -7,18 +7,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from captioner import storage
 from captioner.artifacts.feature_store import FeatureStore
-from captioner.artifacts.manifests import ModelManifest
-from captioner.artifacts.model_directory import open_model, pack_weights, save_model
-from captioner.artifacts.output import Output
+from captioner.artifacts.model_directory import open_model
 from captioner.captioning.captioner import Captioner
-from captioner.config import DecodeConfig, DecoderConfig, EvaluateConfig, TextConfig
+from captioner.config import DecodeConfig, DecoderConfig, EvaluateConfig
 from captioner.decoders import build_decoder
-from captioner.decoding.cider import NGramFrequencies
 from captioner.evaluation.evaluate import evaluate, score_table
 from captioner.evaluation.pipeline import score_split
 from captioner.text import END, Vocabulary
+from tests.models import encoder_of, publish_model
 from tests.stores import ANIMALS, write_store
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
@@ -41,22 +38,8 @@ def model(tmp_path_factory: pytest.TempPathFactory, store: FeatureStore) -> str:
     decoder = build_decoder(config, len(WORDS), store.manifest.encoder.spec.shape)
     with torch.no_grad():
         decoder.output.bias[END] -= 2  # or they would be empty
-    output = Output(str(tmp_path_factory.mktemp("models") / "model"), {"job": "train"})
-    with output:
-        files = save_model(
-            output,
-            weights=pack_weights(decoder),
-            vocabulary=WORDS,
-            ngrams=NGramFrequencies(images=2, counts={(5,): 2}),
-            decoder=config,
-            text=TextConfig(),
-            decode=DECODE,
-            encoder=store.manifest.encoder,
-            encoder_weights=storage.read_bytes(store.encoder_weights_uri),
-            training={},
-        )
-        output.publish(ModelManifest(files=files))
-    return output.root
+    root = tmp_path_factory.mktemp("models") / "model"
+    return publish_model(root, decoder, config, WORDS, encoder=encoder_of(store), decode=DECODE)
 
 
 def test_attention_comes_back_for_the_images_drawn_alone(store: FeatureStore, model: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from captioner import storage
 from captioner.artifacts.feature_store import FeatureStore
-from captioner.artifacts.manifests import ModelManifest, StoreManifest
+from captioner.artifacts.manifests import StoreManifest
 from captioner.artifacts.model_directory import (
     CONFIG,
     NGRAMS,
@@ -20,17 +20,16 @@ from captioner.artifacts.model_directory import (
     load_model,
     open_model,
     pack_weights,
-    save_model,
     unpack_weights,
 )
-from captioner.artifacts.output import Output
 from captioner.captioning.captioner import Captioner
-from captioner.config import DecodeConfig, DecodeOverrides, DecoderConfig, TextConfig
+from captioner.config import DecodeConfig, DecodeOverrides, DecoderConfig
 from captioner.decoders import build_decoder
 from captioner.decoding.cider import NGramFrequencies
 from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.errors import ConfigError, ModelError
 from captioner.text import Vocabulary
+from tests.models import encoder_of, publish_model
 from tests.stores import encoder_spec, write_store
 
 DECODER = DecoderConfig(width=8, output_width=8, dropout=0.5)
@@ -48,21 +47,11 @@ def store(tmp_path: Path) -> FeatureStore:
 @pytest.fixture
 def model(tmp_path: Path, store: FeatureStore) -> Path:
     """A published model with random weights."""
-    output = Output(str(tmp_path / "model"), {"job": "test"})
     torch.manual_seed(7)
-    files = save_model(
-        output,
-        weights=pack_weights(build_decoder(DECODER, len(WORDS), SHAPE)),
-        vocabulary=WORDS,
-        ngrams=FREQUENT,
-        decoder=DECODER,
-        text=TextConfig(),
-        decode=SEARCH,
-        encoder=store.manifest.encoder,
-        encoder_weights=storage.read_bytes(store.encoder_weights_uri),
-        training={"epochs": 1},
-    )
-    output.publish(ModelManifest(files=files))
+    decoder = build_decoder(DECODER, len(WORDS), SHAPE)
+    publish_model(
+        tmp_path / "model", decoder, DECODER, WORDS, encoder=encoder_of(store), ngrams=FREQUENT, decode=SEARCH
+    )  # fmt: skip
     return tmp_path / "model"
 
 
@@ -184,22 +173,12 @@ def test_a_search_with_n_grams_is_refused_of_a_model_without(
 ) -> None:
     asked = DecodeOverrides(mbr_samples=7)
     assert load_model(str(model)).directory.search(asked).mbr_samples == 7
-    output = Output(str(tmp_path / "plain"), {"job": "test"})
-    files = save_model(
-        output,
-        weights=pack_weights(build_decoder(DECODER, len(WORDS), SHAPE)),
-        vocabulary=WORDS,
-        ngrams=None,
-        decoder=DECODER,
-        text=TextConfig(),
-        decode=DecodeConfig(),
-        encoder=store.manifest.encoder,
-        encoder_weights=storage.read_bytes(store.encoder_weights_uri),
-        training={},
+    decoder = build_decoder(DECODER, len(WORDS), SHAPE)
+    uri = publish_model(
+        tmp_path / "plain", decoder, DECODER, WORDS, encoder=encoder_of(store), ngrams=None
     )
-    output.publish(ModelManifest(files=files))
     assert not (tmp_path / "plain" / NGRAMS).exists()
-    plain = load_model(str(tmp_path / "plain"))
+    plain = load_model(uri)
     assert plain.ngrams is None
     assert plain.directory.search(DecodeOverrides(beam_size=2)).beam_size == 2
     refused = "mbr_samples: 7 asked of a model without n-grams .* train the model with --decode.mbr-samples"
