@@ -76,7 +76,8 @@ def jsonl(photos: Path, model: str, tmp_path_factory: pytest.TempPathFactory) ->
             caption_collection(asked)
     assert not (output / "manifest.json").exists()
     manifest = caption_collection(asked)
-    assert [(entry.path, entry.rows) for entry in manifest.files] == [("captions.jsonl", 8)]
+    tables = {entry.path: entry.rows for entry in manifest.files if entry.rows is not None}
+    assert tables == {"captions.jsonl": 8}
     assert manifest.decode == SEARCHED
     return output
 
@@ -129,7 +130,7 @@ def test_contact_sheet_is_one_file_with_the_first_pictures(
         for number in range(4)
     ]
     assert [html.unescape(text) for text, _, _ in pictures] == expected
-    assert {(width, height) for _, width, height in pictures} == {("320", "160")}
+    assert {(width, height) for _, width, height in pictures} == {("224", "112")}
     assert "&amp;&lt;b&gt;.jpg" in page
     assert "<b>" not in page
     assert "5 of 8 images" in page
