@@ -16,6 +16,7 @@ from captioner.captioning import collection
 from captioner.captioning.captioner import Captioner
 from captioner.captioning.collection import caption_collection
 from captioner.config import CaptionConfig, DecodeConfig, DecodeOverrides
+from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.errors import ModelError, StoreError
 from tests.models import write_model
 from tests.pictures import picture
@@ -82,7 +83,7 @@ def jsonl(photos: Path, model: str, tmp_path_factory: pytest.TempPathFactory) ->
     return output
 
 
-@pytest.mark.parametrize("part", [WEIGHTS, NGRAMS])
+@pytest.mark.parametrize("part", [WEIGHTS, NGRAMS, ENCODER_WEIGHTS])
 def test_a_damaged_model_is_refused_before_the_output_is_claimed(
     photos: Path, model: str, tmp_path: Path, part: str
 ) -> None:
