@@ -25,6 +25,7 @@ from captioner.sources.captions import (
     merge_captions,
     parse_captions,
 )
+from captioner.sources.place import Place
 from captioner.sources.splits import hashed_split, split_of_list
 from captioner.sources.tasks import (
     BYTES_PER_PIECE,
@@ -43,6 +44,20 @@ LEAST_ROWS_PER_PIECE = 8
 _CAPTIONS_PER_BATCH = 10_000
 # Flickr8k.token.txt has five captions of 2258277193_586949ec62.jpg.1, which is not among its images.
 _NO_IMAGE = re.compile(r".+\.jpe?g\.\d+", re.I)
+
+
+def open_place(place: Place) -> "FolderSource | None":
+    """A directory with images, or one file."""
+    if place.files is not None and not any(is_image(file.path) for file in place.files):
+        return None
+    return FolderSource(
+        place.uri,
+        place.files,
+        place.options,
+        place.limits,
+        captions=place.captions,
+        hidden=place.hidden,
+    )
 
 
 class FolderSource:

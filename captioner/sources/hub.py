@@ -19,10 +19,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
 from captioner import storage
-from captioner.config import SourceConfig
 from captioner.errors import SourceError
 from captioner.sources.parquet import ParquetSource
 from captioner.sources.parquet_files import is_parquet
+from captioner.sources.place import Place
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +44,15 @@ REPOSITORIES = {
 }
 
 
-def open_hub(name: str, options: SourceConfig) -> ParquetSource:
-    """The data set's Parquet files, from the hub's cache or, the first time, from the hub.
+def open_place(place: Place) -> ParquetSource | None:
+    """A data set's Parquet files, from the hub's cache or, the first time, from the hub; None for any other name.
 
     Raises:
         SourceError: they are not in the cache and the hub cannot be reached, or they are not all there.
     """
+    name = place.spec
+    if name not in REPOSITORIES:
+        return None
     repository = REPOSITORIES[name]
     advice = (
         f"on a machine with a network run 'hf download --repo-type dataset {repository.name}' (the cache is "
@@ -66,7 +69,7 @@ def open_hub(name: str, options: SourceConfig) -> ParquetSource:
         ) from error
     logger.info("%s: %s in %s", name, repository.name, folder)
     files = [file for file in storage.list_files(folder) if is_parquet(file.path)]
-    source = ParquetSource(folder, files, options, name, split_column=False)
+    source = ParquetSource(folder, files, place.options, name, split_column=False)
     found = source.rows_by_split()
     if found != repository.images:
         raise SourceError(

@@ -13,12 +13,37 @@ from captioner.artifacts.manifests import SourceIdentity
 from captioner.artifacts.tables import CAPTION_ROWS
 from captioner.config import SourceConfig, Split
 from captioner.errors import SourceError, StoreError
-from captioner.sources.parquet_files import InspectedFile, open_files, read_splits
+from captioner.sources.folder import is_image
+from captioner.sources.parquet_files import InspectedFile, is_parquet, open_files, read_splits
 from captioner.sources.parquet_rows import Labels, slices
+from captioner.sources.place import Place
 from captioner.sources.splits import hashed_split, split_in_name
 from captioner.sources.tasks import Piece, PieceSource, one_line
 
 _ROWS_PER_BATCH = 10_000
+
+
+def open_place(place: Place) -> "ParquetSource | None":
+    """Parquet files, or a directory of them and of no images.
+
+    Raises:
+        SourceError: the directory holds both.
+    """
+    if place.files is None:
+        tables = None
+        if not is_parquet(place.uri):
+            return None
+    else:
+        tables = [file for file in place.files if is_parquet(file.path)]
+        images = [file for file in place.files if is_image(file.path)]
+        if tables and images:
+            raise SourceError(
+                f"{place.spec}: holds both Parquet files ({tables[0].path}, ...) and images "
+                f"({images[0].path}, ...): give the folder of one kind"
+            )
+        if not tables:
+            return None
+    return ParquetSource(place.uri, tables, place.options, captions=place.captions)
 
 
 class ParquetSource:

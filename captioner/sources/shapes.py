@@ -8,6 +8,7 @@ import pyarrow as pa
 from captioner.artifacts.manifests import SourceIdentity
 from captioner.artifacts.tables import CAPTION_ROWS, SPLITS
 from captioner.config import ShapesConfig
+from captioner.sources.place import Place
 from captioner.sources.scenes import draw_scene, make_scene
 from captioner.sources.tasks import Piece, PieceSource, source_rows
 
@@ -15,6 +16,13 @@ ROWS_PER_PIECE = 100
 _BYTES_PER_IMAGE = 3_000
 # Part of the identity: raised when the same seed draws other pictures or says other things about them.
 _VERSION = 1
+
+
+def open_place(place: Place) -> "ShapesSource | None":
+    """The generated data set, where its name is asked for."""
+    if place.spec != "shapes":
+        return None
+    return ShapesSource(place.options.shapes, place.options.limit)
 
 
 class ShapesSource:
