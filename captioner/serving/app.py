@@ -201,7 +201,7 @@ def create_app(
     for path, (name, media_type) in _PAGE.items():
         page = Response((files / name).read_bytes(), media_type=media_type)
         app.routes.append(Route(path, page, methods=["GET"]))
-    paths.update(route.path for route in app.routes if isinstance(route, Route))
+    paths.update(_PAGE, app.openapi()["paths"], [str(app.openapi_url)])
     return app
 
 
