@@ -1,5 +1,6 @@
 """A real Ray head node with the job server and token authentication, as its users start one."""
 
+import contextlib
 import os
 import secrets
 import signal
@@ -75,16 +76,10 @@ def ray_head(
         _wait_for(process, log, found, jobs)
         yield found
     finally:
-        try:
-            if jobs:
-                process.terminate()
-                process.wait(timeout=60)  # a head drains for up to 30 s
-        finally:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            process.wait()
+        # Asked to end, a head would drain for up to 30 s. Its processes die with it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _wait_for(process: "subprocess.Popen[bytes]", log: Path, head: Head, jobs: bool) -> None:

@@ -37,8 +37,8 @@ SHAPES = SourceConfig(shapes=ShapesConfig(train=16, validation=6, test=2))
 @pytest.mark.parametrize(
     ("name", "kind", "grid"),
     [
-        ("resnet18", "spatial_attention", (7, 7)),
-        ("convnext_atto", "adaptive_attention", (7, 7)),
+        pytest.param("resnet18", "spatial_attention", (7, 7), marks=pytest.mark.long),
+        pytest.param("convnext_atto", "adaptive_attention", (7, 7), marks=pytest.mark.long),
         ("vit_tiny_patch16_224", "transformer", (14, 14)),
     ],
 )
