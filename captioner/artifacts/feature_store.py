@@ -55,11 +55,14 @@ class Chunk:
     def batches(
         self, columns: Sequence[str]
     ) -> Iterator[tuple[Integers, dict[str, np.ndarray[Any, Any]]]]:
-        """Places in the split and columns of the chunk's images, some at a time."""
+        """Places in the split and columns of the chunk's images, some at a time.
+
+        Raises:
+            StoreError: a file is missing or damaged.
+        """
         for file, place in zip(self.files, self.places, strict=True):
             start = 0
-            batches = _dataset([file]).to_batches(columns=list(columns), batch_size=_FEATURES)
-            for batch in batches:
+            for batch in _batches(file, columns):
                 part = place[start : start + len(batch)]
                 start += len(batch)
                 taken = np.flatnonzero(part >= 0)
@@ -320,6 +323,13 @@ def _dataset(uris: Sequence[str]) -> pads.Dataset:
     except (OSError, pa.ArrowInvalid) as error:
         reason = " ".join(str(error).split())
         raise StoreError(f"the store is damaged: {reason}") from error
+
+
+def _batches(file: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from _dataset([file]).to_batches(columns=list(columns), batch_size=_FEATURES)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StoreError(f"{file} is damaged: {' '.join(str(error).split())}") from error
 
 
 def _take(array: pa.Array, rows: Integers) -> np.ndarray[Any, Any]:

@@ -13,7 +13,7 @@ from captioner.config import ImageLimits
 from captioner.errors import ImageError, ImageTooLargeError, ImageTypeError
 
 # Longest side of a thumbnail, in pixels.
-THUMBNAIL_SIDE = 224
+THUMBNAIL_SIDE = 240
 _THUMBNAIL_QUALITY = 75
 
 Filter = Literal["bilinear", "bicubic", "lanczos"]
@@ -100,7 +100,7 @@ class Loaded:
     pixels: Pixels
     """uint8 RGB [rows, columns, 3] of the encoder's input."""
     thumbnail: bytes | None
-    """The whole picture for people, a JPEG of at most 224 pixels a side; None where it was not asked for."""
+    """The whole picture for people, a JPEG of at most 240 pixels a side; None where it was not asked for."""
     box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
     """What ``pixels`` show of the upright picture: left, top, right, bottom, in parts of its width and height."""
 

@@ -135,7 +135,7 @@ def test_contact_sheet_is_one_file_with_the_first_pictures(
         for number in range(4)
     ]
     assert [html.unescape(text) for text, _, _ in pictures] == expected
-    assert {(width, height) for _, width, height in pictures} == {("224", "112")}
+    assert {(width, height) for _, width, height in pictures} == {("240", "120")}
     assert "&amp;&lt;b&gt;.jpg" in page
     assert "<b>" not in page
     assert "5 of 8 images" in page
