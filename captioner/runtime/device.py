@@ -110,6 +110,13 @@ def fast_bfloat16(device: str) -> bool:
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
+def has_avx512() -> bool:
+    """Whether this machine's CPUs have AVX512."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_supported())
+
+
 def choose_compute(requested: Literal["auto"] | Compute, device: str) -> Compute:
     """The requested arithmetic, or for ``auto`` the fast one of the device."""
     if requested != "auto":

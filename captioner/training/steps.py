@@ -15,6 +15,7 @@ from captioner.config import OptimizerConfig, TrainConfig
 from captioner.decoders.base import Decoder, Features
 from captioner.decoders.ensemble import members_of
 from captioner.errors import ConfigError, TrainingError
+from captioner.runtime.device import has_avx512
 from captioner.text import PAD
 from captioner.training.data import Batch
 from captioner.training.loss import IGNORED, cross_entropy
@@ -171,7 +172,7 @@ def check_compute(device: torch.device, compute: str) -> None:
     Raises:
         ConfigError: an LSTM cannot be trained in this arithmetic here; oneDNN has none in bfloat16 for such processors.
     """
-    if device.type == "cpu" and compute == "bfloat16" and not torch.cpu._is_avx512_supported():
+    if device.type == "cpu" and compute == "bfloat16" and not has_avx512():
         raise ConfigError(
             "compute: bfloat16 wants AVX512 or a GPU, this processor has neither; leave it at auto"
         )

@@ -13,12 +13,11 @@ from PIL import Image
 from captioner import storage
 from captioner.artifacts.model_directory import NGRAMS, WEIGHTS
 from captioner.artifacts.tables import CAPTIONED_ROWS
-from captioner.captioning import collection
 from captioner.captioning.captioner import Captioner
 from captioner.captioning.collection import caption_collection
 from captioner.config import CaptionConfig, DecodeConfig, DecodeOverrides
 from captioner.encoders.weights import ENCODER_WEIGHTS
-from captioner.errors import ModelError, StoreError
+from captioner.errors import ModelError, SourceError, StoreError
 from tests.models import write_model
 from tests.pictures import picture
 
@@ -67,17 +66,11 @@ def parquet(photos: Path, model: str, tmp_path_factory: pytest.TempPathFactory) 
 def jsonl(photos: Path, model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stopped after its last row: the next run must make the file of rows that are there already."""
     output = tmp_path_factory.mktemp("jsonl") / "captions"
-    asked = config(photos, model, output, format="jsonl")
-
-    def full_disk(*_: object) -> None:
-        raise StoreError("no space left on the device")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collection, "_write_json_lines", full_disk)
-        with pytest.raises(StoreError, match="no space"):
-            caption_collection(asked)
+    strict = config(photos, model, output, format="jsonl", max_reject_fraction=0.0)
+    with pytest.raises(SourceError, match="1 of 8 images were rejected"):
+        caption_collection(strict)
     assert not (output / "manifest.json").exists()
-    manifest = caption_collection(asked)
+    manifest = caption_collection(config(photos, model, output, format="jsonl"))
     tables = {entry.path: entry.rows for entry in manifest.files if entry.rows is not None}
     assert tables == {"captions.jsonl": 8}
     assert manifest.decode == SEARCHED

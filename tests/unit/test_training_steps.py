@@ -19,6 +19,7 @@ from captioner.decoding.cider import NGramFrequencies, cider_d
 from captioner.encoders.spec import FeatureShape
 from captioner.errors import ConfigError, TrainingError
 from captioner.text import END, PAD, START
+from captioner.training import steps
 from captioner.training.data import Batch, CaptionData
 from captioner.training.history import EpochRecord, finished
 from captioner.training.plan import Plan
@@ -386,7 +387,7 @@ def test_training_is_over_after_its_epochs_or_its_patience() -> None:
 
 
 def test_bfloat16_is_refused_where_there_is_no_lstm_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(steps, "has_avx512", lambda: False)
     check_compute(torch.device("cpu"), "float32")
     check_compute(torch.device("cuda"), "bfloat16")
     with pytest.raises(ConfigError, match="compute: bfloat16 wants AVX512"):
