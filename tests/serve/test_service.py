@@ -58,9 +58,9 @@ def run_many(
 
 
 class Load:
-    """A few clients that caption one picture after another while a block runs."""
+    """Clients that caption one picture after another while a block runs; few, or what is to start would get no core."""
 
-    def __init__(self, service: Service, clients: int = 4):
+    def __init__(self, service: Service, clients: int = 2):
         self.service, self.clients = service, clients
         self.statuses: Counter[int] = Counter()
         self.answers: list[tuple[int, str, str]] = []
