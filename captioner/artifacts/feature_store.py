@@ -1,6 +1,8 @@
 """Reads a published feature store: features of the pictures of a split, in the order of their ids, and captions."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -196,9 +198,19 @@ class FeatureStore:
             return {}
         wanted = pads.field("image_id").isin(list(ids))
         files = [entry.uri(self.uri) for entry in self._files("features")]
-        rows = _dataset(files).to_table(columns=["image_id", THUMBNAIL.name], filter=wanted)
-        pairs = zip(rows["image_id"].to_pylist(), rows[THUMBNAIL.name].to_pylist(), strict=True)
-        return {name: data for name, data in pairs if data is not None}
+        columns = ["image_id", THUMBNAIL.name, "__filename"]
+        with _reading(self.uri):
+            rows = _dataset(files).to_table(columns=columns, filter=wanted).to_pylist()
+        removed = {
+            (storage.resolve(FileEntry(path=file, bytes=0).uri(self.uri))[1], name)
+            for file, names in self._removed().items()
+            for name in names.to_pylist()
+        }
+        return {
+            row["image_id"]: row[THUMBNAIL.name]
+            for row in rows
+            if row[THUMBNAIL.name] and (row["__filename"], row["image_id"]) not in removed
+        }
 
     def captions(self, split: str) -> dict[str, list[str]]:
         """Raw captions of the good images of a split, by image id (sorted), in their original order; images without any
@@ -230,7 +242,9 @@ class FeatureStore:
         ids = self._locate(split)[0]
         there = (pads.field("split") == split) & pads.field("caption").is_valid()
         columns, found = ["image_id", "index", "caption"], 0
-        for batch in self._captions().to_batches(columns, filter=there, batch_size=_CAPTIONS):
+        with _reading(self.uri):
+            batches = self._captions().to_batches(columns, filter=there, batch_size=_CAPTIONS)
+        for batch in _checked(batches, self.uri):
             table = pa.table(batch).append_column("row", pc.index_in(batch["image_id"], ids))
             table = table.filter(table["row"].is_valid())
             found += len(table)
@@ -253,13 +267,16 @@ class FeatureStore:
 
     def _find(self, split: str) -> tuple[pa.Array, Chunk]:
         self.require(split, (), captions=False)
-        mine = self._captions().to_table(["image_id"], filter=pads.field("split") == split)
+        with _reading(self.uri):
+            mine = self._captions().to_table(["image_id"], filter=pads.field("split") == split)
         members = mine["image_id"].unique()
         removed = self._removed()
         files, names = [], []
-        for entry in self._files("features"):
-            with storage.open_input(entry.uri(self.uri)) as handle:
-                rows = pq.read_table(handle, columns=["image_id", "error"])
+        entries = self._files("features")
+        # On an object store each is a round trip or two.
+        with ThreadPoolExecutor(16) as pool:
+            tables = list(pool.map(lambda entry: self._read(entry, ["image_id", "error"]), entries))
+        for entry, rows in zip(entries, tables, strict=True):
             good = pc.and_(rows["error"].is_null(), pc.is_in(rows["image_id"], members))
             if entry.path in removed:
                 good = pc.and_(good, pc.invert(pc.is_in(rows["image_id"], removed[entry.path])))
@@ -283,12 +300,16 @@ class FeatureStore:
         entry = self.manifest.removed
         if entry is None:
             return {}
-        with storage.open_input(entry.uri(self.uri)) as handle:
-            table = pq.read_table(handle, columns=["file", "image_id"])
+        table = self._read(entry, ["file", "image_id"])
         return {
             file: table.filter(pc.equal(table["file"], file))["image_id"].combine_chunks()
             for file in table["file"].unique().to_pylist()
         }
+
+    def _read(self, entry: FileEntry, columns: list[str]) -> pa.Table:
+        uri = entry.uri(self.uri)
+        with _reading(uri), storage.open_input(uri) as handle:
+            return pq.read_table(handle, columns=columns, page_checksum_verification=True)
 
     def _layout(self, column: str) -> tuple[tuple[int, ...], type]:
         """Shape and dtype of one image's values in a feature column of any view."""
@@ -308,28 +329,39 @@ class FeatureStore:
         return _dataset([entry.uri(self.uri) for entry in self._files("captions")])
 
 
-def _dataset(uris: Sequence[str]) -> pads.Dataset:
-    """Parquet files whose pages are checked when they are read.
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turns what Arrow raises on files that are missing or damaged into StoreError."""
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StoreError(f"{what} is damaged: {' '.join(str(error).split())}") from error
 
-    Raises:
-        StoreError: one is not there, or is none.
-    """
+
+def _checked(batches: Iterator[pa.RecordBatch], what: str) -> Iterator[pa.RecordBatch]:
+    with _reading(what):
+        yield from batches
+
+
+def _dataset(uris: Sequence[str]) -> pads.Dataset:
+    """Parquet files, on one file system or several, whose pages are checked when they are read."""
     checked = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
     form = pads.ParquetFileFormat(default_fragment_scan_options=checked)
-    filesystem, _ = storage.resolve(uris[0])
-    try:
-        paths = [storage.resolve(uri)[1] for uri in uris]
-        return pads.dataset(paths, filesystem=filesystem, format=form)
-    except (OSError, pa.ArrowInvalid) as error:
-        reason = " ".join(str(error).split())
-        raise StoreError(f"the store is damaged: {reason}") from error
+    by_root: dict[str, list[str]] = {}
+    for uri in uris:
+        scheme, colon, rest = uri.partition("://")
+        by_root.setdefault(f"{scheme}://{rest.partition('/')[0]}" if colon else "", []).append(uri)
+    parts = []
+    for group in by_root.values():
+        filesystem, _ = storage.resolve(group[0])
+        paths = [storage.resolve(uri)[1] for uri in group]
+        parts.append(pads.dataset(paths, filesystem=filesystem, format=form))
+    return parts[0] if len(parts) == 1 else pads.dataset(parts)
 
 
 def _batches(file: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    try:
+    with _reading(file):
         yield from _dataset([file]).to_batches(columns=list(columns), batch_size=_FEATURES)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise StoreError(f"{file} is damaged: {' '.join(str(error).split())}") from error
 
 
 def _take(array: pa.Array, rows: Integers) -> np.ndarray[Any, Any]:

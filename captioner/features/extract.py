@@ -54,6 +54,8 @@ def extract(config: ExtractConfig) -> StoreManifest:
     start_ray()
     spec = family.spec(config.encoder, tensors, compute_on_cluster(config.encoder.compute))
 
+    reasons: list[str] = []
+
     def fill(output: Output) -> StoreManifest:
         total = source.num_images()
         pool = plan_pool(total, size=config.num_encoders, cpus_per_actor=config.cpus_per_encoder)
@@ -93,7 +95,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
             splits=_count_splits(rows, output, captions),
             files=[encoder, *list_data_files(output, "features"), *captions],
         )
-        logger.info("\n".join([describe(manifest), *_reasons(rows)]))
+        reasons[:] = _reasons(rows)
         return manifest
 
     identity = {
@@ -103,7 +105,9 @@ def extract(config: ExtractConfig) -> StoreManifest:
         "limits": config.limits.model_dump(mode="json"),
         **config.model_dump(include={"grid", "mirrored", "crops", "thumbnails"}),
     }
-    return publish_once(config.output, identity, StoreManifest, fill)
+    manifest = publish_once(config.output, identity, StoreManifest, fill)
+    logger.info("\n".join([describe(manifest), *reasons]))
+    return manifest
 
 
 def describe(manifest: StoreManifest) -> str:

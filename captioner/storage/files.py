@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -38,11 +39,10 @@ class FileInfo:
     """When it was changed, in nanoseconds since 1970; None where the store does not say."""
 
 
-def _s3(bucket_path: str) -> pafs.S3FileSystem:
+@cache
+def _s3(bucket: str, endpoint: str | None, region: str | None) -> pafs.S3FileSystem:
     # Arrow reads credentials from the usual AWS variables; the endpoint is passed on so that both names AWS tools
     # accept work, and so that the file system, pickled into Ray tasks, carries it to nodes without the variable.
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if endpoint:
         parts = urlsplit(endpoint)
         return pafs.S3FileSystem(
@@ -50,7 +50,7 @@ def _s3(bucket_path: str) -> pafs.S3FileSystem:
             scheme=parts.scheme or "https",
             region=region or "us-east-1",
         )
-    return pafs.S3FileSystem(region=region or pafs.resolve_s3_region(bucket_path.split("/")[0]))
+    return pafs.S3FileSystem(region=region or pafs.resolve_s3_region(bucket))
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -67,7 +67,9 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         if scheme == "s3":
             path = uri.removeprefix("s3://").rstrip("/")
-            return _s3(path), path
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+            return _s3(path.partition("/")[0], endpoint, region), path
         filesystem, path = pafs.FileSystem.from_uri(uri)
         return filesystem, path
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:

@@ -93,3 +93,38 @@ def test_a_flipped_bit_in_a_page_is_noticed(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(StoreError, match=r"damaged.*(CRC|checksum|corrupt)"):
         FeatureStore.open(str(tmp_path)).load("train", ("pooled",))
+
+
+@pytest.mark.parametrize("damaged", ["features/0.parquet", "captions/0.parquet"])
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_damage_is_one_line_wherever_it_is_met(tmp_path: Path, damaged: str, how: str) -> None:
+    write_store(tmp_path, {"train": 5})
+    path = tmp_path / damaged
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.unlink()
+    readers = [
+        lambda store: store.load("train", ("pooled",)),
+        lambda store: store.captions("train"),
+        lambda store: list(store.caption_batches("train")),
+        lambda store: store.image_ids("train"),
+    ]
+    if damaged.startswith("features"):
+        readers.append(lambda store: store.thumbnails(["train-0000"]))
+    for read in readers:
+        with pytest.raises(StoreError) as caught:
+            read(FeatureStore.open(str(tmp_path)))
+        assert "\n" not in str(caught.value)
+
+
+def test_thumbnails_of_removed_rows_are_not_shown(tmp_path: Path) -> None:
+    write_store(tmp_path, {"train": 2})
+    pq.write_table(
+        pa.table({"file": ["features/0.parquet"], "image_id": ["train-0000"]}),
+        tmp_path / "removed.parquet",
+    )
+    removed = FileEntry(path="removed.parquet", bytes=1, rows=1).model_dump()
+    edit_manifest(tmp_path, {"removed": removed})
+    store = FeatureStore.open(str(tmp_path))
+    assert list(store.thumbnails(["train-0000", "train-0001"])) == ["train-0001"]
