@@ -34,14 +34,30 @@ def raised(arguments: Sequence[str], known: Collection[str]) -> Iterator[None]:
     def refuse(event: _errors.ParseErrorEvent) -> None:
         # What tyro may come to refuse beyond these ends in its box, and in status 2 as well.
         if isinstance(event, _errors.UnrecognizedArgs):
-            words = [word if word in arguments else attached(word) for word in event.tokens]
-            close = difflib.get_close_matches(words[0].partition("=")[0], known, 1, 0.7)
-            hint = f"did you mean {close[0]}?" if close else "--help lists the flags"
-            raise ConfigError(f"{' '.join(words)} is not known: {hint}")
+            unknown([word if word in arguments else attached(word) for word in event.tokens])
         if isinstance(event, _errors.MissingArgs):
             raise MissingError([given.arg.display_name() for given in event.missing_arguments])
         if isinstance(event, _errors.BadValue):
+            # What no flag is may have taken the word that a positional argument lacks.
+            if not event.argument.display_name().startswith("-"):
+                unknown([word for word in arguments if word.startswith("--") and not is_flag(word)])
             raise ConfigError(f"{event.argument.display_name()}: a value is missing")
+
+    def unknown(words: list[str]) -> None:
+        if not words:
+            return
+        name, _, value = words[0].partition("=")
+        if value and is_flag(name):
+            raise ConfigError(f"{words[0]}: {name} takes no value")
+        close = difflib.get_close_matches(name, known, 1, 0.7)
+        hint = f"did you mean {close[0]}?" if close else "--help lists the flags"
+        if name.removeprefix("--") in known:
+            hint = f"give {name.removeprefix('--')} without a flag"
+        raise ConfigError(f"{' '.join(words)} is not known: {hint}")
+
+    def is_flag(word: str) -> bool:
+        name = word.partition("=")[0].replace("_", "-")
+        return name in known or name.replace("--no-", "--", 1) in known
 
     # Of --flag=value tyro names the value alone where the flag takes none.
     def attached(value: str) -> str:

@@ -36,7 +36,7 @@ MINIMAL = ["--source", "shapes", "--output", "x"]
         (["--batch-size", ""], "--batch-size: should be a valid integer.* (got '')"),
         (["--batch-size"], "--batch-size: a value is missing"),
         (["--batch-size", "--grid"], "--batch-size: a value is missing"),
-        (["--grid=yes"], "--grid=yes is not known: did you mean --grid?"),
+        (["--grid=yes"], "--grid=yes: --grid takes no value"),
         (["--colour", "red"], "--colour red is not known: --help lists the flags"),
         (["--ouput=x"], "--ouput=x is not known: did you mean --output?"),
         (["--layer", "layer3"], "--layer layer3 is not known: --help lists the flags"),

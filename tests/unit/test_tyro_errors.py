@@ -23,7 +23,7 @@ def count(number: int, plain: bool = False) -> int:
         (["--number=1", "2"], "2 is not known: --help lists the flags"),
         (["--number=1", "--fast=1"], "--fast=1 is not known: --help lists the flags"),
         (["--number=1", "1"], "1 is not known: --help lists the flags"),
-        (["--number=1", "--plain=yes"], "--plain=yes is not known: did you mean --plain?"),
+        (["--number=1", "--plain=yes"], "--plain=yes: --plain takes no value"),
     ],
 )
 def test_what_tyro_refuses_is_raised_and_not_printed(
@@ -46,6 +46,27 @@ def test_all_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> Non
         tyro.cli(divide, args=["--colour=red"])
     assert caught.value.flags == ["--number", "--by"]
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--uri", "a"], "--uri is not known: give uri without a flag"),
+        (["--colour", "red"], "--colour is not known: --help lists the flags"),
+        (["--fast", "--plian", "a"], "--plian is not known: did you mean --plain?"),
+        (["a", "--no-fast", "--plain"], "--plain: a value is missing"),
+    ],
+)
+def test_a_flag_that_is_not_known_comes_before_the_value_it_has_taken(
+    arguments: list[str], message: str
+) -> None:
+    def check(uri: tyro.conf.Positional[str], fast: bool = False, plain: str = "") -> str:
+        return uri
+
+    known = ["uri", "--fast", "--plain"]
+    with pytest.raises(ConfigError) as caught, tyro_errors.raised(arguments, known):
+        tyro.cli(check, args=arguments, config=[tyro.conf.PositionalMetavarFromFieldName])
+    assert str(caught.value) == message
 
 
 def test_what_is_not_known_yet_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
