@@ -319,11 +319,7 @@ class FeatureStore:
 
     def _files(self, directory: str) -> list[FileEntry]:
         # Only the manifest's files: anything else in the directory was never published.
-        return [
-            entry
-            for entry in self.manifest.files
-            if entry.rows and f"/{directory}/" in f"/{entry.path}"
-        ]
+        return self.manifest.tables(directory)
 
     def _captions(self) -> pads.Dataset:
         return _dataset([entry.uri(self.uri) for entry in self._files("captions")])

@@ -43,6 +43,14 @@ class Manifest(Record):
     schema_version: int = SCHEMA_VERSION
     files: list[FileEntry]
 
+    def tables(self, directory: str) -> list[FileEntry]:
+        """Those with rows in a subdirectory, its own or of an older part."""
+        return [
+            entry
+            for entry in self.files
+            if entry.rows and entry.path.split("/")[-2:-1] == [directory]
+        ]
+
 
 class SourceIdentity(Record):
     """Where the images came from; decides whether a run may continue another's directory."""

@@ -9,7 +9,13 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from captioner import storage
-from captioner.artifacts.manifests import FileEntry, Manifest, StoreManifest, open_manifest
+from captioner.artifacts.manifests import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    StoreManifest,
+    open_manifest,
+)
 
 # Files read at a time: an object store answers late, and one row group of each is in memory.
 _READERS = 4
@@ -51,19 +57,32 @@ def verify(uri: str) -> Verification:
         for entry, (_, problem) in zip(entries, found, strict=True)
         if problem is not None
     ]
+    if isinstance(manifest, StoreManifest):
+        problems += _verify_counts(manifest, uri)
     return Verification(uri, len(entries), sum(rows for rows, _ in found), problems)
+
+
+def _verify_counts(manifest: StoreManifest, uri: str) -> list[str]:
+    """Whether the files that the manifest lists hold a row for each picture that it counts."""
+    rows = sum(entry.rows or 0 for entry in manifest.tables("features"))
+    if manifest.removed is not None:
+        rows -= manifest.removed.rows or 0
+    if rows == manifest.counts.images:
+        return []
+    place = storage.join(uri, MANIFEST)
+    return [f"{place}: {rows:,} rows of features, but {manifest.counts.images:,} pictures"]
 
 
 def _verify_file(entry: FileEntry, root: str) -> tuple[int, str | None]:
     """Rows read, and what is wrong."""
-    filesystem, path = storage.resolve(entry.uri(root))
-    info = filesystem.get_file_info(path)
-    if info.type != pafs.FileType.File:
-        return 0, "missing"
-    if info.size != entry.bytes:
-        return 0, f"{info.size:,} bytes, not {entry.bytes:,}"
     rows = entry.rows or 0
     try:
+        filesystem, path = storage.resolve(entry.uri(root))
+        info = filesystem.get_file_info(path)
+        if info.type != pafs.FileType.File:
+            return 0, "missing"
+        if info.size != entry.bytes:
+            return 0, f"{info.size:,} bytes, not {entry.bytes:,}"
         with filesystem.open_input_file(path) as file:
             if entry.sha256 is not None and _sha256(file) != entry.sha256:
                 return 0, "its SHA-256 is not the manifest's"

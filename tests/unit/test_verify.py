@@ -1,5 +1,6 @@
 """``verify`` finds what has happened to a published directory since."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,33 @@ def test_damage_is_one_line_a_file_and_status_1(
     assert found.startswith(f"{published}/{file}: {problem}")
     assert summary.startswith(f"{published}: 2 files, ")
     assert summary.endswith(" rows: 1 damaged")
+
+
+def test_a_file_that_cannot_even_be_looked_for_is_a_line(published: Path) -> None:
+    manifest = published / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("scores.json", "s" * 300))
+    (problem,) = verify(str(published)).problems
+    assert problem.startswith(f"{published}/{'s' * 300}: cannot be read: ")
+
+
+def test_a_store_has_a_row_for_each_picture_that_it_counts(tmp_path: Path) -> None:
+    write_store(tmp_path, {"train": 3, "validation": 2}, files=2)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"ok":5', '"ok":6'))
+    (problem,) = verify(str(tmp_path)).problems
+    assert problem == f"{manifest}: 7 rows of features, but 8 pictures"
+
+
+def test_removed_rows_of_a_store_are_no_pictures(tmp_path: Path) -> None:
+    write_store(tmp_path, {"train": 3}, files=2)
+    table = tmp_path / "removed.parquet"
+    pq.write_table(pa.table({"file": ["features/0.parquet"], "image_id": ["train-0002"]}), table)
+    entry = FileEntry(path=table.name, bytes=table.stat().st_size, rows=1)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["removed"] = entry.model_dump()
+    manifest["counts"]["ok"] = 2
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(str(tmp_path)).problems == []
 
 
 def test_every_damaged_file_is_named(published: Path) -> None:
