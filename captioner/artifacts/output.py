@@ -5,6 +5,7 @@ written last. Readers open a directory only through its manifest, so they never 
 while it runs lies in ``_work``, which goes once the manifest is there.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -129,7 +130,9 @@ class Output:
         same command does it, too."""
         if self.complete and exists(self.work()):
             filesystem, path = resolve(self.work())
-            filesystem.delete_dir(path)
+            # Another run of the command may delete it at the same time.
+            with contextlib.suppress(FileNotFoundError):
+                filesystem.delete_dir(path)
 
     def close(self) -> None:
         """Let another process of this machine have the directory."""

@@ -14,7 +14,7 @@ from captioner.artifacts.manifests import (
     StoreManifest,
     open_manifest,
 )
-from captioner.artifacts.output import Output, publish_once
+from captioner.artifacts.output import WORK, Output, publish_once
 from captioner.errors import StoreError
 
 
@@ -82,6 +82,19 @@ def test_published_directory_is_complete_for_the_same_job_and_refused_to_another
     assert Output(root, {"job": "x"}).complete
     with pytest.raises(StoreError, match="job: 'x' there, 'y' asked"):
         Output(root, {"job": "y"})
+
+
+def test_work_that_another_run_has_deleted_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = Output(str(tmp_path / "out"), {"job": "x"})
+    (tmp_path / "out" / WORK).mkdir()
+    output.publish(Manifest(kind="model", files=[]))
+    output.clear_work()
+    assert not (tmp_path / "out" / WORK).exists()
+    # Both have seen it.
+    monkeypatch.setattr("captioner.artifacts.output.exists", lambda uri: True)
+    output.clear_work()
 
 
 def test_foreign_directory_is_never_written_into(tmp_path: Path) -> None:
