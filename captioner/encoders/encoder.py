@@ -109,6 +109,8 @@ def _fold_batch_norms(network: nn.Module, input_size: tuple[int, int]) -> nn.Mod
             for wanted, found in zip(network(pixels), folded(pixels), strict=True):
                 if not torch.allclose(wanted, found, atol=_TOLERANCE * float(wanted.abs().max())):
                     return network
+    except torch.OutOfMemoryError:
+        raise  # a RuntimeError, which says nothing about the network
     except (TraceError, TypeError, ValueError, RuntimeError, AttributeError):
         return network
     return folded

@@ -4,7 +4,9 @@ pooled is ``forward_head(pre_logits=True)``, what its classifier would see; the 
 normalised, without class and register tokens. Input size, resize rule, mean and deviation are the model's own.
 """
 
+import functools
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,12 +49,12 @@ class Timm(Family):
             raise ConfigError("encoder.layer: timm's networks are run to their end")
         name, published = _name(config), config.weights == "pretrained"
         # First without weights: what cannot be used is not downloaded.
+        _look(name, config.input_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            network = _create(name, config.input_size)
-        _look(network, name, _input_size(network, config))
+            network = _create(name, config.input_size, pretrained=published)
         if published:
-            return random_weights(_create(name, config.input_size, pretrained=True)), name
+            return random_weights(network), name
         if config.weights == "random":
             return random_weights(network), f"random(seed={config.seed})"
         found = file_of_weights(config.weights, "pretrained, random")
@@ -62,10 +64,8 @@ class Timm(Family):
 
     def spec(self, config: EncoderConfig, tensors: Tensors, precision: Compute) -> EncoderSpec:
         name = _name(config)
-        network = _create(name, config.input_size)
-        input_size = _input_size(network, config)
-        pooled, cells = _look(network, name, input_size)
-        data = _data(network)
+        look = _look(name, config.input_size)
+        data = look.data
         if data["crop_mode"] not in ("center", "squash"):
             raise ConfigError(
                 f"encoder.name: {name} pads pictures ({data['crop_mode']}): not supported"
@@ -75,15 +75,15 @@ class Timm(Family):
             family=self.family,
             name=name,
             layer="final",
-            input_size=input_size,
+            input_size=look.input_size,
             resize="squash" if whole else "crop",
             crop_fraction=1.0 if whole else data["crop_pct"],
             filter=data["interpolation"],
             mean=tuple(255 * value for value in data["mean"]),
             deviation=tuple(255 * value for value in data["std"]),
-            pooled_channels=pooled[1],
-            grid_channels=cells[1],
-            grid=(cells[2], cells[3]),
+            pooled_channels=look.pooled[1],
+            grid_channels=look.cells[1],
+            grid=(look.cells[2], look.cells[3]),
             precision=precision,
             weights_sha256=digest(tensors),
         )
@@ -97,21 +97,6 @@ FAMILY = Timm()
 
 def _name(config: EncoderConfig) -> str:
     return config.name.partition(":")[2]
-
-
-def _input_size(network: _Backbone, config: EncoderConfig) -> tuple[int, int]:
-    if config.input_size is not None:
-        return config.input_size, config.input_size
-    _, rows, columns = _data(network)["input_size"]
-    return rows, columns
-
-
-def _data(network: _Backbone) -> dict[str, Any]:
-    """What timm says of the pictures that a model wants."""
-    import timm.data
-
-    found: dict[str, Any] = timm.data.resolve_model_data_config(network.model)  # type: ignore[no-untyped-call,attr-defined]
-    return found
 
 
 def _create(name: str, side: int | None, *, pretrained: bool = False) -> _Backbone:
@@ -137,17 +122,35 @@ def _create(name: str, side: int | None, *, pretrained: bool = False) -> _Backbo
     raise AssertionError("unreachable: there is always a last size")
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What is known of a network without its weights."""
+
+    data: dict[str, Any]
+    """What timm says of the pictures that it wants."""
+    input_size: tuple[int, int]
+    pooled: tuple[int, ...]
+    """Shape for one picture: [1, C]."""
+    cells: tuple[int, ...]
+    """Shape for one picture: [1, D, H, W]."""
+
+
+@functools.cache
 @torch.inference_mode()
-def _look(
-    network: _Backbone, name: str, input_size: tuple[int, int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what the network gives for one picture: [1, C] and [1, D, H, W].
+def _look(name: str, side: int | None) -> _Look:
+    """Look at a network, made for square inputs of ``side`` pixels or as timm has it.
 
     Raises:
-        ConfigError: it gives something else, or nothing.
+        ConfigError: it does not give a pooled vector and a feature map.
     """
+    import timm.data
+
+    with torch.random.fork_rng(devices=[]):
+        network = _create(name, side)
+    data: dict[str, Any] = timm.data.resolve_model_data_config(network.model)  # type: ignore[no-untyped-call,attr-defined]
+    _, rows, columns = data["input_size"] if side is None else (3, side, side)
     try:
-        pooled, cells = network(torch.zeros(1, 3, *input_size))
+        pooled, cells = network(torch.zeros(1, 3, rows, columns))
     except (AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
@@ -158,4 +161,4 @@ def _look(
             f"encoder.name: timm's {name} does not give a pooled vector and a feature map but {tuple(pooled.shape)} "
             f"and {tuple(cells.shape)}"
         )
-    return tuple(pooled.shape), tuple(cells.shape)
+    return _Look(data, (rows, columns), tuple(pooled.shape), tuple(cells.shape))

@@ -193,3 +193,14 @@ def test_weights_of_another_network_are_refused() -> None:
     tensors["conv1.weight"][0, 0, 0, 0] += 1e-3
     with pytest.raises(ModelError, match="not those of resnet50"):
         Encoder(spec, tensors)
+
+
+def test_memory_that_runs_out_is_no_reason_to_leave_batch_norms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(network: torch.nn.Module) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr("torch.fx.experimental.optimization.fuse", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        make(RANDOM, "float32")

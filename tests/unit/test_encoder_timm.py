@@ -66,6 +66,20 @@ def test_batch_norms_are_folded_where_they_can_be() -> None:
     assert left["visformer_tiny"] > 0
 
 
+def test_a_network_is_made_twice_at_most_for_its_spec_and_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, make = [], timm.create_model
+
+    def counted(name: str, **options: object) -> torch.nn.Module:
+        made.append(name)
+        return make(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", counted)
+    describe("resnet10t")
+    assert made == ["resnet10t"] * 2
+
+
 def test_weights_from_a_file_are_the_weights(tmp_path: Path) -> None:
     model = timm.create_model("resnet18")  # with its classifier, as published files have it
     path = tmp_path / "resnet18.safetensors"
