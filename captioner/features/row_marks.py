@@ -11,9 +11,9 @@ from captioner.artifacts.manifests import Counts, FileEntry
 from captioner.artifacts.output import Output
 from captioner.artifacts.tables import RETRYABLE
 from captioner.errors import SourceError, StoreError
+from captioner.runtime.ray_private import PENDING
 
 CHECKPOINT = "marks"
-_PENDING = ".pending.parquet"
 
 
 def finish_rows(output: Output, directory: str, total: int, max_reject_fraction: float) -> pa.Table:
@@ -83,19 +83,19 @@ def distrust_double_marks(output: Output) -> None:
     marks = {file.path for file in storage.list_files(output.work(CHECKPOINT))}
     filesystem, path = storage.resolve(output.work(CHECKPOINT))
     for mark in marks:
-        if mark.endswith(_PENDING) and (final := mark.removesuffix(_PENDING) + ".parquet") in marks:
+        if mark.endswith(PENDING) and (final := mark.removesuffix(PENDING) + ".parquet") in marks:
             filesystem.delete_file(f"{path}/{final}")
 
 
 def has_pending(output: Output) -> bool:
     """Whether a killed task may have left a file that Ray Data has yet to delete."""
-    return any(file.path.endswith(_PENDING) for file in storage.list_files(output.work(CHECKPOINT)))
+    return any(file.path.endswith(PENDING) for file in storage.list_files(output.work(CHECKPOINT)))
 
 
 def count_done(output: Output) -> int:
     """Images whose output files are complete."""
     done = [
-        mark for mark in _parquet_files(output.work(CHECKPOINT)) if not mark.path.endswith(_PENDING)
+        mark for mark in _parquet_files(output.work(CHECKPOINT)) if not mark.path.endswith(PENDING)
     ]
     return sum(_count_rows(done))
 

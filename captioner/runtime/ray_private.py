@@ -1,5 +1,8 @@
 """What Ray does not offer in public, and yet is needed: every private name of Ray's that the project uses is in here.
 
+But for ``__serve_build_asgi_app__``, which looks private: it has to be a method of serving/ingress.py's class, and the
+docstring of ``serve.ingress`` asks for it where the API is made of a replica's arguments.
+
 Each may be gone in Ray's next release. tests/unit/test_ray_private.py and tests/cluster/test_ray_private.py say what
 then no longer holds.
 """
@@ -14,6 +17,10 @@ from ray._private import ray_constants
 from ray._private.internal_api import get_memory_info_reply
 from ray._private.state import state
 
+# A resource of the head alone: what asks for a little of it is placed there.
+HEAD = "node:__internal_head__"
+# How the mark of a file ends, in a checkpoint of Ray Data's, until the file is complete.
+PENDING = ".pending.parquet"
 # Of a Ray that a job starts for itself. Its processes inherit them.
 _GCS_PORT = ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE
 _LOCAL = {

@@ -24,6 +24,7 @@ from captioner.decoders import decoder_class
 from captioner.errors import TrainingError
 from captioner.plots import plot_trials
 from captioner.runtime.cluster import num_cpus, num_gpus, start_ray
+from captioner.runtime.ray_private import HEAD
 from captioner.training.run import run_training
 from captioner.tuning.space import Hyperparameters, draw_trials, training_of
 
@@ -34,7 +35,7 @@ MODEL, TRIALS, PICTURE = "model", "trials.parquet", "trials.png"
 
 # A trial's driver, its Train controller and its progress lines live on the head, without which the search is lost
 # anyhow: another node's loss takes workers, which Ray Train replaces. Memory bounds the trials a small head begins.
-_DRIVER = {"memory": 768 * 2**20, "node:__internal_head__": 0.001}
+_DRIVER = {"memory": 768 * 2**20, HEAD: 0.001}
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import ray
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+from ray.data.checkpoint.checkpoint_writer import PENDING_CHECKPOINT_SUFFIX
 from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 
 from captioner.runtime import ray_private
@@ -42,6 +43,6 @@ def test_settings_of_a_local_ray_are_the_users_or_ours_and_end_with_it(
         assert os.environ["RAY_ADDRESS"] == "127.0.0.1:5678"
 
 
-def test_ray_still_knows_how_long_to_wait_for_a_node() -> None:
-    core = Path(ray.__file__).with_name("_raylet.so").read_bytes()
-    assert b"raylet_start_wait_time_s" in core
+def test_names_are_those_that_ray_gives() -> None:
+    assert ray_private.HEAD == HEAD_NODE_RESOURCE_NAME
+    assert f"{PENDING_CHECKPOINT_SUFFIX}.parquet" == ray_private.PENDING
