@@ -152,9 +152,11 @@ def test_mean_gradient_of_workers_is_one_workers_gradient(workers: int) -> None:
     data, model = captions(17), decoder()
     plan: Plan = data.epoch(0).plan
     assert sorted(len(share) for (share,) in plan) == [1, 8, 8]
-    for step in range(len(plan)):
+    for step, (share,) in enumerate(plan):
         alone = change(model, data, 0, 1, step)
         parts = [change(model, data, rank, workers, step) for rank in range(workers)]
+        idle = [part for part in parts if not part.any()]
+        assert len(idle) == max(0, workers - len(share))
         assert alone.norm() > 1e-3
         torch.testing.assert_close(torch.stack(parts).mean(dim=0), alone, rtol=1e-4, atol=1e-6)
 
