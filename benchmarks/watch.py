@@ -30,7 +30,7 @@ class Memory:
     model_actor: int = 0
     """The largest."""
     task_worker: int = 0
-    """The largest of those that read, decode and write."""
+    """The largest of those that read, load and write."""
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Feed damaged images to the decoder: ``python -m tests.fuzz_images --count 10000 --seed 0``.
 
-Each mutant must either decode to a 224x224 RGB array or raise ImageError, within a second and without the process
+Each mutant must either load as a 224x224 RGB array or raise ImageError, within a second and without the process
 growing. The exit status is 1 when one does anything else; ``--keep DIR`` writes such files there.
 """
 
@@ -30,7 +30,7 @@ SLOW_SECONDS = 1.0
 
 
 def seed_images() -> dict[str, bytes]:
-    """Small pictures in every format and mode that the decoder accepts, by name."""
+    """Small pictures in every format and mode that is accepted, by name."""
     gradient = np.linspace(0, 255, 48 * 64 * 4).reshape(48, 64, 4).astype(np.uint8)
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 4), np.uint8)
     rgba = Image.fromarray((gradient // 2 + noise // 2).astype(np.uint8))
@@ -142,7 +142,7 @@ _MUTATIONS: tuple[Mutation, ...] = (
 
 
 def fuzz(count: int, seed: int, keep: Path | None = None) -> tuple[Counter[str], float, int]:
-    """Outcomes by kind, the slowest decode in seconds, and the growth of the process in KiB."""
+    """Outcomes by kind, the slowest load in seconds, and the growth of the process in KiB."""
     generator = random.Random(seed)
     seeds = seed_images()
     for data in seeds.values():
@@ -157,7 +157,7 @@ def fuzz(count: int, seed: int, keep: Path | None = None) -> tuple[Counter[str],
         try:
             pixels = load_image(data, FIT, LIMITS).pixels
             fine = pixels.shape == (224, 224, 3) and pixels.dtype == np.uint8
-            outcome = "decoded" if fine else "FAILED: wrong array"
+            outcome = "loaded" if fine else "FAILED: wrong array"
         except ImageError as error:
             # Sizes differ from mutant to mutant.
             outcome = "refused: " + "".join("N" if part.isdigit() else part for part in str(error))

@@ -25,7 +25,7 @@ class Config(BaseModel):
 
 
 class ImageLimits(Config):
-    """What is refused before a single pixel is decoded."""
+    """What is refused before a single pixel is loaded."""
 
     max_bytes: Positive = 32 * 2**20
     """Largest encoded image, in bytes."""

@@ -20,7 +20,7 @@ from captioner.storage import S3_ADDRESS_VARIABLES
 
 logger = logging.getLogger(__name__)
 
-# Logical CPUs of a task that reads, decodes or writes, and of a model actor. Whatever nodes are lost, those that stay
+# Logical CPUs of a task that reads, loads or writes, and of a model actor. Whatever nodes are lost, those that stay
 # must have room for the tasks beside all actors, restarted there: actors that held whole CPUs would leave none, and
 # the job would wait for ever. So actors take next to nothing, yet something, which keeps them off heads without CPUs.
 TASK_CPUS = 0.99
@@ -129,9 +129,9 @@ def plan_pool(
 ) -> PoolPlan:
     """Model actors for the cluster as it stands: one per GPU, else CPU actors that cover each node's cores.
 
-    On CPU they share the cores with decoding, which needs few: the system does that better than a reservation, and Ray
-    Data starts no more decoding than the model keeps up with. An actor of several threads waits at the end of every
-    operation for the one that decoding has delayed (2 threads on 2 cores: a fifth slower than 2 actors of one), but
+    On CPU they share the cores with loading, which needs few: the system does that better than a reservation, and Ray
+    Data starts no more loading than the model keeps up with. An actor of several threads waits at the end of every
+    operation for the one that loading has delayed (2 threads on 2 cores: a fifth slower than 2 actors of one), but
     each actor holds the network once more; so four actors a node, and more only where they have four cores each.
 
     Args:

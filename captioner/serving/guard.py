@@ -96,9 +96,8 @@ class Guard:
         try:
             problem, complete = await self._read(headers, receive, pieces, problem)
             if problem is None:
-                pieces[:] = [
-                    b"".join(pieces)
-                ]  # a single one, as a proxy hands it on, is not copied
+                # A single one, as a proxy hands it on, is not copied.
+                pieces[:] = [b"".join(pieces)]
                 await self._forward(scope, pieces[0], receive, reply)
                 return
             self._reject(problem.code)

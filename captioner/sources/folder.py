@@ -125,7 +125,7 @@ class FolderSource:
         return dict(self._left_out)
 
     def images(self) -> PieceSource:
-        # Two tasks for each CPU at least, so that a small folder too is read and decoded by all of them.
+        # Two tasks for each CPU at least, so that a small folder too is read and loaded by all of them.
         cpus = int(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else 1
         most = math.ceil(len(self._rows) / (2 * cpus))
         most = min(max(most, LEAST_ROWS_PER_PIECE), MOST_ROWS_PER_PIECE)
