@@ -1,4 +1,4 @@
-"""Feed damaged images to the decoder: ``python -m tests.fuzz_images --count 10000 --seed 0``.
+"""Load damaged images: ``python -m tests.fuzz_images --count 10000 --seed 0``.
 
 Each mutant must either load as a 224x224 RGB array or raise ImageError, within a second and without the process
 growing. The exit status is 1 when one does anything else; ``--keep DIR`` writes such files there.

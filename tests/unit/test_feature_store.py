@@ -60,11 +60,12 @@ def test_rows_that_were_removed_do_not_count(tmp_path: Path) -> None:
 
 
 def test_files_of_an_older_part_lie_elsewhere(tmp_path: Path) -> None:
-    write_store(tmp_path / "older", {"train": 5}, files=2)
-    expected = FeatureStore.open(str(tmp_path / "older")).load("train", ("pooled",))
-    manifest = json.loads((tmp_path / "older" / "manifest.json").read_text())
+    # Under a directory of that name its captions are no features.
+    write_store(tmp_path / "features", {"train": 5}, files=2)
+    expected = FeatureStore.open(str(tmp_path / "features")).load("train", ("pooled",))
+    manifest = json.loads((tmp_path / "features" / "manifest.json").read_text())
     for entry in manifest["files"]:
-        entry["path"] = str(tmp_path / "older" / entry["path"])
+        entry["path"] = str(tmp_path / "features" / entry["path"])
     (tmp_path / "newer").mkdir()
     (tmp_path / "newer" / "manifest.json").write_text(json.dumps(manifest))
     store = FeatureStore.open(str(tmp_path / "newer"))
