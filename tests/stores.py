@@ -1,5 +1,6 @@
 """Tiny feature stores written without an encoder, for tests of what reads them."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,9 @@ def encoder_spec() -> EncoderSpec:
 
 
 def _entry(root: Path, path: Path, rows: int | None = None) -> FileEntry:
-    return FileEntry(path=str(path.relative_to(root)), bytes=path.stat().st_size, rows=rows)
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    return FileEntry(path=str(path.relative_to(root)), bytes=len(data), rows=rows, sha256=digest)
 
 
 def _tensors(values: list[Any], kind: pa.FixedShapeTensorType) -> pa.Array:

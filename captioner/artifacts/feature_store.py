@@ -1,5 +1,6 @@
 """Reads a published feature store: features of the pictures of a split, in the order of their ids, and captions."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -92,16 +93,34 @@ class FeatureStore:
         return cls(uri, open_manifest(uri, StoreManifest))
 
     def identity(self) -> dict[str, Any]:
-        """What a run that reads the store compares when it continues: other features, another run."""
+        """What a run that reads the store compares when it continues: other features or captions, another run."""
+        captions = [entry.sha256 for entry in self._files("captions")]
+        removed = self.manifest.removed
         return {
             "encoder": self.manifest.encoder.spec.model_dump(mode="json"),
             "source": self.manifest.source.model_dump(mode="json"),
+            "captions": captions,
+            "removed": removed and removed.sha256,
         }
 
     @property
     def encoder_weights_uri(self) -> str:
         """The weights every embedding of the store was made with."""
         return storage.join(self.uri, ENCODER_WEIGHTS)
+
+    def read_encoder_weights(self) -> bytes:
+        """The file behind ``encoder_weights_uri``.
+
+        Raises:
+            StoreError: it is missing, or another than was published.
+        """
+        data = storage.read_bytes(self.encoder_weights_uri)
+        digests = [entry.sha256 for entry in self.manifest.files if entry.path == ENCODER_WEIGHTS]
+        if digests != [hashlib.sha256(data).hexdigest()]:
+            raise StoreError(
+                f"{self.encoder_weights_uri} is damaged: not the file that was published"
+            )
+        return data
 
     def require(
         self,
@@ -200,16 +219,11 @@ class FeatureStore:
         files = [entry.uri(self.uri) for entry in self._files("features")]
         columns = ["image_id", THUMBNAIL.name, "__filename"]
         with _reading(self.uri):
-            rows = _dataset(files).to_table(columns=columns, filter=wanted).to_pylist()
-        removed = {
-            (storage.resolve(FileEntry(path=file, bytes=0).uri(self.uri))[1], name)
-            for file, names in self._removed().items()
-            for name in names.to_pylist()
-        }
+            rows = _dataset(files).to_table(columns=columns, filter=wanted)
         return {
             row["image_id"]: row[THUMBNAIL.name]
-            for row in rows
-            if row[THUMBNAIL.name] and (row["__filename"], row["image_id"]) not in removed
+            for row in self._standing(rows).to_pylist()
+            if row[THUMBNAIL.name]
         }
 
     def captions(self, split: str) -> dict[str, list[str]]:
@@ -241,11 +255,12 @@ class FeatureStore:
         self.require(split, (), captions=True)
         ids = self._locate(split)[0]
         there = (pads.field("split") == split) & pads.field("caption").is_valid()
-        columns, found = ["image_id", "index", "caption"], 0
+        columns, found = ["image_id", "index", "caption", "__filename"], 0
         with _reading(self.uri):
             batches = self._captions().to_batches(columns, filter=there, batch_size=_CAPTIONS)
         for batch in _checked(batches, self.uri):
-            table = pa.table(batch).append_column("row", pc.index_in(batch["image_id"], ids))
+            table = self._standing(pa.table(batch))
+            table = table.append_column("row", pc.index_in(table["image_id"], ids))
             table = table.filter(table["row"].is_valid())
             found += len(table)
             yield (
@@ -267,10 +282,11 @@ class FeatureStore:
 
     def _find(self, split: str) -> tuple[pa.Array, Chunk]:
         self.require(split, (), captions=False)
+        of_split = pads.field("split") == split
         with _reading(self.uri):
-            mine = self._captions().to_table(["image_id"], filter=pads.field("split") == split)
-        members = mine["image_id"].unique()
-        removed = self._removed()
+            mine = self._captions().to_table(["image_id", "__filename"], filter=of_split)
+        removed = self._removed_rows
+        members = self._standing(mine)["image_id"].unique()
         files, names = [], []
         entries = self._files("features")
         # On an object store each is a round trip or two.
@@ -295,8 +311,8 @@ class FeatureStore:
         places = (pc.fill_null(pc.index_in(each, ids, skip_nulls=True), -1) for each in names)
         return ids, Chunk(tuple(files), tuple(place.to_numpy().astype(np.int64) for place in places))  # fmt: skip
 
-    def _removed(self) -> dict[str, pa.Array]:
-        """Ids of rows that no longer count, by file."""
+    @cached_property
+    def _removed_rows(self) -> dict[str, pa.Array]:
         entry = self.manifest.removed
         if entry is None:
             return {}
@@ -305,6 +321,14 @@ class FeatureStore:
             file: table.filter(pc.equal(table["file"], file))["image_id"].combine_chunks()
             for file in table["file"].unique().to_pylist()
         }
+
+    def _standing(self, rows: pa.Table) -> pa.Table:
+        """Rows, with the path of the file each is from in ``__filename``, without those that no longer count."""
+        for file, names in self._removed_rows.items():
+            _, path = storage.resolve(FileEntry(path=file, bytes=0).uri(self.uri))
+            gone = pc.and_(pc.equal(rows["__filename"], path), pc.is_in(rows["image_id"], names))
+            rows = rows.filter(pc.invert(gone))
+        return rows
 
     def _read(self, entry: FileEntry, columns: list[str]) -> pa.Table:
         uri = entry.uri(self.uri)

@@ -166,7 +166,13 @@ def publish_once(
     with output:
         started = time.monotonic()
         manifest = fill(output)
-        output.publish(manifest)
+        try:
+            output.publish(manifest)
+        except StoreError:
+            if not exists(output.uri(MANIFEST)):
+                raise
+            # Another run of the same command was first: there is one result, and it is whole.
+            return open_manifest(output.root, manifest_type)
         output.clear_work()
     logger.info("%s: published after %.0f s", output.root, time.monotonic() - started)
     return manifest

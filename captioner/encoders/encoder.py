@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captioner.encoders.family import family_called
 from captioner.encoders.spec import EncoderSpec
-from captioner.encoders.weights import Tensors, digest, read_weights
+from captioner.encoders.weights import Tensors, digest, is_bookkeeping, read_weights
 from captioner.errors import ModelError
 
 # Images per forward pass on a CPU: 45 images/s and core against 31 for 32 of them. The largest activation is then below
@@ -19,6 +19,7 @@ from captioner.errors import ModelError
 _CPU_IMAGES = 8
 # Folded and unfolded networks may differ by rounding.
 _TOLERANCE = 1e-3
+_LARGEST = torch.finfo(torch.float16).max
 
 
 class Encoder:
@@ -39,14 +40,20 @@ class Encoder:
         self.device = torch.device(device)
         self.dtype = getattr(torch, spec.precision)
         network = family_called(spec.family).build(spec)
-        missing = network.load_state_dict(tensors, strict=False)
-        left = [name for name in missing.missing_keys if network.state_dict()[name].ndim]
+        try:
+            missing = network.load_state_dict(tensors, strict=False)
+        except RuntimeError as error:  # of shapes
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"the weights do not fit {spec.name}: {reason}") from error
+        left = [name for name in missing.missing_keys if not is_bookkeeping(name)]
         if left or missing.unexpected_keys:
             raise ModelError(
-                f"the weights do not fit {spec.family} {spec.name}: {left or missing.unexpected_keys}"
+                f"the weights do not fit {spec.name}: {left or missing.unexpected_keys}"
             )
         network = _fold_batch_norms(network.eval(), spec.input_size)
-        self.network = network.to(self.device, self.dtype).to(memory_format=torch.channels_last)
+        self.network = network.to(self.device, self.dtype)
+        if all(part.ndim < 5 for part in network.parameters()):
+            self.network = self.network.to(memory_format=torch.channels_last)
         self.mean = torch.tensor(spec.mean, device=self.device)
         self.deviation = torch.tensor(spec.deviation, device=self.device)
 
@@ -80,7 +87,8 @@ class Encoder:
         if not grid:
             return pooled, None
         cells = torch.cat([part.flatten(2).transpose(1, 2) for _, part in parts])
-        return pooled, cells.to(torch.float16).contiguous()
+        # Beyond what float16 holds lie values of random networks alone.
+        return pooled, cells.clamp(-_LARGEST, _LARGEST).to(torch.float16).contiguous()
 
     def _encode(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[Tensor, Tensor]:
         # NHWC seen as NCHW is exactly the channels-last layout: no copy. But torch warns about memory it may not write,

@@ -47,10 +47,9 @@ class EncoderSpec(Config):
     input_size: tuple[int, int]
     """Rows and columns of pixels it sees."""
     resize: Literal["squash", "crop"]
-    """squash: to the input size, proportions not kept. crop: until the shorter side is input size / crop_fraction, then
-    the centre."""
+    """squash: proportions not kept. crop: kept, the longer side cut."""
     crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Of resize=crop: share of the shorter side that the input shows."""
+    """Share of what is left that the input shows, around its centre."""
     filter: Filter
     """Pillow's filter for the resize; all of them widen with the reduction (antialiasing)."""
     mean: tuple[float, float, float]

@@ -4,9 +4,9 @@ pooled is ``forward_head(pre_logits=True)``, what its classifier would see; the 
 normalised, without class and register tokens. Input size, resize rule, mean and deviation are the model's own.
 """
 
-import functools
 import os
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,66 +47,114 @@ class Timm(Family):
     def weights(self, config: EncoderConfig) -> tuple[Tensors, str]:
         if config.layer is not None:
             raise ConfigError("encoder.layer: timm's networks are run to their end")
-        name, published = _name(config), config.weights == "pretrained"
         # First without weights: what cannot be used is not downloaded.
-        _look(name, config.input_size)
+        found = _inspect(_name(config), config.input_size)
+        if config.weights == "pretrained":
+            network = _create(found.name, found.input_size, pretrained=True)
+            return random_weights(network), found.name
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            network = _create(name, config.input_size, pretrained=published)
-        if published:
-            return random_weights(network), name
+            network = _create(found.name, found.input_size)
         if config.weights == "random":
             return random_weights(network), f"random(seed={config.seed})"
-        found = file_of_weights(config.weights, "pretrained, random")
+        tensors = file_of_weights(config.weights, "pretrained, random")
         # A file has timm's own names, which are those behind "model." here.
-        named = {f"model.{key}": tensor for key, tensor in found.items()}
+        named = {f"model.{key}": tensor for key, tensor in tensors.items()}
         return take_weights(network, named, config.weights), os.path.basename(config.weights)
 
     def spec(self, config: EncoderConfig, tensors: Tensors, precision: Compute) -> EncoderSpec:
-        name = _name(config)
-        look = _look(name, config.input_size)
-        data = look.data
-        if data["crop_mode"] not in ("center", "squash"):
-            raise ConfigError(
-                f"encoder.name: {name} pads pictures ({data['crop_mode']}): not supported"
-            )
-        whole = data["crop_mode"] == "squash"
+        found = _inspect(_name(config), config.input_size)
+        data = found.data
         return EncoderSpec(
             family=self.family,
-            name=name,
+            name=found.name,
             layer="final",
-            input_size=look.input_size,
-            resize="squash" if whole else "crop",
-            crop_fraction=1.0 if whole else data["crop_pct"],
+            input_size=found.input_size,
+            resize="squash" if data["crop_mode"] == "squash" else "crop",
+            crop_fraction=data["crop_pct"],
             filter=data["interpolation"],
             mean=tuple(255 * value for value in data["mean"]),
             deviation=tuple(255 * value for value in data["std"]),
-            pooled_channels=look.pooled[1],
-            grid_channels=look.cells[1],
-            grid=(look.cells[2], look.cells[3]),
+            pooled_channels=found.pooled[1],
+            grid_channels=found.cells[1],
+            grid=(found.cells[2], found.cells[3]),
             precision=precision,
             weights_sha256=digest(tensors),
         )
 
     def build(self, spec: EncoderSpec) -> nn.Module:
-        return _create(spec.name, spec.input_size[0])
+        return _create(spec.name, spec.input_size)
 
 
 FAMILY = Timm()
 
 
+@dataclass(frozen=True)
+class _Inspected:
+    """What there is to know of a model without its weights."""
+
+    name: str
+    """With the tag that timm takes where none is given: it decides the data's configuration, too."""
+    input_size: tuple[int, int]
+    data: dict[str, Any]
+    """What timm says of the pictures that the model wants."""
+    pooled: tuple[int, ...]
+    """[1, C]."""
+    cells: tuple[int, ...]
+    """[1, D, H, W]."""
+
+
 def _name(config: EncoderConfig) -> str:
-    return config.name.partition(":")[2]
+    name = config.name.partition(":")[2]
+    if ":" in name or "/" in name:
+        # timm would fetch or read code's settings there, whenever the network is built.
+        raise ConfigError(f"encoder.name: {name!r} is not the name of a model that timm has itself")
+    return name
 
 
-def _create(name: str, side: int | None, *, pretrained: bool = False) -> _Backbone:
-    """The network, made for square inputs of ``side`` pixels where it must know that."""
+@cache
+@torch.inference_mode()
+def _inspect(name: str, side: int | None) -> _Inspected:
+    """
+    Raises:
+        ConfigError: the model cannot be used.
+    """
+    import timm.data
+
+    network = _create(name, None if side is None else (side, side))
+    model = network.model
+    data: dict[str, Any] = timm.data.resolve_model_data_config(model)  # type: ignore[no-untyped-call,attr-defined]
+    if data["crop_mode"] not in ("center", "squash"):
+        raise ConfigError(
+            f"encoder.name: {name} pads pictures ({data['crop_mode']}): not supported"
+        )
+    _, rows, columns = data["input_size"]
+    size = (rows, columns) if side is None else (side, side)
+    try:
+        pooled, cells = network(torch.zeros(1, 3, *size))
+    except (AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"encoder.name: timm's {name} does not give both a pooled vector and a feature map ({reason})"
+        ) from error
+    if pooled.ndim != 2 or cells.ndim != 4:
+        raise ConfigError(
+            f"encoder.name: timm's {name} does not give a pooled vector and a feature map but {tuple(pooled.shape)} "
+            f"and {tuple(cells.shape)}"
+        )
+    tag = model.pretrained_cfg.get("tag")
+    whole = f"{name.partition('.')[0]}.{tag}" if tag else name
+    return _Inspected(whole, size, data, tuple(pooled.shape), tuple(cells.shape))
+
+
+def _create(name: str, size: tuple[int, int] | None, *, pretrained: bool = False) -> _Backbone:
+    """The network, made for inputs of ``size`` where it must know that."""
     import timm
 
-    sizes: list[dict[str, Any]] = [{}] if side is None else [{"img_size": side}, {}]
-    for number, size in enumerate(sizes, 1):
+    sizes: list[dict[str, Any]] = [{}] if size is None else [{"img_size": size}, {}]
+    for number, given in enumerate(sizes, 1):
         try:
-            model = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+            model = timm.create_model(name, pretrained=pretrained, num_classes=0, **given)
             return _Backbone(model.eval())
         except TypeError as error:
             if number == len(sizes):  # else a convolutional network, which takes any size
@@ -120,45 +168,3 @@ def _create(name: str, side: int | None, *, pretrained: bool = False) -> _Backbo
                 ) from error
             raise ConfigError(f"encoder.name: timm cannot make {name!r}: {reason}") from error
     raise AssertionError("unreachable: there is always a last size")
-
-
-@dataclass(frozen=True)
-class _Look:
-    """What is known of a network without its weights."""
-
-    data: dict[str, Any]
-    """What timm says of the pictures that it wants."""
-    input_size: tuple[int, int]
-    pooled: tuple[int, ...]
-    """Shape for one picture: [1, C]."""
-    cells: tuple[int, ...]
-    """Shape for one picture: [1, D, H, W]."""
-
-
-@functools.cache
-@torch.inference_mode()
-def _look(name: str, side: int | None) -> _Look:
-    """Look at a network, made for square inputs of ``side`` pixels or as timm has it.
-
-    Raises:
-        ConfigError: it does not give a pooled vector and a feature map.
-    """
-    import timm.data
-
-    with torch.random.fork_rng(devices=[]):
-        network = _create(name, side)
-    data: dict[str, Any] = timm.data.resolve_model_data_config(network.model)  # type: ignore[no-untyped-call,attr-defined]
-    _, rows, columns = data["input_size"] if side is None else (3, side, side)
-    try:
-        pooled, cells = network(torch.zeros(1, 3, rows, columns))
-    except (AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"encoder.name: timm's {name} does not give both a pooled vector and a feature map ({reason})"
-        ) from error
-    if pooled.ndim != 2 or cells.ndim != 4:
-        raise ConfigError(
-            f"encoder.name: timm's {name} does not give a pooled vector and a feature map but {tuple(pooled.shape)} "
-            f"and {tuple(cells.shape)}"
-        )
-    return _Look(data, (rows, columns), tuple(pooled.shape), tuple(cells.shape))

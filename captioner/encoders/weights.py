@@ -69,7 +69,7 @@ def take_weights(network: nn.Module, found: Tensors, name: str) -> Tensors:
     """
     chosen = {}
     for key, tensor in network.state_dict().items():
-        if tensor.ndim == 0:  # num_batches_tracked: unused in inference, absent from many files
+        if is_bookkeeping(key):
             continue
         if key not in found:
             raise ModelError(f"encoder.weights: {name} has no {key!r}, which the network wants")
@@ -80,6 +80,11 @@ def take_weights(network: nn.Module, found: Tensors, name: str) -> Tensors:
             )
         chosen[key] = found[key].detach().to(torch.float32).contiguous().clone()
     return chosen
+
+
+def is_bookkeeping(name: str) -> bool:
+    """Whether a tensor is of no use in inference, and absent from many files: a batch norm's count of its batches."""
+    return name.endswith("num_batches_tracked")
 
 
 def random_weights(network: nn.Module) -> Tensors:

@@ -1,5 +1,6 @@
 """Extraction: a source of images -> a feature store, on Ray Data."""
 
+import io
 import logging
 from typing import Literal
 
@@ -60,7 +61,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
         total = source.num_images()
         pool = plan_pool(total, size=config.num_encoders, cpus_per_actor=config.cpus_per_encoder)
         encoder = output.write(ENCODER_WEIGHTS, safetensors.torch.save(tensors))
-        _write_captions(source, output)
+        captions = _write_captions(source, output)
         logger.info("extracting %s images with %s, %s", f"{total:,}", spec.title, _describe(pool))
         stage = EncodeImages(
             output.uri(ENCODER_WEIGHTS),
@@ -82,7 +83,6 @@ def extract(config: ExtractConfig) -> StoreManifest:
             source, output, "features", schema, stage, batch_size=config.batch_size, pool=pool
         )
         rows = finish_rows(output, "features", total, config.max_reject_fraction)
-        captions = list_data_files(output, "captions")
         counts = count_rows(rows, source.left_out())
         manifest = StoreManifest(
             encoder=EncoderRecord(spec=spec, weights=weights),
@@ -156,23 +156,26 @@ def _describe(pool: PoolPlan) -> str:
     return f"{pool.size} {kind} encoder{'s' if pool.size > 1 else ''}{threads}"
 
 
-def _write_captions(source: Source, output: Output) -> None:
+def _write_captions(source: Source, output: Output) -> list[FileEntry]:
     """Write the captions table: names and contents are the same in every run, so a restart rewrites it safely."""
     batches: list[pa.RecordBatch] = []
-    rows = part = 0
+    entries: list[FileEntry] = []
+    rows = 0
 
     def flush() -> None:
-        with storage.atomic_writer(output.uri("captions", f"part-{part:05d}.parquet")) as file:
-            table = pa.Table.from_batches(batches, CAPTION_ROWS)
-            pq.write_table(table, file, write_page_checksum=True)
+        file = io.BytesIO()
+        pq.write_table(pa.Table.from_batches(batches, CAPTION_ROWS), file, write_page_checksum=True)
+        entry = output.write(f"captions/part-{len(entries):05d}.parquet", file.getvalue())
+        entries.append(entry.model_copy(update={"rows": sum(map(len, batches))}))
 
     for batch in source.captions():
         batches.append(batch)
         rows += len(batch)
         if rows >= _CAPTIONS_PER_FILE:
             flush()
-            batches, rows, part = [], 0, part + 1
+            batches, rows = [], 0
     flush()
+    return entries
 
 
 def _count_splits(rows: pa.Table, output: Output, files: list[FileEntry]) -> dict[str, SplitCounts]:

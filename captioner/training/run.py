@@ -260,7 +260,7 @@ def _write(
         text=config.text,
         decode=config.decode,
         encoder=store.manifest.encoder,
-        encoder_weights=storage.read_bytes(store.encoder_weights_uri),
+        encoder_weights=store.read_encoder_weights(),
         training=config.model_dump(mode="json"),
     )
     best = best_epoch(history)

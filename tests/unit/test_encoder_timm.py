@@ -12,7 +12,7 @@ from captioner.config import EncoderConfig
 from captioner.encoders.encoder import Encoder
 from captioner.encoders.family import family_of
 from captioner.encoders.spec import EncoderSpec
-from captioner.encoders.weights import Tensors
+from captioner.encoders.weights import Tensors, digest
 from captioner.errors import ConfigError, ModelError
 
 NAMES = [
@@ -22,6 +22,7 @@ NAMES = [
     "vit_base_patch32_clip_224",
     "mobilenetv3_small_050",  # whose pooled vector has more channels than its map
     "visformer_tiny",  # whose batch norms cannot be folded
+    "dm_nfnet_f0",  # which has parameters without a dimension
 ]
 
 
@@ -36,12 +37,16 @@ def describe(name: str, **settings: object) -> tuple[EncoderSpec, Tensors]:
 def test_features_are_timms_own(name: str) -> None:
     spec, tensors = describe(name)
     model = timm.create_model(name, num_classes=0).eval()
+    for key in tensors:  # those that a fresh network would not have
+        if not tensors[key].ndim:
+            tensors[key] = torch.tensor(0.3)
+    spec = spec.model_copy(update={"weights_sha256": digest(tensors)})
     model.load_state_dict(
         {key.removeprefix("model."): value for key, value in tensors.items()}, strict=False
     )
     data = timm.data.resolve_model_data_config(model)
     assert (3, *spec.input_size) == data["input_size"]
-    assert spec.resize == "crop"
+    assert spec.resize == ("squash" if data["crop_mode"] == "squash" else "crop")
     assert spec.crop_fraction == data["crop_pct"]
     images = np.random.default_rng(0).integers(0, 256, (2, *spec.input_size, 3), dtype=np.uint8)
     mean, deviation = torch.tensor(data["mean"]), torch.tensor(data["std"])
@@ -106,6 +111,8 @@ def test_another_input_size_is_another_grid() -> None:
         ("resnet18.nonsense", {}, "Invalid pretrained tag"),
         ("hiera_tiny_224", {}, "does not give both a pooled vector and a feature map"),
         ("resnet18", {"layer": "layer3"}, "run to their end"),
+        ("hf-hub:someone/model", {}, "not the name of a model that timm has itself"),
+        ("local-dir:models", {}, "not the name of a model that timm has itself"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(
@@ -121,3 +128,15 @@ def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch: pytest.MonkeyP
     with pytest.raises(ModelError, match="cannot be had") as caught:
         describe("resnet18", weights="pretrained")
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_and_its_default_tag_are_one_encoder() -> None:
+    assert describe("resnet18")[0] == describe("resnet18.a1_in1k")[0]
+
+
+def test_features_of_random_networks_stay_finite() -> None:
+    spec, tensors = describe("mobileone_s0")
+    images = np.random.default_rng(0).integers(0, 256, (1, *spec.input_size, 3), dtype=np.uint8)
+    _, grid = Encoder(spec, tensors)(images, grid=True)
+    assert grid is not None
+    assert grid.isfinite().all()

@@ -129,3 +129,60 @@ def test_thumbnails_of_removed_rows_are_not_shown(tmp_path: Path) -> None:
     edit_manifest(tmp_path, {"removed": removed})
     store = FeatureStore.open(str(tmp_path))
     assert list(store.thumbnails(["train-0000", "train-0001"])) == ["train-0001"]
+
+
+def test_corrected_captions_and_splits_take_the_place_of_the_first(tmp_path: Path) -> None:
+    write_store(tmp_path, {"train": 3})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    before = FeatureStore.open(str(tmp_path))
+    old = [entry["path"] for entry in manifest["files"] if entry["path"].startswith("captions/")]
+    rows = pa.table(
+        {
+            "image_id": ["train-0000", "train-0001"],
+            "split": ["train", "test"],
+            "caption": ["Corrected.", "Moved."],
+            "index": pa.array([0, 0], pa.int32()),
+        }
+    )
+    pq.write_table(rows, tmp_path / "captions/corrected.parquet")
+    corrected = FileEntry(path="captions/corrected.parquet", bytes=1, rows=2, sha256="c" * 64)
+    gone = [(file, name) for file in old for name in ("train-0000", "train-0001")]
+    removed = {"file": [file for file, _ in gone], "image_id": [name for _, name in gone]}
+    pq.write_table(pa.table(removed), tmp_path / "removed.parquet")
+    edit_manifest(
+        tmp_path,
+        {
+            "files": [*manifest["files"], corrected.model_dump()],
+            "removed": FileEntry(path="removed.parquet", bytes=1, rows=len(gone)).model_dump(),
+            "splits": {
+                "train": {"images": 2, "captions": 4},
+                "test": {"images": 1, "captions": 1},
+            },
+        },
+    )
+    store = FeatureStore.open(str(tmp_path))
+    assert store.captions("train")["train-0000"] == ["Corrected."]
+    assert store.image_ids("train") == ["train-0000", "train-0002"]
+    assert store.captions("test") == {"train-0001": ["Moved."]}
+    # Nothing was encoded again, and yet what was trained on the old captions is another run's.
+    assert store.identity() != before.identity()
+
+
+@pytest.mark.parametrize("folder", ["features", "captions"])
+def test_an_older_part_may_lie_in_a_folder_of_any_name(tmp_path: Path, folder: str) -> None:
+    older = tmp_path / folder / "store"
+    write_store(older, {"train": 3})
+    manifest = json.loads((older / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        entry["path"] = str(older / entry["path"])
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert len(FeatureStore.open(str(tmp_path)).image_ids("train")) == 3
+
+
+def test_another_encoders_weights_are_not_handed_on(tmp_path: Path) -> None:
+    store = FeatureStore.open(write_store(tmp_path, {"train": 1}))
+    data = bytearray(store.read_encoder_weights())
+    data[-1] ^= 1
+    (tmp_path / "encoder.safetensors").write_bytes(data)
+    with pytest.raises(StoreError, match="not the file that was published"):
+        store.read_encoder_weights()

@@ -423,5 +423,28 @@ def test_a_picture_on_its_side_fits_an_input_that_is_not_square(resize: str, kin
     assert found.pixels.shape == (64, 128, 3)
     assert np.abs(found.pixels.astype(int) - expected.pixels.astype(int)).mean() < 3
     # 0.9 of the largest box twice as wide as high is 360 x 180 pixels of 400 x 300.
-    whole = (0.0, 0.0, 1.0, 1.0)
-    assert found.box == pytest.approx((0.05, 0.2, 0.95, 0.8) if resize == "crop" else whole)
+    edge = 0.2 if resize == "crop" else 0.05
+    assert found.box == pytest.approx((0.05, edge, 0.95, 1 - edge))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "GIF"])
+def test_thumbnails_keep_no_comment_of_the_original(kind: str) -> None:
+    image = solid("RGB", RED, (400, 300)).convert("P" if kind == "GIF" else "RGB")
+    data = encode(image, kind, comment=b"secret")
+    assert b"secret" in data
+    thumbnail = load_image(data, FIT, thumbnail=True).thumbnail
+    assert thumbnail is not None
+    assert b"secret" not in thumbnail
+
+
+def test_thumbnails_do_not_shrink_with_the_input() -> None:
+    data = encode(solid("RGB", RED, (1000, 1000)), "JPEG")
+    thumbnail = load_image(data, Fit((32, 32)), thumbnail=True).thumbnail
+    assert thumbnail is not None
+    with Image.open(io.BytesIO(thumbnail)) as small:
+        assert small.size == (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+
+
+def test_a_squashed_picture_may_show_its_middle_alone() -> None:
+    assert Fit((10, 10), "squash", 0.5).box(100, 40) == (25.0, 10.0, 75.0, 30.0)
+    assert Fit((10, 10), "squash").box(100, 40) == (0.0, 0.0, 100.0, 40.0)

@@ -9,6 +9,7 @@ import pytest
 
 from captioner import storage
 from captioner.artifacts.manifests import (
+    FileEntry,
     Manifest,
     ModelManifest,
     StoreManifest,
@@ -184,3 +185,13 @@ def test_other_manifests_are_refused_in_one_line(tmp_path: Path, text: str, mess
     with pytest.raises(StoreError, match=message) as caught:
         open_manifest(str(tmp_path), StoreManifest)
     assert "\n" not in str(caught.value)
+
+
+def test_of_two_runs_of_one_command_both_end_with_the_one_that_was_first(tmp_path: Path) -> None:
+    first = ModelManifest(files=[FileEntry(path="a", bytes=1)])
+
+    def overtaken(output: Output) -> ModelManifest:
+        (tmp_path / "out" / "manifest.json").write_text(first.model_dump_json())
+        return ModelManifest(files=[])
+
+    assert publish_once(str(tmp_path / "out"), {"job": "x"}, ModelManifest, overtaken) == first
