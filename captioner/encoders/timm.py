@@ -4,6 +4,7 @@ pooled is ``forward_head(pre_logits=True)``, what its classifier would see; the 
 normalised, without class and register tokens. Input size, resize rule, mean and deviation are the model's own.
 """
 
+import contextlib
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -119,11 +120,9 @@ def _inspect(name: str, side: int | None) -> _Inspected:
     Raises:
         ConfigError: the model cannot be used.
     """
-    import timm.data
-
     network = _create(name, None if side is None else (side, side))
     model = network.model
-    data: dict[str, Any] = timm.data.resolve_model_data_config(model)  # type: ignore[no-untyped-call,attr-defined]
+    data = _data(model)
     if data["crop_mode"] not in ("center", "squash"):
         raise ConfigError(
             f"encoder.name: {name} pads pictures ({data['crop_mode']}): not supported"
@@ -147,24 +146,30 @@ def _inspect(name: str, side: int | None) -> _Inspected:
     return _Inspected(whole, size, data, tuple(pooled.shape), tuple(cells.shape))
 
 
+def _data(model: Any) -> dict[str, Any]:
+    """What timm says of the pictures that a model wants."""
+    import timm.data
+
+    found: dict[str, Any] = timm.data.resolve_model_data_config(model)  # type: ignore[no-untyped-call,attr-defined]
+    return found
+
+
 def _create(name: str, size: tuple[int, int] | None, *, pretrained: bool = False) -> _Backbone:
     """The network, made for inputs of ``size`` where it must know that."""
     import timm
 
-    sizes: list[dict[str, Any]] = [{}] if size is None else [{"img_size": size}, {}]
-    for number, given in enumerate(sizes, 1):
-        try:
-            model = timm.create_model(name, pretrained=pretrained, num_classes=0, **given)
-            return _Backbone(model.eval())
-        except TypeError as error:
-            if number == len(sizes):  # else a convolutional network, which takes any size
-                raise ConfigError(f"encoder.name: timm cannot make {name}: {error}") from error
-        except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
-            reason = " ".join(str(error).split())[:200]
-            if pretrained:
-                raise ModelError(
-                    f"encoder.weights: those of {name} cannot be had ({reason}): fetch them where there is a network, "
-                    "or give a file or random"
-                ) from error
-            raise ConfigError(f"encoder.name: timm cannot make {name!r}: {reason}") from error
-    raise AssertionError("unreachable: there is always a last size")
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        if size is not None and size != tuple(_data(model)["input_size"][1:]):
+            # A convolutional network, which takes any size, does not take this.
+            with contextlib.suppress(TypeError):
+                model = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size)
+        return _Backbone(model.eval())
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if pretrained:
+            raise ModelError(
+                f"encoder.weights: those of {name} cannot be had ({reason}): fetch them where there is a network, "
+                "or give a file or random"
+            ) from error
+        raise ConfigError(f"encoder.name: timm cannot make {name!r}: {reason}") from error

@@ -82,7 +82,7 @@ def test_a_network_is_made_twice_at_most_for_its_spec_and_weights(
 
     monkeypatch.setattr(timm, "create_model", counted)
     describe("resnet10t")
-    assert made == ["resnet10t"] * 2
+    assert len(made) == 2
 
 
 def test_weights_from_a_file_are_the_weights(tmp_path: Path) -> None:
