@@ -6,8 +6,7 @@ import logging
 import math
 import posixpath
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import pyarrow as pa
@@ -56,7 +55,7 @@ def open_place(place: Place) -> "FolderSource | None":
         place.options,
         place.limits,
         captions=place.captions,
-        hidden=place.hidden,
+        left_out=place.others(is_image),
     )
 
 
@@ -76,13 +75,13 @@ class FolderSource:
         limits: ImageLimits,
         *,
         captions: bool = True,
-        hidden: int = 0,
+        left_out: dict[str, int] | None = None,
     ):
         """
         Args:
-            hidden: files that were passed over before.
             files: what is below the folder, captions files included; None when ``uri`` is itself an image file.
             captions: False takes the images alone.
+            left_out: files that are no images, by kind; those with captions among them.
 
         Raises:
             SourceError: the captions cannot be read, or name an image that is not there.
@@ -99,9 +98,7 @@ class FolderSource:
         self._captions, splits = _match(_find_captions(others, asked), images)
         splits = _listed_splits(others, images) | splits
         self._rows = self._choose(images, splits)
-        self._left_out = _kinds(file.path for file in files or ())
-        if hidden:
-            self._left_out["hidden"] = hidden
+        self._left_out = dict(left_out or {})
         if over := len(images) - len(self._rows):
             self._left_out["over the limit"] = over
 
@@ -176,17 +173,6 @@ class FolderSource:
         if others_have_one:
             return "train"
         return hashed_split(path) if self._captions else "test"
-
-
-def _kinds(paths: Iterable[str]) -> dict[str, int]:
-    """Files that are neither images nor say anything about them, by suffix, the commonest first."""
-    others = (
-        path
-        for path in paths
-        if not (is_image(path) or looks_like_captions(path) or split_of_list(path))
-    )
-    suffixes = Counter(posixpath.splitext(path)[1].lower() or "no suffix" for path in others)
-    return dict(suffixes.most_common())
 
 
 def is_image(path: str) -> bool:

@@ -43,7 +43,13 @@ def open_place(place: Place) -> "ParquetSource | None":
             )
         if not tables:
             return None
-    return ParquetSource(place.uri, tables, place.options, captions=place.captions)
+    return ParquetSource(
+        place.uri,
+        tables,
+        place.options,
+        captions=place.captions,
+        others=place.others(is_parquet),
+    )
 
 
 class ParquetSource:
@@ -64,6 +70,7 @@ class ParquetSource:
         *,
         split_column: bool = True,
         captions: bool = True,
+        others: dict[str, int] | None = None,
     ):
         """
         Args:
@@ -71,6 +78,7 @@ class ParquetSource:
             name: stands for the URI in the identity, where the files' place does not matter.
             split_column: whether a column ``split``, if there is one, decides before the files' names.
             captions: False takes the images alone.
+            others: files that are not read, by kind.
 
         Raises:
             SourceError: a file is unreadable, has no image column, differs from the others, names an unknown split,
@@ -79,6 +87,7 @@ class ParquetSource:
         self.uri = uri
         self.name = name or uri
         self.options = options
+        self._others = others or {}
         self._files = open_files(uri, files, captions=captions)
         columns = self._files[0].columns
         for file in self._files:
@@ -112,7 +121,7 @@ class ParquetSource:
 
     def left_out(self) -> dict[str, int]:
         over = sum(self._rows_by_split.values()) - self.num_images()
-        return {"over the limit": over} if over else {}
+        return self._others | ({"over the limit": over} if over else {})
 
     def rows_by_split(self) -> dict[str, int]:
         """Rows in the files, whatever the limit, by the split that they or their file's name say."""

@@ -1,6 +1,8 @@
 """What a user named as a source, and the files that lie there."""
 
 import posixpath
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -42,6 +44,13 @@ class Place:
         those in directories that begin with ``_``, and what a job of this package wrote."""
         return self._listed[1]
 
+    def others(self, taken: Callable[[str], bool]) -> dict[str, int]:
+        """Files whose paths are not taken, by kind, the commonest first: a suffix, or that they are hidden."""
+        paths = (file.path for file in self.files or ())
+        kinds = Counter(_suffix(path) for path in paths if not taken(path))
+        kinds["hidden"] = self.hidden
+        return {kind: count for kind, count in kinds.most_common() if count}
+
     @cached_property
     def _listed(self) -> tuple[list[storage.FileInfo] | None, int]:
         return _list(self.spec, self.uri)
@@ -69,6 +78,10 @@ def _list(spec: str, uri: str) -> tuple[list[storage.FileInfo] | None, int]:
     inside = tuple(f"{directory}/" for directory in written)
     visible = [f for f in files if _is_visible(f.path) and not f.path.startswith(inside)]
     return visible, len(files) - len(visible)
+
+
+def _suffix(path: str) -> str:
+    return posixpath.splitext(path)[1].lower() or "no suffix"
 
 
 def _is_visible(path: str) -> bool:

@@ -265,3 +265,11 @@ def test_real_flickr8k(shared: Path) -> None:
     rows = next(iter(tasks[0]())).to_pylist()
     assert all(row["bytes"].startswith(b"\xff\xd8") for row in rows)
     assert max(task.metadata.num_rows for task in tasks) <= 128
+
+
+def test_what_is_no_table_is_counted_as_left_out(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", 3)
+    for name in ("README.md", "x.zip", ".hidden", "more.md"):
+        (tmp_path / name).write_text("no table")
+    source = open_source(str(tmp_path), SourceConfig(limit=2))
+    assert source.left_out() == {".md": 2, ".zip": 1, "hidden": 1, "over the limit": 1}
