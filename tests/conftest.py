@@ -24,33 +24,34 @@ RAY_FOLDER = tempfile.mkdtemp(prefix="ray-")
 os.environ["RAY_TMPDIR"] = RAY_FOLDER
 
 
-PASSED = pytest.StashKey[bool]()
+SESSION = pytest.StashKey[pytest.Session]()
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[SESSION] = session
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
     """Ray's logs are kept where a test failed."""
-    session.config.stash[PASSED] = exitstatus == 0
     if exitstatus == 0:
         shutil.rmtree(RAY_FOLDER, ignore_errors=True)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """A run whose tests all passed ends here, where Ray was loaded.
+    """A run in which Ray was loaded ends here, with pytest's own exit status, whatever that is.
 
     Native threads that Ray, Arrow and gRPC leave in this process can outlive what they use: once in several runs of
     200 passed tests the interpreter then died of SIGSEGV while it was taken down (in memcpy, to address 0, in such a
-    thread), and the run counted as failed. The jobs are tested as processes of their own, their exit codes with them.
+    thread), and the run counted as failed. All hooks have had their say by now; what is left out is the interpreter's
+    own end. The jobs are tested as processes of their own, their exit codes with them.
     """
-    if (
-        config.stash.get(PASSED, False)
-        and "ray._raylet" in sys.modules
-        and not hasattr(config, "workerinput")
-    ):
+    session = config.stash.get(SESSION, None)
+    if session and "ray._raylet" in sys.modules and not hasattr(config, "workerinput"):
         config.get_terminal_writer().flush()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(session.exitstatus)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

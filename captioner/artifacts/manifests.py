@@ -157,12 +157,13 @@ class SearchManifest(Manifest):
     trials: int
 
 
+# By kind: what it is called, and how it is made again.
 NOUNS = {
-    "features": "feature store",
-    "model": "model directory",
-    "captions": "captioned collection",
-    "report": "report",
-    "search": "search",
+    "features": ("feature store", "extract"),
+    "model": ("model directory", "train"),
+    "captions": ("captioned collection", "caption"),
+    "report": ("report", "evaluate"),
+    "search": ("search", "tune"),
 }
 KINDS: dict[str, type[Manifest]] = {
     "features": StoreManifest,
@@ -189,7 +190,7 @@ def open_manifest(
     uri = storage.absolute(uri)
     place = storage.join(uri, MANIFEST)
     kind = None if wanted is Manifest else str(wanted.model_fields["kind"].default)
-    noun = "published directory" if kind is None else NOUNS[kind]
+    noun = "published directory" if kind is None else NOUNS[kind][0]
     try:
         if not storage.exists(place):
             raise error(f"{uri} is not a {noun}: it has no {MANIFEST}")
@@ -200,10 +201,8 @@ def open_manifest(
     if found not in KINDS or kind not in (None, found):
         raise error(f"{uri} is not a {noun}: its manifest says {found!r}")
     if raw.get("schema_version") != SCHEMA_VERSION:
-        raise error(
-            f"{uri} was written by another release (schema version {raw.get('schema_version')}, this one reads "
-            f"{SCHEMA_VERSION}): make it again"
-        )
+        older = "an older" if str(raw.get("schema_version")) < str(SCHEMA_VERSION) else "a newer"
+        raise error(f"{uri} was written by {older} release: {NOUNS[found][1]} again")
     return parse_record(place, raw, KINDS[found] if kind is None else wanted, error)  # type: ignore[return-value]
 
 

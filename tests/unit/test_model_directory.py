@@ -115,7 +115,7 @@ def test_a_feature_store_is_no_model(store: FeatureStore) -> None:
 def test_model_of_another_release_is_refused(model: Path) -> None:
     manifest = json.loads((model / "manifest.json").read_text())
     (model / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 1}))
-    with pytest.raises(ModelError, match="written by another release"):
+    with pytest.raises(ModelError, match="written by an older release: train again"):
         load_model(str(model))
 
 

@@ -176,7 +176,7 @@ def test_an_unfinished_directory_is_filled_again(tmp_path: Path) -> None:
         ("[]", "is not a feature store: its manifest says None"),
         ("{", "is not JSON"),
         ('{"kind": "model", "schema_version": 2, "files": []}', "its manifest says 'model'"),
-        ('{"kind": "features", "schema_version": 1}', "written by another release"),
+        ('{"kind": "features", "schema_version": 1}', "written by an older release: extract again"),
         ('{"kind": "features", "schema_version": 2}', "is damaged: files: Field required"),
     ],
 )
