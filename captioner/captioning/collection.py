@@ -42,12 +42,10 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
     directory.read(ENCODER_WEIGHTS)
     decode = directory.search(config.decode)
     start_ray()
+    total = source.num_images()
+    pool = plan_pool(total, size=config.num_captioners, cpus_per_actor=config.cpus_per_captioner)
 
     def fill(output: Output) -> CaptionsManifest:
-        total = source.num_images()
-        pool = plan_pool(
-            total, size=config.num_captioners, cpus_per_actor=config.cpus_per_captioner
-        )
         logger.info("captioning %s images with %s", f"{total:,}", directory.uri)
         # What is handed over as one file of JSON lines is written as tables first, as everything is.
         tables = CAPTIONS if config.format == "parquet" else f"{WORK}/{CAPTIONS}"

@@ -54,12 +54,12 @@ def extract(config: ExtractConfig) -> StoreManifest:
     tensors, weights = family.weights(config.encoder)
     start_ray()
     spec = family.spec(config.encoder, tensors, compute_on_cluster(config.encoder.compute))
+    total = source.num_images()
+    pool = plan_pool(total, size=config.num_encoders, cpus_per_actor=config.cpus_per_encoder)
 
     reasons: list[str] = []
 
     def fill(output: Output) -> StoreManifest:
-        total = source.num_images()
-        pool = plan_pool(total, size=config.num_encoders, cpus_per_actor=config.cpus_per_encoder)
         encoder = output.write(ENCODER_WEIGHTS, safetensors.torch.save(tensors))
         captions = _write_captions(source, output)
         logger.info("extracting %s images with %s, %s", f"{total:,}", spec.title, _describe(pool))
