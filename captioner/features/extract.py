@@ -57,8 +57,6 @@ def extract(config: ExtractConfig) -> StoreManifest:
     total = source.num_images()
     pool = plan_pool(total, size=config.num_encoders, cpus_per_actor=config.cpus_per_encoder)
 
-    reasons: list[str] = []
-
     def fill(output: Output) -> StoreManifest:
         encoder = output.write(ENCODER_WEIGHTS, safetensors.torch.save(tensors))
         captions = _write_captions(source, output)
@@ -84,7 +82,9 @@ def extract(config: ExtractConfig) -> StoreManifest:
         )
         rows = finish_rows(output, "features", total, config.max_reject_fraction)
         counts = count_rows(rows, source.left_out())
-        manifest = StoreManifest(
+        for reason in _reasons(rows):
+            logger.info(reason)
+        return StoreManifest(
             encoder=EncoderRecord(spec=spec, weights=weights),
             source=source.identity(),
             grid=config.grid,
@@ -95,8 +95,6 @@ def extract(config: ExtractConfig) -> StoreManifest:
             splits=_count_splits(rows, output, captions),
             files=[encoder, *list_data_files(output, "features"), *captions],
         )
-        reasons[:] = _reasons(rows)
-        return manifest
 
     identity = {
         "job": "extract_features",
@@ -106,7 +104,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
         **config.model_dump(include={"grid", "mirrored", "crops", "thumbnails"}),
     }
     manifest = publish_once(config.output, identity, StoreManifest, fill)
-    logger.info("\n".join([describe(manifest), *reasons]))
+    logger.info(describe(manifest))
     return manifest
 
 
