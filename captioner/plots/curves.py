@@ -70,7 +70,7 @@ def draw_history(history: Sequence[Epoch], best_epoch: int) -> Figure:
             axes.plot(epochs, values, ".-", color=color, label=name)
         label = f"best epoch {best_epoch}: {values[best]:.3f}"
         axes.plot(best_epoch, values[best], "o", color=VALIDATION, markersize=7, label=label)
-        axes.axvline(best_epoch, color=GREY, linewidth=0.9, linestyle="--", zorder=0)
+        axes.axvline(best_epoch, color=GREY, linewidth=0.9, linestyle="--", zorder=1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.legend(prop=font(9), frameon=False)
         dress(axes, title, "Epoch")
