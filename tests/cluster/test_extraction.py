@@ -87,9 +87,8 @@ def vectors(output: Path) -> dict[str, np.ndarray]:
 
 def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     assert found.keys() == expected.keys()
-    # Another run may cut other batches, and sums depend on the size of a batch in their last digits.
-    for name, vector in expected.items():
-        np.testing.assert_allclose(found[name], vector, rtol=1e-3, atol=1e-4, err_msg=name)
+    # To the byte, though another run cuts other batches: on one machine a vector does not depend on its neighbours.
+    assert [name for name in expected if found[name].tobytes() != expected[name].tobytes()] == []
     # Vectors that are all alike would pass above whatever image they belong to.
     assert len({vector.tobytes() for vector in expected.values()}) > 0.9 * len(expected)
 
