@@ -83,7 +83,7 @@ def test_submitted_extraction_uses_every_node_and_is_followed(
         cluster.environment | {"ADDRESS": cluster.dashboard},
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert json.loads((output / "manifest.json").read_text())["total"]["images"] == 48
+    assert json.loads((output / "manifest.json").read_text())["counts"]["ok"] == 48
     shown = done.stdout + done.stderr
     assert "Ray: 8 CPUs, 0 GPUs" in shown  # four of the head's, two of each node's
     assert "48 images" in shown
