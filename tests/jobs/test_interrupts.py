@@ -34,6 +34,8 @@ def test_interrupted_job_publishes_nothing_and_says_so(
             env=own if job == "train" else cluster,
             stdout=file,
             stderr=subprocess.STDOUT,
+            # Children of what a shell started in its background ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         try:
             deadline = time.monotonic() + 180
