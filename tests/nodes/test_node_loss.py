@@ -29,7 +29,14 @@ pytestmark = pytest.mark.timeout(1800)
 
 def test_extraction_survives_the_loss_of_a_node(nodes: Nodes, features: str) -> None:
     manifest = storage.read_json(f"{features}/manifest.json")
-    counts = {"ok": sum(SIZES.values()), "rejected": len(BAD), "unreadable": 0, "left_out": {}}
+    # The file with the captions is no picture.
+    left_out = {".json": 1}
+    counts = {
+        "ok": sum(SIZES.values()),
+        "rejected": len(BAD),
+        "unreadable": 0,
+        "left_out": left_out,
+    }
     assert manifest["counts"] == counts
     assert counts["ok"] + counts["rejected"] == IMAGES
     captions = sum(split["captions"] for split in manifest["splits"].values())
