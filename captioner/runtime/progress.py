@@ -132,6 +132,11 @@ class ProgressLine:
         return " | ".join(parts)
 
 
+def tag(value: str) -> str:
+    """A name or path as the value of a metric's tag, which Ray wants in ASCII."""
+    return value.encode("ascii", "backslashreplace").decode()
+
+
 class TrainingGauges:
     """Context manager that exports a training run's last epoch to whatever scrapes the cluster's metrics, from the
     worker that knows it.
@@ -173,7 +178,7 @@ class TrainingGauges:
 
     def _refresh(self) -> None:
         for name, value in self._values.items():
-            self._gauges[name].set(value, {"run": self._run})
+            self._gauges[name].set(value, {"run": tag(self._run)})
 
 
 @ray.remote(num_cpus=0)

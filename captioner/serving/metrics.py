@@ -6,6 +6,8 @@ from functools import cache
 import ray
 from ray.util.metrics import Counter, Histogram
 
+from captioner.runtime.progress import tag
+
 PREFIX = "captioner_"
 _SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
 _IMAGES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
@@ -43,7 +45,7 @@ def count_rejected(code: str) -> None:
 
 
 def observe_batch(model: str, images: int) -> None:
-    _batch_size().observe(images, tags={"model": model})
+    _batch_size().observe(images, tags={"model": tag(model)})
 
 
 def exposition() -> str:

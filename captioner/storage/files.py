@@ -91,21 +91,40 @@ def is_local(uri: str) -> bool:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or directory is there."""
-    filesystem, path = resolve(uri)
-    return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+    """Whether a file or directory is there.
+
+    Raises:
+        StoreError: the store does not say.
+    """
+    return bool(_type(uri) != pafs.FileType.NotFound)
 
 
 def is_directory(uri: str) -> bool:
+    """Whether a directory is there.
+
+    Raises:
+        StoreError: the store does not say.
+    """
+    return bool(_type(uri) == pafs.FileType.Directory)
+
+
+def _type(uri: str) -> pafs.FileType:
     filesystem, path = resolve(uri)
-    return bool(filesystem.get_file_info(path).type == pafs.FileType.Directory)
+    with _told("look at", uri):
+        return filesystem.get_file_info(path).type
 
 
 def list_files(uri: str) -> list[FileInfo]:
-    """All files below a directory, sorted by path; empty if it is absent."""
+    """All files below a directory, sorted by path; empty if it is absent.
+
+    Raises:
+        StoreError: it cannot be listed, or is a file.
+    """
     filesystem, path = resolve(uri)
     base = uri.rstrip("/")
-    found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    below = pafs.FileSelector(path, recursive=True, allow_not_found=True)
+    with _told("list", uri):
+        found = filesystem.get_file_info(below)
     files = (entry for entry in found if entry.type == pafs.FileType.File)
     relative = ((e.path[len(path.rstrip("/")) + 1 :], e.size, e.mtime_ns) for e in files)
     return [FileInfo(f"{base}/{name}", name, size, mtime) for name, size, mtime in sorted(relative)]
@@ -119,10 +138,8 @@ def open_input(uri: str) -> Iterator[pa.NativeFile]:
         StoreError: it cannot be opened.
     """
     filesystem, path = resolve(uri)
-    try:
+    with _told("read", uri):
         file = filesystem.open_input_file(path)
-    except OSError as error:
-        raise StoreError(f"cannot read {uri}: {_one_line(error)}") from error
     with file:
         yield file
 
@@ -146,7 +163,7 @@ def atomic_writer(uri: str) -> Iterator[BinaryIO]:
         StoreError: it cannot be written (the disk is full, access is denied).
     """
     filesystem, path = resolve(uri)
-    try:
+    with _told("write", uri):
         if isinstance(filesystem, pafs.LocalFileSystem):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             partial = Path(f"{path}.{os.getpid()}.partial")
@@ -163,8 +180,6 @@ def atomic_writer(uri: str) -> Iterator[BinaryIO]:
                 spool.seek(0)
                 with filesystem.open_output_stream(path) as stream:
                     shutil.copyfileobj(spool, stream, 2**24)
-    except OSError as error:
-        raise StoreError(f"cannot write {uri}: {_one_line(error)}") from error
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -235,6 +250,15 @@ def read_json(uri: str) -> Any:
         return json.loads(read_bytes(uri))
     except ValueError as error:
         raise StoreError(f"{uri} is not JSON: {error}") from error
+
+
+@contextmanager
+def _told(what: str, uri: str) -> Iterator[None]:
+    """The file system's own errors as ours, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"cannot {what} {uri}: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -98,7 +98,7 @@ def gauges(local_ray: None) -> Iterator[Gauges]:
 
     @ray.remote(num_cpus=0)
     def train() -> None:
-        with TrainingGauges("runs/some") as gauges:
+        with TrainingGauges("runs/süme") as gauges:
             gauges.set(figures)
             time.sleep(3600)
 
@@ -366,6 +366,6 @@ def test_figures_of_an_epoch_are_there_to_scrape_until_the_next_one(gauges: Gaug
 
 
 def scraped() -> dict[str, float]:
-    """What Prometheus would read of the run ``runs/some``."""
-    form = r'ray_captioner_training_(\w+){.*run="runs/some".*} (\S+)'
+    """What Prometheus would read of the run ``runs/süme``."""
+    form = r'ray_captioner_training_(\w+){.*run="runs/s.*me".*} (\S+)'
     return {name: float(value) for name, value in re.findall(form, exposition())}

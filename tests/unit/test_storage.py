@@ -195,3 +195,18 @@ def test_of_two_runs_of_one_command_both_end_with_the_one_that_was_first(tmp_pat
         return ModelManifest(files=[])
 
     assert publish_once(str(tmp_path / "out"), {"job": "x"}, ModelManifest, overtaken) == first
+
+
+@pytest.mark.parametrize("inside", ["", "/inside"])
+def test_an_output_that_is_a_file_or_below_one_is_refused_in_one_line(
+    tmp_path: Path, inside: str
+) -> None:
+    (tmp_path / "file").write_bytes(b"kept")
+    with pytest.raises(StoreError, match=r"^cannot (list|write) .*: Not a directory$"):
+        Output(f"{tmp_path}/file{inside}", {"job": "any"})
+    assert (tmp_path / "file").read_bytes() == b"kept"
+
+
+def test_a_name_that_is_too_long_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="^cannot look at .*: File name too long$"):
+        Output(f"{tmp_path}/{'a' * 300}", {"job": "any"})
