@@ -1,6 +1,7 @@
 """Weights of image networks: read from files without running code, checked against the network, fingerprinted."""
 
 import hashlib
+import warnings
 from pickle import (
     UnpicklingError,  # what torch.load(weights_only=True) raises on anything but tensors
 )
@@ -28,7 +29,8 @@ def read_weights(uri: str) -> Tensors:
         if uri.endswith(".safetensors"):
             return dict(safetensors.torch.load(storage.read_bytes(uri)))
         if uri.endswith((".pth", ".pt")):
-            with storage.open_input(uri) as file:
+            # Of a pickle that is refused torch would tell twice.
+            with storage.open_input(uri) as file, warnings.catch_warnings(action="ignore"):
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
             if isinstance(loaded, dict) and all(isinstance(v, Tensor) for v in loaded.values()):
                 return dict(loaded)

@@ -9,8 +9,10 @@ import functools
 import logging
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -38,7 +40,9 @@ def run(
     for noisy in ("ray.train", "httpx", "botocore", "fsspec", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        job(parse(config_type, sys.argv[1:], **parse_options))
+        with _reader_may_leave():
+            config = parse(config_type, sys.argv[1:], **parse_options)
+        job(config)
     except CaptionerError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -49,6 +53,17 @@ def run(
         if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             fail(f"{os.strerror(error.errno)}: {error.filename or 'output'}")
         raise
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """Help whose reader has seen enough (``--help | head``) ends as other programs do: without a word."""
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        signal.signal(signal.SIGPIPE, before)
 
 
 def fail(message: str) -> NoReturn:
@@ -66,7 +81,8 @@ def take_name(program: str, names: Mapping[str, str]) -> str:
     if name in ("-h", "--help"):
         width = max(map(len, names))
         lines = [f"  {name:{width}}  {text}" for name, text in names.items()]
-        print("\n".join([f"usage: {program} NAME ..., NAME --help for more", "", *lines]))
+        with _reader_may_leave():
+            print("\n".join([f"usage: {program} NAME ..., NAME --help for more", "", *lines]))
         raise SystemExit(0)
     if name not in names:
         fail(f"{program}: {shlex.quote(name)} is not one of {', '.join(names)}")

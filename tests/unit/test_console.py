@@ -57,6 +57,13 @@ def test_a_job_gets_the_arguments_behind_its_name(
     assert "--features: missing; --output: missing; --split: should be 'train'," in error
 
 
+@pytest.mark.parametrize("job", ["", "train"])
+def test_a_reader_of_help_may_leave(job: str) -> None:
+    command = f"{sys.executable} -u -m ray_jobs {job} --help | true"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
 def test_the_environment_has_the_command(tmp_path: Path) -> None:
     """Made by ``make install``."""
     command = Path(sys.executable).with_name("captioner")
