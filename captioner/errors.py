@@ -3,6 +3,7 @@
 ::
 
     CaptionerError
+    +-- OutOfReachError  a store, a cluster or a directory cannot be had now; the same command goes on later
     +-- ConfigError   a setting is wrong, or two settings do not go together
     +-- SourceError   images or captions cannot be read, or contradict each other
     +-- StoreError    a published directory is absent, incomplete, or belongs to another run
@@ -12,12 +13,23 @@
         +-- ImageTypeError      of a type that is not on the list
         +-- ImageTooLargeError  over the byte or the pixel limit
 
-A message is one line: what is wrong, with which value, and what would be right. Jobs print it and exit with status 2.
+A message is one line: what is wrong, with which value, and what would be right. Jobs print it and exit with its status.
 """
+
+from typing import ClassVar
 
 
 class CaptionerError(Exception):
     """Base of all errors that the user, not the programmer, can mend."""
+
+    status: ClassVar[int] = 2
+    """Exit status of a job that ends with it."""
+
+
+class OutOfReachError(CaptionerError):
+    """Something cannot be had now, through no fault of the command: the same one goes on later."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class ConfigError(CaptionerError, ValueError):

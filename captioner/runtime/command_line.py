@@ -1,7 +1,8 @@
 """Command lines: a configuration from the arguments, one library call, and exit statuses people can script with.
 
 Status 0: published. 2: the input was wrong, and one line on stderr says which field, which value, what is allowed.
-130: interrupted; nothing is published, and the same command goes on.
+75: something was out of reach, and the same command goes on later. 130: interrupted; nothing is published, and the
+same command goes on.
 """
 
 import errno
@@ -30,7 +31,7 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 def run(
     job: Callable[[AnyConfig], object], config_type: type[AnyConfig], **parse_options: Any
 ) -> None:
-    """Parse ``sys.argv`` into ``config_type``, call ``job`` with it, and turn user errors into status 2.
+    """Parse ``sys.argv`` into ``config_type``, call ``job`` with it, and turn errors of ours into one line.
 
     Keyword arguments go to ``parse``.
     """
@@ -44,7 +45,7 @@ def run(
             config = parse(config_type, sys.argv[1:], **parse_options)
         job(config)
     except CaptionerError as error:
-        fail(str(error))
+        fail(str(error), error.status)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
@@ -66,10 +67,10 @@ def _reader_may_leave() -> Iterator[None]:
         signal.signal(signal.SIGPIPE, before)
 
 
-def fail(message: str) -> NoReturn:
-    """One line on stderr, exit status 2."""
+def fail(message: str, status: int = 2) -> NoReturn:
+    """One line on stderr, and the end."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 def take_name(program: str, names: Mapping[str, str]) -> str:

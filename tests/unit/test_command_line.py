@@ -15,7 +15,7 @@ from captioner.config import (
     ServeConfig,
     TrainConfig,
 )
-from captioner.errors import ConfigError, SourceError
+from captioner.errors import ConfigError, OutOfReachError, SourceError
 from captioner.presets import PRESETS
 from captioner.runtime import command_line
 
@@ -216,3 +216,16 @@ def test_workers_are_one_number_or_a_range_in_order() -> None:
     )
     with pytest.raises(ConfigError, match="the first of 4 1 must not be the larger"):
         command_line.parse(TrainConfig, [*base, "--num-workers", "4", "1"])
+
+
+def test_what_is_out_of_reach_is_told_apart_from_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def job(config: ExtractConfig) -> None:
+        raise OutOfReachError("s3://bucket cannot be reached")
+
+    monkeypatch.setattr("sys.argv", ["extract_features", *MINIMAL])
+    with pytest.raises(SystemExit) as stop:
+        command_line.run(job, ExtractConfig)
+    assert stop.value.code == 75
+    assert capsys.readouterr().err == "error: s3://bucket cannot be reached\n"
