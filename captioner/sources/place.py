@@ -25,9 +25,7 @@ class Place:
 
     @cached_property
     def uri(self) -> str:
-        # A local path says each name as it is; in a file:// URI '#', '%' and '?' would have to be escaped.
-        local = self.spec.startswith("file://")
-        return storage.absolute(storage.resolve(self.spec)[1] if local else self.spec)
+        return storage.absolute(self.spec)
 
     @property
     def files(self) -> list[storage.FileInfo] | None:

@@ -59,11 +59,10 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     Raises:
         StoreError: the scheme is unknown or the URI malformed.
     """
-    scheme = urlsplit(uri).scheme if "://" in uri else ""
-    if scheme == "":
-        return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
-    if scheme == "file":
-        return pafs.LocalFileSystem(), unquote(urlsplit(uri).path)
+    uri = absolute(uri)
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), uri
+    scheme = urlsplit(uri).scheme
     try:
         if scheme == "s3":
             path = uri.removeprefix("s3://").rstrip("/")
@@ -77,8 +76,27 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def absolute(uri: str) -> str:
-    """``uri`` itself if it has a scheme, else the absolute local path."""
-    return uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
+    """``uri`` itself if it has a scheme, else the absolute local path; that of a ``file://`` URI, too.
+
+    Raises:
+        StoreError: there is no such path on this machine: another host's, an unknown user's home, no UTF-8.
+    """
+    try:
+        uri.encode()
+    except UnicodeEncodeError as error:
+        raise StoreError(f"{uri!a} is not UTF-8, as names of files must be here") from error
+    if uri.startswith("file://"):
+        # '#' and '?' begin nothing here: whoever leaves them as they are means the file.
+        host, _, path = uri.removeprefix("file://").partition("/")
+        if host not in ("", "localhost"):
+            raise StoreError(f"{uri} is on another host: file:///path names a file of this one")
+        return os.path.normpath(f"/{unquote(path)}")
+    if "://" in uri:
+        return uri.rstrip("/")
+    try:
+        return str(Path(uri).expanduser().absolute())
+    except RuntimeError as error:  # ~name of nobody here
+        raise StoreError(f"cannot open {uri}: {_one_line(error)}") from error
 
 
 def join(uri: str, *parts: str) -> str:
@@ -121,7 +139,7 @@ def list_files(uri: str) -> list[FileInfo]:
         StoreError: it cannot be listed, or is a file.
     """
     filesystem, path = resolve(uri)
-    base = uri.rstrip("/")
+    base = absolute(uri)
     below = pafs.FileSelector(path, recursive=True, allow_not_found=True)
     with _told("list", uri):
         found = filesystem.get_file_info(below)
@@ -257,7 +275,10 @@ def _told(what: str, uri: str) -> Iterator[None]:
     """The file system's own errors as ours, in one line."""
     try:
         yield
-    except OSError as error:
+    except (
+        OSError,
+        pa.ArrowInvalid,
+    ) as error:  # ArrowInvalid: of a name that the store does not take
         raise StoreError(f"cannot {what} {uri}: {_one_line(error)}") from error
 
 

@@ -17,6 +17,7 @@ from captioner.config import TuneConfig
 from captioner.errors import StoreError
 from captioner.tuning import search
 from captioner.tuning.search import SearchResult, run_search
+from tests import odd
 from tests.stores import write_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +66,7 @@ def found(features: str, tmp_path_factory: pytest.TempPathFactory) -> SearchResu
     try:
         # The first trial is over when the last starts: of those that run at once, chance decides which come to a rung
         # first and so are kept.
-        output = tmp_path_factory.mktemp("search") / "out"
+        output = tmp_path_factory.mktemp("search") / odd.NAME
         return run_search(settings(features, output, max_concurrent=2))
     finally:
         patch.undo()
@@ -128,7 +129,9 @@ def test_complete_search_is_left_alone_and_another_refused(
 
 @pytest.mark.chaos
 def test_killed_search_goes_on_with_the_same_trials(features: str, tmp_path: Path) -> None:
-    config = settings(features, tmp_path / "out", scheduler="none", max_epochs=2, max_concurrent=2)
+    config = settings(
+        features, tmp_path / odd.NAME, scheduler="none", max_epochs=2, max_concurrent=2
+    )
     program = (
         "import sys; from captioner.config import TuneConfig; from captioner.tuning.search import run_search;"
         "run_search(TuneConfig.model_validate_json(sys.argv[1]))"
@@ -141,7 +144,7 @@ def test_killed_search_goes_on_with_the_same_trials(features: str, tmp_path: Pat
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    trials = tmp_path / "out" / WORK / "trials"
+    trials = tmp_path / odd.NAME / WORK / "trials"
     deadline = time.monotonic() + 600
     while not list(trials.glob("*/manifest.json")):
         assert driver.poll() is None, "the search ended before it could be killed"

@@ -16,6 +16,7 @@ from captioner.captioning.captioner import Captioner
 from captioner.config import DecodeConfig
 from captioner.images.load import load_image
 from captioner.sources.scenes import draw_scene
+from tests import odd
 
 from .conftest import RunJob
 
@@ -30,14 +31,14 @@ SHAPES = [
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory: pytest.TempPathFactory, submit_job: RunJob) -> Path:
-    """Features, model, report and captions of a tiny run, each made by a submitted job."""
-    root = tmp_path_factory.mktemp("road")
+    """Features, model, report and captions of a tiny run, each made by a submitted job, in a place with an odd name."""
+    root = tmp_path_factory.mktemp("road") / odd.NAME
     steps = [
         ("extract_features", "--source", "shapes", "--output", f"{root}/features", *SHAPES,
          "--encoder.weights", "random", "--encoder.layer", "layer3", "--grid"),
         ("train", "--features", f"{root}/features", "--output", f"{root}/model",
          "--decoder.kind", "merge", "--decoder.width", "64", "--epochs", "6", "--num-workers", "2"),
-        ("evaluate", "--features", f"{root}/features", "--model", f"{root}/model",
+        ("evaluate", "--features", (root / "features").as_uri(), "--model", f"{root}/model",
          "--split", "validation", "--output", f"{root}/report", "--decode.beam-size", "3"),
     ]  # fmt: skip
     for name, *arguments in steps:

@@ -15,8 +15,10 @@ from ray.cluster_utils import Cluster
 from captioner import storage
 from captioner.artifacts.output import WORK
 from captioner.features.row_marks import CHECKPOINT
+from tests import odd
 
 BUCKET = "nodes"
+FOLDER = odd.NAME
 # Of one worker node: an encoder or a training worker, and tasks beside it.
 CPUS = 2
 
@@ -27,10 +29,11 @@ class Nodes:
 
     cluster: Cluster
     uri: str
-    """Of the bucket."""
+    """Of a folder in the bucket."""
 
     def keys(self, prefix: str) -> list[str]:
-        """Objects below a prefix, without it."""
+        """Objects below a prefix in the folder, without it."""
+        prefix = f"{FOLDER}/{prefix}"
         pages = boto3.client("s3").get_paginator("list_objects_v2")
         found = pages.paginate(Bucket=BUCKET, Prefix=prefix)
         return [

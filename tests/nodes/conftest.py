@@ -18,7 +18,7 @@ from captioner.features.extract import extract
 from captioner.runtime.cluster import start_ray
 from captioner.sources.scenes import draw_scene, make_scene
 from captioner.training.run import TrainResult, run_training
-from tests.nodes.cluster import BUCKET, Nodes
+from tests.nodes.cluster import BUCKET, FOLDER, Nodes
 from tests.nodes.comparison import BAD, ROWS, SIZES, compare, report, timed
 
 
@@ -34,7 +34,7 @@ def nodes() -> Iterator[Nodes]:
         patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
         head = {"num_cpus": 0, "object_store_memory": 2 * 10**8, "include_dashboard": False}
-        found = Nodes(Cluster(initialize_head=True, head_node_args=head), f"s3://{BUCKET}")
+        found = Nodes(Cluster(initialize_head=True, head_node_args=head), f"s3://{BUCKET}/{FOLDER}")
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("RAY_ADDRESS", found.cluster.address)

@@ -11,6 +11,7 @@ from captioner.artifacts.feature_store import FeatureStore
 from captioner.artifacts.manifests import FileEntry, ModelManifest, open_manifest
 from captioner.artifacts.output import Output
 from captioner.errors import StoreError
+from tests import odd
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +55,11 @@ def test_failed_write_leaves_no_object(bucket: str) -> None:
         raise OSError("injected")
     # What boto3, not pyarrow, finds.
     assert "Contents" not in boto3.client("s3").list_objects_v2(Bucket="bucket", Prefix="half/")
+
+
+# The server's own router knows no line breaks.
+@pytest.mark.parametrize("name", [name for name in odd.NAMES if "\n" not in name])
+def test_a_key_is_taken_as_it_is(bucket: str, name: str) -> None:
+    odd.check(f"{bucket}/{name}/{name}")
+    found = boto3.client("s3").list_objects_v2(Bucket="bucket", Prefix=f"{name}/{name}/")
+    assert f"{name}/{name}/{name}" in [entry["Key"] for entry in found["Contents"]]

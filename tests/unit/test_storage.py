@@ -17,6 +17,7 @@ from captioner.artifacts.manifests import (
 )
 from captioner.artifacts.output import WORK, Output, publish_once
 from captioner.errors import StoreError
+from tests import odd
 
 
 def test_failed_write_leaves_neither_file_nor_fragment(tmp_path: Path) -> None:
@@ -210,3 +211,34 @@ def test_an_output_that_is_a_file_or_below_one_is_refused_in_one_line(
 def test_a_name_that_is_too_long_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="^cannot look at .*: File name too long$"):
         Output(f"{tmp_path}/{'a' * 300}", {"job": "any"})
+
+
+@pytest.mark.parametrize("name", odd.NAMES)
+@pytest.mark.parametrize("form", ["path", "file", "home"])
+def test_a_name_is_taken_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, form: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = tmp_path / name / name
+    odd.check({"path": str(place), "file": place.as_uri(), "home": f"~/{name}/{name}"}[form])
+    assert (place / name).read_bytes() == b"data"
+
+
+@pytest.mark.parametrize("name", ["a#b", "what?", "a b", "a?b#c"])
+def test_a_file_uri_need_not_be_escaped(tmp_path: Path, name: str) -> None:
+    odd.check(f"file://localhost{tmp_path}/{name}")
+    assert (tmp_path / name / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("file://elsewhere/data", "is on another host"),
+        ("~nobody-of-this-name/data", "Could not determine home directory"),
+        ("/data/\udcff", "is not UTF-8"),
+    ],
+)
+def test_a_path_that_cannot_be_here_is_one_line(uri: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message) as one:
+        Output(uri, {"job": "any"})
+    assert "\n" not in str(one.value)
