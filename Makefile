@@ -26,25 +26,23 @@ help: ## List the targets
 
 install: $(INSTALLED) ## Create .venv with the pinned requirements (also done by the targets below)
 
-# uv comes from pip where it is missing. pip's --target works without the venv module and on
-# distributions whose Python is marked as externally managed. Compiled at once, for a job is many processes that import
-# much: where Python may not write bytecode, each would compile it all again and take two to four times as long to start.
+# uv comes from pip where it is missing (pip's --target works without the venv module and on distributions whose Python
+# is marked as externally managed), finds a Python of a fitting version, and brings one where there is none. Compiled at
+# once, for a job is many processes that import much: where Python may not write bytecode, each would compile it all
+# again and take two to four times as long to start. TORCH=cpu leaves out what only GPUs use, most of the size.
 $(INSTALLED): requirements.txt pyproject.toml
 	@works() { "$$@" >/dev/null 2>&1; }; \
-	right="import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))"; \
-	python=; \
-	for name in python3.12 python3.11 python3 python; do \
-		if works "$$name" -c "$$right"; then python=$$name; break; fi; \
-	done; \
-	if [[ -z $$python ]]; then echo "Python 3.11 or 3.12 is needed and was not found" >&2; exit 2; fi; \
+	right="import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))"; \
 	uv=uv; \
 	if ! works uv --version; then \
 		uv=$(VENV)/uv/bin/uv; \
-		works "$$uv" --version || "$$python" -m pip install --quiet --upgrade --target $(VENV)/uv uv; \
+		works "$$uv" --version || python3 -m pip install --quiet --upgrade --target $(VENV)/uv uv \
+			|| { echo "uv is needed, or a python3 with pip, which brings it" >&2; exit 2; }; \
 	fi; \
 	works $(PYTHON) -c "$$right" \
-		|| "$$uv" venv --quiet --allow-existing --python "$$("$$python" -c 'import sys; print(sys.executable)')" $(VENV); \
-	"$$uv" pip install --compile-bytecode --python $(PYTHON) -r requirements.txt; \
+		|| "$$uv" venv --quiet --allow-existing --python '>=3.11,<3.15' $(VENV); \
+	$(if $(filter cpu,$(TORCH)),grep -Ev '^(nvidia|cuda|triton)' requirements.txt | "$$uv" pip install --torch-backend cpu \
+		--compile-bytecode --python $(PYTHON) -r -,"$$uv" pip install --compile-bytecode --python $(PYTHON) -r requirements.txt); \
 	"$$uv" pip install --quiet --no-deps --no-build-isolation --python $(PYTHON) --editable .; \
 	touch $@
 

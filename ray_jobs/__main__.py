@@ -1,30 +1,38 @@
 """The jobs as one program: ``captioner NAME ...`` is ``python -m ray_jobs.NAME ...``.
 
 captioner train --features runs/flickr8k/features --output runs/flickr8k/model
+eval "$(captioner completion bash)"
 """
 
 import ast
 import importlib
 from pathlib import Path
 
+from captioner import config
 from captioner.runtime import command_line
 
-JOBS = (
-    "extract_features",
-    "train",
-    "tune",
-    "evaluate",
-    "caption",
-    "serve",
-    "verify",
-    "demo",
-    "benchmark",
-)
+# What each is told by flags; a benchmark has a configuration for each of its stages.
+JOBS: dict[str, type[config.Config]] = {
+    "extract_features": config.ExtractConfig,
+    "train": config.TrainConfig,
+    "tune": config.TuneConfig,
+    "evaluate": config.EvaluateConfig,
+    "caption": config.CaptionConfig,
+    "serve": config.ServeConfig,
+    "verify": config.VerifyConfig,
+    "demo": config.DemoConfig,
+}
+BENCHMARK, COMPLETION = "benchmark", "completion"
 
 
 def main() -> None:
-    name = command_line.take_name("captioner", {name: _about(name) for name in JOBS})
-    importlib.import_module(f"ray_jobs.{name}").main()
+    about = {name: _about(name) for name in (*JOBS, BENCHMARK)}
+    about[COMPLETION] = "Print what makes a shell (bash, zsh, fish) complete names and flags."
+    name = command_line.take_name("captioner", about)
+    if name == COMPLETION:
+        command_line.print_completion("captioner", JOBS)
+    else:
+        importlib.import_module(f"ray_jobs.{name}").main()
 
 
 def _about(name: str) -> str:

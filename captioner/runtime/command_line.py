@@ -25,6 +25,8 @@ from captioner.errors import CaptionerError, ConfigError
 from captioner.runtime import tyro_errors
 from captioner.runtime.flags import Place, registry, spell, spellings, stand_in
 
+SHELLS = ("bash", "zsh", "fish")
+
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
@@ -89,6 +91,22 @@ def take_name(program: str, names: Mapping[str, str]) -> str:
         fail(f"{program}: {shlex.quote(name)} is not one of {', '.join(names)}")
     sys.argv[:2] = [f"{program} {name}"]
     return name
+
+
+def print_completion(program: str, commands: Mapping[str, type[Config]]) -> None:
+    """Print the script that makes a shell complete the names and flags of ``commands``; the shell is in ``sys.argv``.
+
+    Ends with status 2 where it is none of those that tyro knows.
+    """
+    shell = sys.argv[1] if len(sys.argv) > 1 else ""
+    if shell not in SHELLS:
+        fail(f"{program} completion: {shlex.quote(shell)} is not one of {', '.join(SHELLS)}")
+    tyro.extras.subcommand_cli_from_dict(
+        dict(commands),
+        prog=program,
+        args=["--tyro-print-completion", shell],
+        registry=registry(),
+    )
 
 
 def parse(

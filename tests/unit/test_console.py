@@ -22,13 +22,13 @@ def test_every_job_is_listed_with_its_first_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs = {file.stem for file in (ROOT / "ray_jobs").glob("[!_]*.py")}
-    assert set(console.JOBS) == jobs
+    assert {*console.JOBS, console.BENCHMARK} == jobs
     monkeypatch.setattr("sys.argv", ["captioner", "--help"])
     with pytest.raises(SystemExit) as stop:
         console.main()
     assert stop.value.code == 0
     shown = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [name for name, _ in shown] == list(console.JOBS)
+    assert [name for name, _ in shown] == [*console.JOBS, console.BENCHMARK, console.COMPLETION]
     assert all(text.endswith(".") for _, text in shown)
 
 
@@ -55,6 +55,39 @@ def test_a_job_gets_the_arguments_behind_its_name(
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert "--features: missing; --output: missing; --split: should be 'train'," in error
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([""], [*console.JOBS]),
+        (["ev"], ["evaluate"]),
+        (["extract_features", "--encoder.na"], ["--encoder.name"]),
+        (["serve", "--po"], ["--port"]),
+    ],
+)
+def test_a_shell_completes_names_and_flags(words: list[str], expected: list[str]) -> None:
+    script = subprocess.run(
+        [sys.executable, "-m", "ray_jobs", "completion", "bash"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    quoted = " ".join(f"'{word}'" for word in ["captioner", *words])
+    ask = f'COMP_WORDS=({quoted}); COMP_CWORD={len(words)}; _tyro_captioner; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    offered = subprocess.run(
+        ["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert set(expected) <= set(offered)
+    if words != [""]:
+        assert offered == expected
+
+
+@pytest.mark.parametrize("arguments", [["tcsh"], []])
+def test_an_unknown_shell_is_one_line(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "ray_jobs", "completion", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "is not one of bash, zsh, fish" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("job", ["", "train"])
@@ -92,6 +125,7 @@ def test_a_package_holds_the_jobs_and_no_benchmarks(tmp_path: Path) -> None:
         "captioner",
         "ray_jobs",
     }
+    assert (site / "captioner/py.typed").is_file()
 
     def captioner(*arguments: str) -> "subprocess.CompletedProcess[str]":
         # -S leaves out what an editable installation has put on the path.
