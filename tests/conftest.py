@@ -4,9 +4,14 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.s3 import S3Server
 
 TESTS = Path(__file__).resolve().parent
 SHARED = TESTS.parents[1] / "shared"
@@ -71,3 +76,21 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the folder {SHARED.name} beside the checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator["S3Server"]:
+    """S3 on this machine; it fails as it is told to."""
+    from tests.s3 import run_server
+
+    with run_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server: "S3Server") -> Iterator[str]:
+    """URI of a bucket, whose clients find it by the environment."""
+    from tests.s3 import clients_of
+
+    with clients_of(s3_server, "bucket") as uri:
+        yield uri

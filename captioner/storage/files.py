@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from captioner.errors import StoreError
+from captioner.storage.faults import one_line, told
 
 # Where S3 is, in the names that AWS's own tools read. Not who may use it: those are secrets.
 S3_ADDRESS_VARIABLES = (
@@ -72,7 +73,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         filesystem, path = pafs.FileSystem.from_uri(uri)
         return filesystem, path
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise StoreError(f"cannot open {uri}: {_one_line(error)}") from error
+        raise StoreError(f"cannot open {uri}: {one_line(error)}") from error
 
 
 def absolute(uri: str) -> str:
@@ -96,7 +97,7 @@ def absolute(uri: str) -> str:
     try:
         return str(Path(uri).expanduser().absolute())
     except RuntimeError as error:  # ~name of nobody here
-        raise StoreError(f"cannot open {uri}: {_one_line(error)}") from error
+        raise StoreError(f"cannot open {uri}: {one_line(error)}") from error
 
 
 def join(uri: str, *parts: str) -> str:
@@ -235,7 +236,7 @@ def create_exclusively(uri: str, data: bytes) -> None:
         except FileExistsError:
             raise taken from None
         except OSError as error:
-            raise StoreError(f"cannot write {uri}: {_one_line(error)}") from error
+            raise told("write", uri, error) from error
     elif isinstance(filesystem, pafs.S3FileSystem):
         import boto3
         from botocore.exceptions import BotoCoreError, ClientError
@@ -249,9 +250,9 @@ def create_exclusively(uri: str, data: bytes) -> None:
                 "ConditionalRequestConflict",
             ):
                 raise taken from None
-            raise StoreError(f"cannot write {uri}: {_one_line(error)}") from error
+            raise told("write", uri, error) from error
         except BotoCoreError as error:
-            raise StoreError(f"cannot write {uri}: {_one_line(error)}") from error
+            raise told("write", uri, error) from error
     else:
         if exists(uri):
             raise taken
@@ -279,9 +280,4 @@ def _told(what: str, uri: str) -> Iterator[None]:
         OSError,
         pa.ArrowInvalid,
     ) as error:  # ArrowInvalid: of a name that the store does not take
-        raise StoreError(f"cannot {what} {uri}: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-    return " ".join(text.split())
+        raise told(what, uri, error) from error

@@ -4,11 +4,9 @@ import json
 import random
 from collections.abc import Iterator
 
-import boto3
 import numpy as np
 import pytest
 import ray
-from moto.server import ThreadedMotoServer
 from ray.cluster_utils import Cluster
 
 from captioner import storage
@@ -20,34 +18,29 @@ from captioner.sources.scenes import draw_scene, make_scene
 from captioner.training.run import TrainResult, run_training
 from tests.nodes.cluster import BUCKET, FOLDER, Nodes
 from tests.nodes.comparison import BAD, ROWS, SIZES, compare, report, timed
+from tests.s3 import CREDENTIALS, S3Server, clients_of
 
 
 @pytest.fixture(scope="package")
-def nodes() -> Iterator[Nodes]:
+def nodes(s3_server: S3Server) -> Iterator[Nodes]:
     """The nodes have credentials in their environment; where the bucket is they learn from the driver."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
         for name in storage.S3_ADDRESS_VARIABLES:
             patch.delenv(name, raising=False)
-        patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
         head = {"num_cpus": 0, "object_store_memory": 2 * 10**8, "include_dashboard": False}
         found = Nodes(Cluster(initialize_head=True, head_node_args=head), f"s3://{BUCKET}/{FOLDER}")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("RAY_ADDRESS", found.cluster.address)
-        boto3.client("s3").create_bucket(Bucket=BUCKET)
-        try:
-            found.add_node()
-            found.add_node()
-            start_ray()
-            yield found
-        finally:
-            ray.shutdown()
-            found.cluster.shutdown()
-    server.stop()
+        with clients_of(s3_server, BUCKET):
+            try:
+                found.add_node()
+                found.add_node()
+                start_ray()
+                yield found
+            finally:
+                ray.shutdown()
+                found.cluster.shutdown()
 
 
 @pytest.fixture(scope="package")

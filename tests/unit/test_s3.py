@@ -1,10 +1,7 @@
 """What is promised of object stores, on a server that speaks S3's protocol."""
 
-from collections.abc import Iterator
-
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from captioner import storage
 from captioner.artifacts.feature_store import FeatureStore
@@ -12,24 +9,6 @@ from captioner.artifacts.manifests import FileEntry, ModelManifest, open_manifes
 from captioner.artifacts.output import Output
 from captioner.errors import StoreError
 from tests import odd
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """URI of a bucket on a free port; its clients find it by the environment."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in storage.S3_ADDRESS_VARIABLES:
-            patch.delenv(name, raising=False)
-        patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        yield "s3://bucket"
-    server.stop()
 
 
 def test_of_two_writers_one_publishes(bucket: str) -> None:
