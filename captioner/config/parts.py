@@ -70,9 +70,26 @@ class SourceConfig(Config):
     """Details of a source; the defaults suit most."""
 
     captions: str | None = None
-    """Captions file of a folder of images (path or URI); default: found in the folder by its name."""
+    """Captions file of a folder of images (path or URI), or none; default: what lies in the folder, found by name and
+    content."""
+    image_column: str | None = None
+    """Column of the images' names or bytes, in a captions file or a Parquet file; default: found by name and content.
+    1, 2 ... in a table whose first line names no columns."""
+    caption_columns: tuple[str, ...] = ()
+    """Columns of captions, likewise."""
+    split_column: str | None = None
+    """Column that names each image's split, likewise."""
+    id_column: str | None = None
+    """Column of ids of your own, unique; default: an image's path, or a Parquet file's and the row's number in it."""
+    encoding: str | None = None
+    """Encoding of captions files, where no byte-order mark says it; default: UTF-8."""
+    missing: Literal["error", "skip"] = "error"
+    """Of captioned images that are not there: stop, or go on without them."""
+    exclude: tuple[str, ...] = ()
+    """Globs of files or folders to leave out; one without / holds at any depth."""
     split: Literal["auto", Split] = "auto"
-    """Split of images that carry none. auto: 80/10/10 by a hash of the id where there are captions, else test."""
+    """Split of images that carry none. auto: 80/10/10 by a hash of the id where there are captions, else test; train
+    where other images do carry one."""
     limit: Positive | None = None
     """Take only the first N images of each split."""
     shapes: ShapesConfig = ShapesConfig()

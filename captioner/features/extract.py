@@ -123,9 +123,15 @@ def describe_counts(counts: Counts) -> str:
     if counts.unreadable:
         parts.append(f"{counts.unreadable:,} unreadable")
     if counts.left_out:
-        kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts.left_out.items())
+        kinds = ", ".join(describe_kind(kind, number) for kind, number in counts.left_out.items())
         parts.append(f"left out: {kinds}")
     return f"{counts.found:,} found: {', '.join(parts)}"
+
+
+def describe_kind(kind: str, number: int) -> str:
+    """``3 .pdf``, ``2 broken links``."""
+    plural = number > 1 and kind.endswith((" file", " folder", " link", " picture"))
+    return f"{number:,} {kind}{'s' if plural else ''}"
 
 
 def _reasons(rows: pa.Table) -> list[str]:

@@ -39,4 +39,7 @@ def open_source(
         source: Source | None = import_module(f"{__name__}.{kind}").open_place(place)
         if source is not None:
             return source
-    raise SourceError(f"{spec}: no images and no Parquet files")
+    left_out = ", ".join(f"{count} {kind}" for kind, count in place.left_out.items())
+    raise SourceError(
+        f"{spec}: no images and no Parquet files" + (f" ({left_out})" if left_out else "")
+    )

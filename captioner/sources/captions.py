@@ -1,93 +1,102 @@
-"""Caption files people have beside a folder of images: Flickr token files, Karpathy and COCO JSON, CSV and TSV."""
+"""Captions files that people have: Flickr token files, Karpathy and COCO JSON, JSON lines and lists, CSV and TSV."""
 
-import csv
-import io
+import ast
+import codecs
 import json
 import posixpath
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from captioner.config import Split
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from captioner.config import SourceConfig
 from captioner.errors import SourceError
-from captioner.sources.splits import split_called, split_in_name
+from captioner.sources.columns import (
+    find_caption_columns,
+    find_image_column,
+    find_split_column,
+    named,
+    normal,
+    texts_of,
+)
+from captioner.sources.tables import read_table
 
 _TOKEN_LINE = re.compile(r"^(?P<name>.+)#(?P<index>\d+)\t(?P<caption>.*)$")
-_IMAGE_COLUMNS = ("image", "filename", "file_name", "image_name", "image_id")
-_CAPTION_COLUMNS = ("caption", "comment", "raw", "text")
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    # Before UTF-16, whose mark begins it.
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_Row = tuple[str, dict[str, Any]]
+"""Where it stands, for a message, and its values by column."""
 
 
 @dataclass(frozen=True)
 class CaptionFile:
-    """What a captions file says, by image name as written there."""
+    """What a captions file says, by image name as written there, in NFC."""
 
-    captions: dict[str, list[str]]
-    splits: dict[str, Split]
-    """Split of each image, for formats that carry it."""
-
-
-def looks_like_captions(name: str) -> bool:
-    """Whether a file in a folder of images is probably its captions file."""
-    base = posixpath.basename(name).lower()
-    if ".lemma." in base:  # beside Flickr8k.token.txt, the same captions without inflections
-        return False
-    return base.endswith((".token.txt", ".token")) or bool(
-        re.fullmatch(r"(captions?|results|dataset_\w+|captions_\w+)\.(txt|csv|tsv|json)", base)
-    )
+    captions: dict[str, list[str]] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
+    """What the file calls the split of an image, where it says."""
+    ids: dict[str, str] = field(default_factory=dict)
+    """The user's own id of each image, where a column of them was asked for."""
 
 
-def merge_captions(files: dict[str, CaptionFile]) -> CaptionFile:
-    """Several captions files that each name their split, as COCO's ``captions_train2014.json`` and its kin do.
-
-    Raises:
-        SourceError: a name says no split, or two files caption the same image.
-    """
-    merged = CaptionFile({}, {})
-    for name, file in files.items():
-        split = split_in_name(posixpath.basename(name))
-        if split is None or len(file.splits) > 0:
-            names = ", ".join(files)
-            raise SourceError(
-                f"several captions files ({names}): choose one with source-options.captions"
-            )
-        for image, captions in file.captions.items():
-            if image in merged.captions:
-                raise SourceError(f"{name}: captions for image {image}, which another file has too")
-            merged.captions[image] = captions
-            merged.splits[image] = split
-    return merged
-
-
-def parse_captions(name: str, data: bytes) -> CaptionFile:
+def parse_captions(name: str, data: bytes, options: SourceConfig | None = None) -> CaptionFile:
     """Read a captions file; the format is told from its content.
 
     Raises:
         SourceError: it is none of the formats, or contradicts itself; the message names the line or image.
     """
+    options = options or SourceConfig()
+    if data.startswith(b"PAR1"):
+        return _records(name, _parquet(name, data), options)
+    text = decode_text(name, data, options)
+    start = text.lstrip()[:1]
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{name}: not UTF-8 text: {error}") from error
-    first = text.lstrip().partition("\n")[0].rstrip("\r")
-    if first.startswith("{"):
-        try:
-            found = _json(name, json.loads(text))
-        except (ValueError, RecursionError) as error:
-            raise SourceError(f"{name}: not JSON: {error}") from error
-    elif _TOKEN_LINE.match(first):
-        found = _tokens(name, text)
-    else:
-        found = _table(name, text, first)
-    for image, captions in found.captions.items():
-        try:
-            "".join([image, *captions]).encode()
-        except (
-            TypeError,
-            UnicodeEncodeError,
-        ) as error:  # JSON allows numbers, and halves of characters
-            raise SourceError(f"{name}: image {image!r}: not text: {error}") from error
+        if start in ("{", "["):
+            found = _json(name, text, options)
+        elif _TOKEN_LINE.match(text.lstrip().partition("\n")[0]):
+            found = _tokens(name, text)
+        else:
+            found = _table(name, text, options)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{name}: not JSON: {error}") from error
     return found
+
+
+def decode_text(name: str, data: bytes, options: SourceConfig) -> str:
+    """Text with ``\\n`` at the ends of its lines. A byte-order mark decides its encoding, else the setting, else it is
+    UTF-8.
+
+    Raises:
+        SourceError: it is not text of that encoding, or there is no such encoding.
+    """
+    marked = next(
+        (_BYTE_ORDER_MARKS[mark] for mark in _BYTE_ORDER_MARKS if data.startswith(mark)), None
+    )
+    encoding = marked or options.encoding or "utf-8"
+    try:
+        text = data.decode(encoding)
+    except UnicodeError as error:
+        reason = (
+            f"{error.reason} at byte {error.start}"
+            if isinstance(error, UnicodeDecodeError)
+            else error
+        )
+        raise SourceError(
+            f"{name}: not {encoding} text ({reason}); source-options.encoding names another, such as latin-1"
+        ) from error
+    except LookupError as error:
+        raise SourceError(f"source-options.encoding: there is no encoding {encoding!r}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _tokens(name: str, text: str) -> CaptionFile:
@@ -97,98 +106,197 @@ def _tokens(name: str, text: str) -> CaptionFile:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        match = _TOKEN_LINE.match(line.rstrip("\r"))
+        match = _TOKEN_LINE.match(line)
         if match is None:
             raise SourceError(f"{name}, line {number}: expected 'name.jpg#0<TAB>caption'")
-        captions = found.setdefault(match["name"], {})
+        captions = found.setdefault(_nfc(match["name"]), {})
         index = int(match["index"])
         if index in captions:
             raise SourceError(f"{name}, line {number}: {match['name']}#{index} is given twice")
         captions[index] = match["caption"].strip()
     return CaptionFile(
-        {
-            image: [text for _, text in sorted(captions.items())]
-            for image, captions in found.items()
-        },
-        {},
+        {image: [text for _, text in sorted(captions.items())] for image, captions in found.items()}
     )
 
 
-def _json(name: str, raw: dict[str, Any]) -> CaptionFile:
-    images = raw.get("images")
-    if not isinstance(images, list):
-        raise SourceError(f"{name}: no list 'images': neither Karpathy's nor COCO's format")
+def _json(name: str, text: str, options: SourceConfig) -> CaptionFile:
     try:
-        if "annotations" in raw:
-            return _coco(name, images, raw["annotations"])
-        return _karpathy(name, images)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"{name}: neither Karpathy's nor COCO's format: {error!r}") from error
+        raw = json.loads(text)
+    except json.JSONDecodeError:
+        lines = [line for line in text.split("\n") if line.strip()]
+        if len(lines) < 2:
+            raise
+        raw = [json.loads(line) for line in lines]
+    if isinstance(raw, dict):
+        if "images" in raw and "annotations" in raw:
+            return _coco(name, raw["images"], raw["annotations"], options)
+        lists = [value for value in raw.values() if isinstance(value, list) and value]
+        tables = [rows for rows in lists if all(isinstance(row, dict) for row in rows)]
+        if len(tables) == 1:
+            raw = tables[0]
+        elif raw and all(isinstance(value, str | list) for value in raw.values()):
+            # {"1.jpg": ["a dog", ...]}
+            raw = [{"image": image, "captions": texts} for image, texts in raw.items()]
+    if not isinstance(raw, list) or not all(isinstance(row, dict) for row in raw):
+        raise SourceError(
+            f"{name}: not captions: neither Karpathy's nor COCO's JSON, nor a list of records"
+        )
+    return _records(name, ((f"{name}, record {n}", row) for n, row in enumerate(raw, 1)), options)
 
 
-def _karpathy(name: str, images: Iterable[dict[str, Any]]) -> CaptionFile:
-    """``dataset_flickr8k.json`` and its kin: images with ``filename``, ``split`` and ``sentences[].raw``."""
-    captions: dict[str, list[str]] = {}
-    splits: dict[str, Split] = {}
-    for image in images:
-        path = posixpath.join(image.get("filepath", ""), image["filename"])
-        if path in captions:
-            raise SourceError(f"{name}: image {path} is given twice")
-        split = split_called(image["split"])
-        if split is None:
-            raise SourceError(f"{name}: image {path}: unknown split {image['split']!r}")
-        captions[path] = [sentence["raw"].strip() for sentence in image["sentences"]]
-        splits[path] = split
-    return CaptionFile(captions, splits)
-
-
-def _coco(
-    name: str, images: Iterable[dict[str, Any]], annotations: Iterable[dict[str, Any]]
-) -> CaptionFile:
+def _coco(name: str, images: Any, annotations: Any, options: SourceConfig) -> CaptionFile:
     """COCO captions: ``images`` with id and file_name, ``annotations`` with image_id and caption."""
+    found = CaptionFile()
     names: dict[Any, str] = {}
-    captions: dict[str, list[str]] = {}
-    for image in images:
-        if image["id"] in names:
-            raise SourceError(f"{name}: image id {image['id']} is given twice")
-        if image["file_name"] in captions:
-            raise SourceError(f"{name}: image {image['file_name']} is given twice")
-        names[image["id"]] = image["file_name"]
-        captions[image["file_name"]] = []
-    for annotation in annotations:
-        if annotation["image_id"] not in names:
-            raise SourceError(
-                f"{name}: a caption for image id {annotation['image_id']}, which is not there"
-            )
-        captions[names[annotation["image_id"]]].append(annotation["caption"].strip())
-    return CaptionFile(captions, {})
-
-
-def _table(name: str, text: str, header: str) -> CaptionFile:
-    """CSV or TSV with a header line; one caption a row."""
-    delimiter = max("\t,|;", key=header.count)
-    # Strict: a stray quotation mark is an error, not a caption that swallows the lines after it.
-    reader = csv.DictReader(
-        io.StringIO(text.lstrip(), newline=""),
-        delimiter=delimiter,
-        skipinitialspace=True,
-        strict=True,
-    )
-    captions: dict[str, list[str]] = {}
     try:
-        fields = {(field or "").strip().lower(): field for field in reader.fieldnames or []}
-        image = next((fields[column] for column in _IMAGE_COLUMNS if column in fields), None)
-        caption = next((fields[column] for column in _CAPTION_COLUMNS if column in fields), None)
-        if image is None or caption is None:
-            raise SourceError(
-                f"{name}: not a captions file: expected Flickr token lines, Karpathy or COCO JSON, or a table with "
-                f"columns image and caption; the first line is {header[:60]!r}"
+        for image in images:
+            if image["id"] in names:
+                raise SourceError(f"{name}: image id {image['id']} is given twice")
+            path = _nfc(image["file_name"])
+            if path in found.captions:
+                raise SourceError(f"{name}: image {path} is given twice")
+            names[image["id"]] = path
+            found.captions[path] = []
+            if options.id_column is not None:
+                found.ids[path] = str(image[named(image, options.id_column, "id-column", name)])
+        for annotation in annotations:
+            if annotation["image_id"] not in names:
+                raise SourceError(
+                    f"{name}: a caption for image id {annotation['image_id']}, which is not there"
+                )
+            found.captions[names[annotation["image_id"]]].append(_text(annotation["caption"]))
+    except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
+        raise SourceError(f"{name}: not COCO's captions: {error!r}") from error
+    return found
+
+
+def _table(name: str, text: str, options: SourceConfig) -> CaptionFile:
+    """CSV or TSV with a header line, or without one where the columns asked for are numbers."""
+    asked = [
+        column
+        for column in (
+            options.image_column,
+            *options.caption_columns,
+            options.split_column,
+            options.id_column,
+        )
+        if column is not None
+    ]
+    numbered = options.image_column is not None and all(map(str.isdecimal, asked))
+    table = read_table(name, text, columns=max(map(int, asked)) if numbered else None)
+    image = find_image_column(table.columns, options, name, table.some)
+    # The first line may be a row: a.jpg is no column's name.
+    captions = find_caption_columns(table.columns, options, name, lambda column: column != image)
+    if image is None or not (captions or options.id_column):
+        first = text.strip("\n").partition("\n")[0][:60]
+        raise SourceError(
+            f"{name}: not a captions file: expected token lines, JSON, or a table whose first line names columns of "
+            f"images (image, file_name ...) and captions (caption, text ...), or source-options.image-column and "
+            f"source-options.caption-columns (1, 2 ... where no line names them); the first line is {first!r}"
+        )
+    rows = (
+        (f"{name}, line {line}", row) for line, row in table.rows([*table.columns, *captions][-1])
+    )
+    return _collect(rows, name, options, image, captions, table.columns)
+
+
+def _parquet(name: str, data: bytes) -> Iterator[_Row]:
+    """The rows of a table that lies beside the images, such as img2dataset's or an image folder's metadata."""
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(
+            f"{name}: not readable as Parquet: {' '.join(str(error).split())}"
+        ) from error
+    for number, row in enumerate(table.to_pylist()):
+        # img2dataset also lists what it could not download.
+        if row.get("status", "success") == "success":
+            yield f"{name}, row {number}", row
+
+
+def _records(name: str, rows: Iterable[_Row], options: SourceConfig) -> CaptionFile:
+    """Records of any kind that name an image each; columns as in a table, values perhaps nested."""
+    found = list(rows)
+    columns = list(dict.fromkeys(str(column) for _, row in found[:100] for column in row))
+
+    def some(column: str) -> list[Any]:
+        return [row.get(column) for _, row in found[:100]]
+
+    def fit(column: str) -> bool:
+        try:
+            return any(texts_of(value) for value in some(column))
+        except TypeError:
+            return False
+
+    image = find_image_column(columns, options, name, some)
+    captions = find_caption_columns(columns, options, name, fit)
+    listed = ", ".join(columns)
+    if image is None or (not captions and not options.id_column):
+        raise SourceError(
+            f"{name}: not captions: no field of an image's name or none of captions among {listed or 'none'}: name "
+            "them with source-options.image-column and source-options.caption-columns"
+        )
+    return _collect(found, name, options, image, captions, columns)
+
+
+def _collect(
+    rows: Iterable[_Row],
+    name: str,
+    options: SourceConfig,
+    image: str,
+    captions: tuple[str, ...],
+    columns: list[str],
+) -> CaptionFile:
+    """What the rows say of each image; rows of the same image follow each other or not."""
+    found = CaptionFile()
+    split = find_split_column(columns, options, name, lambda column: True)
+    own = options.id_column and named(columns, options.id_column, "id-column", name)
+    folder = next((column for column in columns if normal(column) == "filepath"), image)
+    for place, row in rows:
+        try:
+            path = _nfc(row[image])
+            # Karpathy's COCO: the file's name, and the folder it is in.
+            if folder != image and row.get(folder) and not str(row[folder]).endswith(path):
+                path = posixpath.join(_nfc(row[folder]), path)
+            texts = [_text(text) for column in captions for text in _unfolded(row.get(column))]
+            labels = (
+                (found.splits, row.get(split) if split else None, "splits"),
+                (found.ids, row.get(own) if own else None, "ids"),
             )
-        for row in reader:
-            # DictReader keeps surplus cells under None: an unquoted comma in the caption.
-            if None in row or row[image] is None or row[caption] is None:
-                raise SourceError(f"{name}, line {reader.line_num}: expected {len(fields)} columns")
-            captions.setdefault(row[image].strip(), []).append(row[caption].strip())
-    except csv.Error as error:
-        raise SourceError(f"{name}, after line {reader.line_num}: {error}") from error
-    return CaptionFile(captions, {})
+            for values, value, what in labels:
+                text = "" if value is None else _nfc(value)
+                if text and values.setdefault(path, text) != text:
+                    raise SourceError(
+                        f"{place}: image {path} has two {what}, {values[path]!r} and {text!r}"
+                    )
+        except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
+            raise SourceError(f"{place}: {error!r}") from error
+        if not path:
+            raise SourceError(f"{place}: no image is named")
+        found.captions.setdefault(path, []).extend(text for text in texts if text)
+    return found
+
+
+def _unfolded(value: Any) -> list[str]:
+    """The captions of a cell; a list of them may be written as JSON, or as Python writes it."""
+    if isinstance(value, str) and re.match(r"\[\s*['\"]", value):
+        # numpy's lists have no commas.
+        python = re.sub(r"(['\"])\s+(?=['\"])", r"\1, ", value)
+        for read, written in ((json.loads, value), (ast.literal_eval, python)):
+            try:
+                return texts_of(read(written))
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                continue
+    return texts_of(value)
+
+
+def _nfc(value: Any) -> str:
+    """A name: as macOS decomposes accents, names on disk and in tables are compared composed."""
+    if not isinstance(value, str | int):
+        raise TypeError(f"{value!r} is not a name")
+    return unicodedata.normalize("NFC", _text(str(value)))
+
+
+def _text(value: str) -> str:
+    value.encode()  # JSON allows halves of characters
+    return value.strip()

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import logging
 import math
 import posixpath
-import re
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import pyarrow as pa
@@ -16,16 +16,12 @@ from pyarrow.fs import FileSystem
 from captioner import storage
 from captioner.artifacts.manifests import SourceIdentity
 from captioner.artifacts.tables import CAPTION_ROWS, FINAL
-from captioner.config import ImageLimits, SourceConfig, Split
-from captioner.errors import SourceError, StoreError
-from captioner.sources.captions import (
-    CaptionFile,
-    looks_like_captions,
-    merge_captions,
-    parse_captions,
-)
-from captioner.sources.place import Place
-from captioner.sources.splits import hashed_split, split_of_list
+from captioner.config import Split
+from captioner.errors import SourceError
+from captioner.sources.columns import IMAGE_SUFFIX
+from captioner.sources.nearby import Nearby, find_captions
+from captioner.sources.place import Place, suffix_of
+from captioner.sources.splits import hashed_split, split_of_folder, split_of_list, splits_called
 from captioner.sources.tasks import (
     BYTES_PER_PIECE,
     Piece,
@@ -35,75 +31,80 @@ from captioner.sources.tasks import (
     source_rows,
 )
 
-logger = logging.getLogger(__name__)
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MOST_ROWS_PER_PIECE = 64
 LEAST_ROWS_PER_PIECE = 8
 _CAPTIONS_PER_BATCH = 10_000
-# Flickr8k.token.txt has five captions of 2258277193_586949ec62.jpg.1, which is not among its images.
-_NO_IMAGE = re.compile(r".+\.jpe?g\.\d+", re.I)
 
 
 def open_place(place: Place) -> "FolderSource | None":
     """A directory with images, or one file."""
-    if place.files is not None and not any(is_image(file.path) for file in place.files):
-        return None
-    return FolderSource(
-        place.uri,
-        place.files,
-        place.options,
-        place.limits,
-        captions=place.captions,
-        left_out=place.others(is_image),
-    )
+    if place.files is None:
+        return FolderSource(place.uri, [_single(place.uri)], {}, place, single=True)
+    images = [file for file in place.files if is_image(file.path)]
+    return FolderSource(place.uri, images, place.left_out, place) if images else None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """An image that is taken."""
+
+    image_id: str
+    file: storage.FileInfo
+    split: Split
 
 
 class FolderSource:
     """Image files below a folder, or one image; an image's id is its path relative to the folder.
 
-    Splits come from the captions file or from Flickr8k's lists (``Flickr_8k.trainImages.txt`` ...) beside it. An image
-    that these leave out gets the configured split, and by default trains: it must not join a published test split.
-    Where there is neither, captioned images are split 80/10/10 by a hash of the id, others are all ``test``.
+    Splits come from the captions files, from Flickr8k's lists (``Flickr_8k.trainImages.txt`` ...) beside them, or from
+    folders called train, val or test. An image that these leave out gets the configured split, and by default trains:
+    it must not join a published test split. Where there is none of these, captioned images are split 80/10/10 by a hash
+    of the id; where there are no captions, all are ``test``.
     """
 
     def __init__(
         self,
         uri: str,
-        files: list[storage.FileInfo] | None,
-        options: SourceConfig,
-        limits: ImageLimits,
+        images: list[storage.FileInfo],
+        left_out: dict[str, int],
+        place: Place,
         *,
-        captions: bool = True,
-        left_out: dict[str, int] | None = None,
+        single: bool = False,
     ):
         """
         Args:
-            files: what is below the folder, captions files included; None when ``uri`` is itself an image file.
-            captions: False takes the images alone.
-            left_out: files that are no images, by kind; those with captions among them.
+            images: their paths are relative to ``uri``.
+            left_out: what the listing passed over, by kind.
+            single: ``uri`` is itself the image.
 
         Raises:
             SourceError: the captions cannot be read, or name an image that is not there.
         """
         self.uri = uri
-        self.options = options
-        self.limits = limits
-        self._single = files is None
-        others = files if files is not None and captions else []
-        asked = options.captions if captions else None
-        images = (
-            [_single(uri)] if files is None else [file for file in files if is_image(file.path)]
+        self.options = place.options
+        self.limits = place.limits
+        self._single = single
+        taken = {file.path for file in images}
+        others = [file for file in place.files or () if file.path not in taken]
+        found = Nearby()
+        if place.captions or place.options.id_column:
+            found = find_captions(uri, others, [file.path for file in images], place.options)
+        self._captions = found.captions if place.captions else {}
+        splits = self._splits(found, images, others) if place.captions else {}
+        self._rows = self._choose(images, splits, self._ids(found, images))
+        kinds = Counter(left_out)
+        read = set(found.files)
+        kinds.update(
+            "captions file" if file.uri in read else suffix_of(file.path) for file in others
         )
-        self._captions, splits = _match(_find_captions(others, asked), images)
-        splits = _listed_splits(others, images) | splits
-        self._rows = self._choose(images, splits)
-        self._left_out = dict(left_out or {})
-        if over := len(images) - len(self._rows):
-            self._left_out["over the limit"] = over
+        kinds["missing picture"] = found.missing
+        kinds["over the limit"] = len(images) - len(self._rows)
+        self._left_out = {kind: count for kind, count in kinds.most_common() if count}
 
     def identity(self) -> SourceIdentity:
-        listing = "".join(f"{file.path}:{file.size}:{split};" for file, split in self._rows)
+        listing = "".join(
+            f"{row.image_id}:{row.file.path}:{row.file.size}:{row.split};" for row in self._rows
+        )
         captions = json.dumps(self._captions, sort_keys=True) if self._captions else ""
         return SourceIdentity(
             kind="folder",
@@ -130,11 +131,11 @@ class FolderSource:
         filesystem, root = storage.resolve(self.uri)
         root = posixpath.dirname(root) if self._single else root
         pieces: list[Piece] = []
-        chosen: list[storage.FileInfo] = []
+        chosen: list[_Row] = []
         size = 0
-        for number, (file, _) in enumerate(self._rows, 1):
-            chosen.append(file)
-            size += min(file.size, self.limits.max_bytes)
+        for number, row in enumerate(self._rows, 1):
+            chosen.append(row)
+            size += min(row.file.size, self.limits.max_bytes)
             if len(chosen) == most or size >= BYTES_PER_PIECE // 2 or number == len(self._rows):
                 read = partial(_read, chosen, filesystem, root, self.limits.max_bytes)
                 pieces.append(Piece(read, len(chosen), size))
@@ -143,40 +144,72 @@ class FolderSource:
 
     def captions(self) -> Iterator[pa.RecordBatch]:
         rows = []
-        for file, split in self._rows:
-            texts: list[str | None] = [*self._captions.get(file.path, [])] or [None]
+        for row in self._rows:
+            texts: list[str | None] = [*self._captions.get(row.file.path, [])] or [None]
             for index, caption in enumerate(texts):
-                row = {"image_id": file.path, "split": split, "caption": caption}
-                rows.append({**row, "index": None if caption is None else index})
+                head = {"image_id": row.image_id, "split": row.split, "caption": caption}
+                rows.append({**head, "index": None if caption is None else index})
             if len(rows) >= _CAPTIONS_PER_BATCH:
                 yield pa.RecordBatch.from_pylist(rows, CAPTION_ROWS)
                 rows = []
         if rows:
             yield pa.RecordBatch.from_pylist(rows, CAPTION_ROWS)
 
+    def _splits(
+        self, found: Nearby, images: list[storage.FileInfo], others: list[storage.FileInfo]
+    ) -> dict[str, Split]:
+        """The split of each image that has one, by its path."""
+        listed = _listed_splits(others)
+        called = splits_called(found.splits.values(), self.uri)
+        splits: dict[str, Split] = {}
+        for file in images:
+            split = called.get(found.splits.get(file.path, ""))
+            split = split or listed.get(posixpath.basename(file.path))
+            if split is None and self._captions and file.path not in found.splits:
+                split = split_of_folder(file.path)
+            if split is not None:
+                splits[file.path] = split
+        return splits
+
+    def _ids(self, found: Nearby, images: list[storage.FileInfo]) -> dict[str, str]:
+        """The user's own id of each image by its path; the path itself where no column of ids was asked for."""
+        if self.options.id_column is None:
+            return {file.path: file.path for file in images}
+        owners: dict[str, str] = {}
+        for file in images:
+            own = found.ids.get(file.path)
+            if own is None:
+                raise SourceError(f"source-options.id-column: image {file.path} has no id")
+            if owners.setdefault(own, file.path) != file.path:
+                raise SourceError(
+                    f"source-options.id-column: {owners[own]} and {file.path} have the same id {own!r}"
+                )
+        return {path: own for own, path in owners.items()}
+
     def _choose(
-        self, images: list[storage.FileInfo], splits: dict[str, Split]
-    ) -> list[tuple[storage.FileInfo, Split]]:
+        self, images: list[storage.FileInfo], splits: dict[str, Split], ids: dict[str, str]
+    ) -> list[_Row]:
         """The images taken, each with its split."""
         taken: dict[Split, int] = {}
         rows = []
         for file in images:
-            split = splits.get(file.path) or self._default_split(file.path, bool(splits))
+            image_id = ids[file.path]
+            split = splits.get(file.path) or self._default_split(image_id, bool(splits))
             taken[split] = taken.get(split, 0) + 1
             if self.options.limit is None or taken[split] <= self.options.limit:
-                rows.append((file, split))
+                rows.append(_Row(image_id, file, split))
         return rows
 
-    def _default_split(self, path: str, others_have_one: bool) -> Split:
+    def _default_split(self, image_id: str, others_have_one: bool) -> Split:
         if self.options.split != "auto":
             return self.options.split
         if others_have_one:
             return "train"
-        return hashed_split(path) if self._captions else "test"
+        return hashed_split(image_id) if self._captions else "test"
 
 
 def is_image(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES)
+    return IMAGE_SUFFIX.fullmatch(posixpath.basename(path)) is not None
 
 
 def _single(uri: str) -> storage.FileInfo:
@@ -185,58 +218,7 @@ def _single(uri: str) -> storage.FileInfo:
     return storage.FileInfo(uri, posixpath.basename(path), info.size, info.mtime_ns)
 
 
-def _find_captions(files: list[storage.FileInfo], asked: str | None) -> CaptionFile:
-    found = [asked] if asked else [file.uri for file in files if looks_like_captions(file.path)]
-    parsed = {}
-    for name in found:
-        try:
-            parsed[name] = parse_captions(name, storage.read_bytes(name))
-        except StoreError as error:
-            raise SourceError(f"captions file {name}: {error}") from error
-    if len(parsed) > 1:
-        return merge_captions(parsed)
-    return next(iter(parsed.values()), CaptionFile({}, {}))
-
-
-def _match(
-    found: CaptionFile, images: list[storage.FileInfo]
-) -> tuple[dict[str, list[str]], dict[str, Split]]:
-    """Captions and splits by the images' own paths.
-
-    A captions file may name an image by its path, its base name, or its base name without the suffix.
-    """
-    paths = {file.path for file in images}
-    short: dict[str, set[str]] = {}
-    for path in paths:
-        base = posixpath.basename(path)
-        short.setdefault(base, set()).add(path)
-        short.setdefault(posixpath.splitext(base)[0], set()).add(path)
-    captions: dict[str, list[str]] = {}
-    splits: dict[str, Split] = {}
-    for name, texts in found.captions.items():
-        candidates = {name} if name in paths else short.get(posixpath.basename(name), set())
-        if not candidates and not texts:  # merely listed
-            continue
-        if not candidates and _NO_IMAGE.fullmatch(name):
-            logger.warning(
-                "%d captions of %s are left out: not the name of an image", len(texts), name
-            )
-            continue
-        if len(candidates) != 1:
-            why = "which two images could be" if candidates else "which is not there"
-            raise SourceError(f"captions for image {name}, {why}")
-        (path,) = candidates
-        if path in captions:
-            raise SourceError(f"captions for image {path} are given twice, once as {name}")
-        captions[path] = [text for text in texts if text]
-        if name in found.splits:
-            splits[path] = found.splits[name]
-    return captions, splits
-
-
-def _listed_splits(
-    files: list[storage.FileInfo], images: list[storage.FileInfo]
-) -> dict[str, Split]:
+def _listed_splits(files: list[storage.FileInfo]) -> dict[str, Split]:
     """Splits by Flickr8k's lists of base names."""
     listed: dict[str, Split] = {}
     for file in files:
@@ -244,16 +226,16 @@ def _listed_splits(
             for name in storage.read_bytes(file.uri).decode("utf-8", "replace").split():
                 if listed.setdefault(name, split) != split:
                     raise SourceError(f"{file.uri}: {name} is in the {listed[name]} list too")
-    names = {file.path: posixpath.basename(file.path) for file in images}
-    return {path: listed[name] for path, name in names.items() if name in listed}
+    return listed
 
 
 def _read(
-    files: list[storage.FileInfo], filesystem: FileSystem, root: str, max_bytes: int
+    rows: list[_Row], filesystem: FileSystem, root: str, max_bytes: int
 ) -> Iterator[pa.Table]:
     data: list[bytes | None] = []
     errors: list[str | None] = []
     kinds: list[str | None] = []
+    files = [row.file for row in rows]
     for file in files:
         content, error, kind = None, None, None
         if file.size > max_bytes:
@@ -268,7 +250,7 @@ def _read(
         errors.append(error)
         kinds.append(kind)
     yield source_rows(
-        [file.path for file in files],
+        [row.image_id for row in rows],
         [file.uri for file in files],
         data,
         errors,

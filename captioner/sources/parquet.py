@@ -1,6 +1,7 @@
 """Parquet files in the schema of the Hugging Face hub: an ``image`` column, captions beside it or none."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,9 +15,15 @@ from captioner.artifacts.tables import CAPTION_ROWS
 from captioner.config import SourceConfig, Split
 from captioner.errors import SourceError, StoreError
 from captioner.sources.folder import is_image
-from captioner.sources.parquet_files import InspectedFile, is_parquet, open_files, read_splits
+from captioner.sources.parquet_files import (
+    InspectedFile,
+    holds_images,
+    is_parquet,
+    open_files,
+    read_splits,
+)
 from captioner.sources.parquet_rows import Labels, slices
-from captioner.sources.place import Place
+from captioner.sources.place import Place, suffix_of
 from captioner.sources.splits import hashed_split, split_in_name
 from captioner.sources.tasks import Piece, PieceSource, one_line
 
@@ -36,10 +43,12 @@ def open_place(place: Place) -> "ParquetSource | None":
     else:
         tables = [file for file in place.files if is_parquet(file.path)]
         images = [file for file in place.files if is_image(file.path)]
+        if images and not any(map(holds_images, tables)):
+            return None  # captions of the images, or what a downloader notes
         if tables and images:
             raise SourceError(
                 f"{place.spec}: holds both Parquet files ({tables[0].path}, ...) and images "
-                f"({images[0].path}, ...): give the folder of one kind"
+                f"({images[0].path}, ...): give the folder of one kind, or leave one out with source-options.exclude"
             )
         if not tables:
             return None
@@ -48,7 +57,10 @@ def open_place(place: Place) -> "ParquetSource | None":
         tables,
         place.options,
         captions=place.captions,
-        others=place.others(is_parquet),
+        others=dict(
+            Counter(place.left_out)
+            + Counter(suffix_of(f.path) for f in place.files or () if not is_parquet(f.path))
+        ),
     )
 
 

@@ -113,6 +113,16 @@ def open_file(info: storage.FileInfo, *, captions: bool = True) -> InspectedFile
     )
 
 
+def holds_images(info: storage.FileInfo) -> bool:
+    """Whether a Parquet file has a column of images, rather than captions of such that lie elsewhere; True of one that
+    cannot be read."""
+    try:
+        with storage.open_input(info.uri) as handle:
+            return any(_holds_images(field.type) for field in pq.ParquetFile(handle).schema_arrow)
+    except (pa.ArrowException, StoreError, OSError):
+        return True
+
+
 def read_splits(file: InspectedFile) -> list[Split | None]:
     """The split that each row of a file with a ``split`` column names, None where it is null.
 

@@ -1,10 +1,15 @@
 """Which split an image belongs to: by a name, by Flickr8k's lists, or by a hash of its id."""
 
 import hashlib
+import logging
 import posixpath
 import re
+from collections import Counter
+from collections.abc import Iterable
 
 from captioner.config import Split
+
+logger = logging.getLogger(__name__)
 
 _NAMES: dict[str, Split] = {
     "train": "train",
@@ -13,6 +18,8 @@ _NAMES: dict[str, Split] = {
     "valid": "validation",
     "val": "validation",
     "dev": "validation",
+    "eval": "validation",
+    "evaluation": "validation",
     "test": "test",
     "testing": "test",
     "restval": "train",  # COCO's validation images that Karpathy's split trains on
@@ -25,8 +32,39 @@ _LISTS: dict[str, Split] = {
 
 
 def split_called(name: str) -> Split | None:
-    """The split of a name such as ``dev`` or Karpathy's ``restval``; None for an unknown one."""
-    return _NAMES.get(name.strip().lower())
+    """The split of a name such as ``dev``, ``test2017``, ``train_clean`` or Karpathy's ``restval``; None for an unknown
+    one."""
+    word = re.match(r"[a-z]*", name.strip().lower())
+    return _NAMES.get(word[0]) if word else None
+
+
+def splits_called(names: Iterable[str], place: str) -> dict[str, Split | None]:
+    """The splits of all names in a column. Names that are none (``unlabeled``) give None, which is said once; where no
+    name is one (numbers of folds), all give None.
+
+    Args:
+        place: what is said of unknown names begins with it.
+    """
+    counts = Counter(names)
+    splits = {name: split_called(name) for name in counts}
+    unknown = [name for name, split in splits.items() if split is None]
+    if unknown:
+        some = ", ".join(f"{counts[name]:,} {name!r}" for name in unknown[:3])
+        rest = " ..." if len(unknown) > 3 else ""
+        logger.warning(
+            "%s: none of train, validation and test: %s%s; source-options.split says where they belong",
+            place, some, rest,
+        )  # fmt: skip
+    return splits
+
+
+def split_of_folder(path: str) -> Split | None:
+    """The split that the innermost folder called one names: ``train/1.jpg``, ``val2017/1.jpg``."""
+    for part in reversed(path.lower().split("/")[:-1]):
+        if match := re.fullmatch(r"([a-z]+)(\d{4})?", part):
+            if match[1] in _NAMES:
+                return _NAMES[match[1]]
+    return None
 
 
 def split_in_name(path: str) -> Split | None:

@@ -4,11 +4,14 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from captioner.config import ImageLimits, SourceConfig
 from captioner.errors import SourceError
 from captioner.sources import open_source
+from captioner.sources.splits import hashed_split
 from tests.sources import captions_of, read_all, write_images
 
 
@@ -113,10 +116,173 @@ def test_coco_folder_joins_its_captions_files(tmp_path: Path) -> None:
     assert captions_of(source) == {"train2014/1.jpg": ["Number 1."], "val2014/2.jpg": ["Number 2."]}
 
 
+def test_a_split_column_is_honoured_in_tables(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_images(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg")
+    table = "image,caption,split\na.jpg,A,test\nb.jpg,B,Train\nc.jpg,C,dev\nd.jpg,D,unlabeled\n"
+    for name, delimiter in (("captions.csv", ","), ("captions.tsv", "\t")):
+        (tmp_path / name).write_text(table.replace(",", delimiter))
+        rows = {row["image_id"]: row["split"] for row in read_all(open_source(str(tmp_path)))}
+        # Neither what no list names nor what has a name of its own joins a published test split.
+        assert list(rows.values()) == ["test", "train", "validation", "train", "train"]
+        assert "1 'unlabeled'; source-options.split says where they belong" in caplog.text
+        rows = {
+            row["image_id"]: row["split"]
+            for row in read_all(open_source(str(tmp_path), SourceConfig(split="validation")))
+        }
+        assert list(rows.values()) == ["test", "train", "validation", "validation", "validation"]
+        (tmp_path / name).unlink()
+    # Numbers of folds are no splits.
+    (tmp_path / "captions.csv").write_text("image,caption,split\na.jpg,A,1\nb.jpg,B,2\n")
+    for row in read_all(open_source(str(tmp_path))):
+        assert row["split"] == hashed_split(row["image_id"])
+    (tmp_path / "captions.csv").write_text("image,caption,split\na.jpg,A,test\na.jpg,B,train\n")
+    with pytest.raises(SourceError, match="line 3: image a.jpg has two splits, 'test' and 'train'"):
+        open_source(str(tmp_path))
+
+
+def test_a_caption_goes_to_no_image_of_another_folder(tmp_path: Path) -> None:
+    write_images(tmp_path, "x/001.jpg", "x/002.jpg", "a/b/003.jpg")
+    for table, absent in (
+        ("y/001.jpg,A CAT", r"1 of 1 .*\(y/001.jpg"),
+        ("x/002.jpg,A DOG\ny/001.jpg,A CAT", r"1 of 2 .*\(y/001.jpg"),
+        ("b/001.jpg,A CAT\nb/003.jpg,A DOG", r"1 of 2 .*\(b/001.jpg"),
+        ("z/b/003.jpg,A DOG", r"1 of 1 .*\(z/b/003.jpg"),
+    ):
+        (tmp_path / "captions.csv").write_text(f"image,caption\n{table}\n")
+        with pytest.raises(SourceError, match=absent):
+            open_source(str(tmp_path))
+    expected = {"a/b/003.jpg": ["A DOG"], "x/001.jpg": ["A CAT"]}
+    for table in (
+        "b/003.jpg,A DOG\n001,A CAT",
+        # Of a tree in which this folder lies deeper, all names begin elsewhere.
+        "photos/a/b/003.jpg,A DOG\nphotos\\x\\001.jpg,A CAT",
+    ):
+        (tmp_path / "captions.csv").write_text(f"image,caption\n{table}\n")
+        assert captions_of(open_source(str(tmp_path))) == expected
+
+
+def test_coco_with_the_images_of_one_split(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_images(tmp_path, "val2017/2.jpg", "val2017/3.jpg")
+    (tmp_path / "annotations").mkdir()
+    for split, numbers in (("train", [1]), ("val", [2, 3])):
+        content = {
+            "images": [{"id": number, "file_name": f"{number}.jpg"} for number in numbers],
+            "annotations": [{"image_id": number, "caption": "A."} for number in numbers],
+        }
+        (tmp_path / f"annotations/captions_{split}2017.json").write_text(json.dumps(content))
+        content["annotations"] = [{"image_id": numbers[0], "bbox": []}]
+        (tmp_path / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
+    source = open_source(str(tmp_path))
+    assert captions_of(source) == {"val2017/2.jpg": ["A."], "val2017/3.jpg": ["A."]}
+    assert {row["split"] for row in read_all(source)} == {"validation"}
+    assert "captions_train2017.json: 1 of 1 captioned pictures are not there" in caplog.text
+    options = SourceConfig(captions=str(tmp_path / "annotations/captions_train2017.json"))
+    with pytest.raises(SourceError, match="1 of 1 captioned pictures are not there"):
+        open_source(str(tmp_path), options)
+
+
+def test_blips_lists_of_karpathys_splits(tmp_path: Path) -> None:
+    write_images(tmp_path, "val2014/1.jpg", "val2014/2.jpg", "train2014/3.jpg")
+    train = [
+        {"caption": "A.", "image": "val2014/1.jpg", "image_id": "coco_1"},
+        {"caption": "B.", "image": "val2014/1.jpg", "image_id": "coco_1"},
+        {"caption": "C.", "image": "train2014/3.jpg", "image_id": "coco_3"},
+    ]
+    val = [{"image": "val2014/2.jpg", "caption": ["D.", "E."]}]
+    (tmp_path / "coco_karpathy_train.json").write_text(json.dumps(train))
+    (tmp_path / "coco_karpathy_val.json").write_text(json.dumps(val))
+    source = open_source(str(tmp_path))
+    assert captions_of(source) == {
+        "train2014/3.jpg": ["C."],
+        "val2014/1.jpg": ["A.", "B."],
+        "val2014/2.jpg": ["D.", "E."],
+    }
+    assert [row["split"] for row in read_all(source)] == ["train", "train", "validation"]
+
+
+def test_img2datasets_files(tmp_path: Path) -> None:
+    """Images, texts and JSON in folders, a Parquet file beside each folder, which also lists what was not there."""
+    keys = ("000000000", "000000002")
+    write_images(tmp_path, *(f"00000/{key}.jpg" for key in keys))
+    for key in keys:
+        (tmp_path / f"00000/{key}.txt").write_text(f"text {key}")
+        (tmp_path / f"00000/{key}.json").write_text(json.dumps({"caption": f"text {key}"}))
+    (tmp_path / "00000_stats.json").write_text('{"count": 3, "successes": 2}')
+    numbers = range(3)
+    table = {
+        "url": ["u"] * 3,
+        "key": [f"00000000{number}" for number in numbers],
+        "caption": [f"text 00000000{number}" for number in numbers],
+        "status": ["success", "failed_to_download", "success"],
+    }
+    pq.write_table(pa.table(table), tmp_path / "00000.parquet")
+    expected = {f"00000/{key}.jpg": [f"text {key}"] for key in keys}
+    source = open_source(str(tmp_path))
+    assert captions_of(source) == expected
+    assert len(read_all(source)) == 2
+    (tmp_path / "00000.parquet").unlink()
+    assert captions_of(open_source(str(tmp_path))) == expected
+
+
+def test_captions_that_were_not_understood_are_said_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_images(tmp_path, "a.jpg")
+    (tmp_path / "results.csv").write_text("accuracy,loss\n1,2\n")
+    (tmp_path / "dataset_info.json").write_text('{"features": {}}')
+    assert captions_of(open_source(str(tmp_path))) == {}
+    assert "not captions: " in caplog.text
+    assert "results.csv" in caplog.text
+    assert "dataset_info.json" in caplog.text
+    # A name that promises captions and holds none stops.
+    (tmp_path / "captions.csv").write_text("accuracy,loss\n1,2\n")
+    with pytest.raises(SourceError, match=r"captions.csv: not a captions file: .*captions none"):
+        open_source(str(tmp_path))
+    assert open_source(str(tmp_path), SourceConfig(captions="none")).num_images() == 1
+
+
+def test_two_files_that_caption_the_same_image_are_named(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "captions.csv").write_text("image,caption\na.jpg,A\n")
+    (tmp_path / "captions.tsv").write_text("image\tcaption\nb.jpg\tB\n")
+    assert captions_of(open_source(str(tmp_path))) == {"a.jpg": ["A"], "b.jpg": ["B"]}
+    (tmp_path / "captions.tsv").write_text("image\tcaption\na.jpg\tB\n")
+    with pytest.raises(SourceError, match=r"captions of a.jpg are in .*csv and in .*tsv: choose"):
+        open_source(str(tmp_path))
+    options = SourceConfig(captions=str(tmp_path / "captions.tsv"))
+    assert captions_of(open_source(str(tmp_path), options)) == {"a.jpg": ["B"]}
+
+
+def test_ids_of_ones_own_are_kept(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.jpg", "b.jpg")
+    head = "image,caption,sku\n"
+    (tmp_path / "captions.csv").write_text(f"{head}a.jpg,A,x-1\nb.jpg,B,x-2\na.jpg,C,x-1\n")
+    source = open_source(str(tmp_path), SourceConfig(id_column="SKU"))
+    assert captions_of(source) == {"x-1": ["A", "C"], "x-2": ["B"]}
+    assert [row["image_id"] for row in read_all(source)] == ["x-1", "x-2"]
+    images = open_source(str(tmp_path), SourceConfig(id_column="SKU"), captions=False)
+    assert [row["image_id"] for row in read_all(images)] == ["x-1", "x-2"]
+    for rows, message in (
+        ("a.jpg,A,1\nb.jpg,B,1\n", "a.jpg and b.jpg have the same id '1'"),
+        ("a.jpg,A,1\n", "image b.jpg has no id"),
+        ("a.jpg,A,1\na.jpg,A,2\n", "image a.jpg has two ids, '1' and '2'"),
+    ):
+        (tmp_path / "captions.csv").write_text(head + rows)
+        with pytest.raises(SourceError, match=message):
+            open_source(str(tmp_path), SourceConfig(id_column="sku"))
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("c.jpg,A cat", "captions for image c.jpg, which is not there"),
+        (
+            "c.jpg,A cat",
+            "1 of 1 captioned pictures are not there .c.jpg.; source-options.captions none",
+        ),
         ("a.jpg,A cat", "captions for image a.jpg, which two images could be"),
         ("b.jpg,A cat\nb,A cat", "captions for image x/b.jpg are given twice"),
     ],

@@ -272,4 +272,4 @@ def test_what_is_no_table_is_counted_as_left_out(tmp_path: Path) -> None:
     for name in ("README.md", "x.zip", ".hidden", "more.md"):
         (tmp_path / name).write_text("no table")
     source = open_source(str(tmp_path), SourceConfig(limit=2))
-    assert source.left_out() == {".md": 2, ".zip": 1, "hidden": 1, "over the limit": 1}
+    assert source.left_out() == {".md": 2, ".zip": 1, "hidden file": 1, "over the limit": 1}

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import boto3
 import pytest
 
 from captioner.config import SourceConfig
@@ -21,7 +22,7 @@ def test_folder_takes_images_alone_and_names_them_by_their_paths(tmp_path: Path)
     assert {row["split"] for row in rows} == {"test"}
     assert all(row["bytes"] == picture(row["image_id"]) == read_uri(row["uri"]) for row in rows)
     assert captions_of(source) == {}
-    assert source.left_out() == {"hidden": 2, ".txt": 1}
+    assert source.left_out() == {"hidden file": 2, ".txt": 1}
     rows = read_all(open_source(str(tmp_path), SourceConfig(split="train", limit=2)))
     assert [(row["image_id"], row["split"]) for row in rows] == [
         ("a/b.png", "train"),
@@ -97,10 +98,97 @@ def test_nothing_to_read_is_one_line(tmp_path: Path) -> None:
         (tmp_path / "empty", SourceConfig(), "no images and no Parquet files"),
         (tmp_path / "both", SourceConfig(), "holds both Parquet files"),
         (tmp_path / "images", absent, "absent.txt"),
-        (tmp_path / "names", SourceConfig(), "a file whose name is not UTF-8"),
+        (
+            tmp_path / "names",
+            SourceConfig(),
+            "no images and no Parquet files .1 name that is not UTF-8",
+        ),
+        (tmp_path / "images", SourceConfig(exclude=("*.gif",)), r"'\*.gif' matches no file"),
         ("odd://somewhere", SourceConfig(), "Unrecognized filesystem"),
     )
     for spec, options, message in cases:
         with pytest.raises(SourceError, match=message) as raised:
             open_source(str(spec), options)
         assert "\n" not in str(raised.value)
+
+
+def test_links_that_lead_back_are_not_followed(tmp_path: Path) -> None:
+    """Under a root that is itself reached by a link."""
+    write_images(tmp_path, "real/x/a.jpg", "real/y/b.jpg", "real/.store/c.jpg", "out/d.jpg")
+    (tmp_path / "root").symlink_to("real")
+    for link, target in (
+        ("real/x/up", "../../real"),
+        ("real/x/above", "../.."),
+        ("real/x/itself", "."),
+        ("real/x/to_y", "../y"),
+        ("real/y/to_x", str(tmp_path / "root/x")),
+        ("real/stored", ".store"),
+        ("real/out", "../out"),
+        ("out/back", "../real"),
+        ("out/again", "../out"),
+    ):
+        (tmp_path / link).symlink_to(target)
+    source = open_source(str(tmp_path / "root"))
+    rows = {row["image_id"]: row["bytes"] for row in read_all(source)}
+    assert rows == {
+        "out/d.jpg": picture("out/d.jpg"),
+        "stored/c.jpg": picture("real/.store/c.jpg"),
+        "x/a.jpg": picture("real/x/a.jpg"),
+        "y/b.jpg": picture("real/y/b.jpg"),
+    }
+    assert source.left_out() == {"circular link": 4, "repeated link": 3, "hidden file": 1}
+
+
+def test_what_cannot_be_named_or_entered_is_counted(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.jpg", "locked/b.jpg", "locked/c.jpg")
+    for name in (b"/\xff.jpg", b"/caf\xe9/d.jpg", b"/caf\xe9/inner/e.jpg"):
+        path = os.fsencode(tmp_path) + name
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(b"1")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "locked").chmod(0)
+    folders = [tmp_path, *tmp_path.parents[:-2]]
+    modes = [folder.stat().st_mode for folder in folders]
+    root = os.geteuid() == 0
+    try:
+        if root:  # to whom no folder is locked
+            for folder in folders:
+                folder.chmod(0o755)
+            os.seteuid(65534)
+        source = open_source(str(tmp_path))
+        rows = read_all(source)
+    finally:
+        if root:
+            os.seteuid(0)
+            for folder, mode in zip(folders, modes, strict=True):
+                folder.chmod(mode)
+        (tmp_path / "locked").chmod(0o755)
+    assert [row["image_id"] for row in rows] == ["a.jpg"]
+    assert source.left_out() == {
+        "name that is not UTF-8": 3, "special file": 1, "unreadable folder": 1,
+    }  # fmt: skip
+
+
+def test_globs_leave_out_files_and_folders(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.jpg", "b.gif", "x/c.jpg", "x/y/d.jpg", "z/x/e.jpg")
+    for globs, left in (
+        (("*.gif",), ["a.jpg", "x/c.jpg", "x/y/d.jpg", "z/x/e.jpg"]),
+        (("x",), ["a.jpg", "b.gif"]),
+        (("x/*", "z/"), ["a.jpg", "b.gif"]),
+        (("x/y",), ["a.jpg", "b.gif", "x/c.jpg", "z/x/e.jpg"]),
+    ):
+        source = open_source(str(tmp_path), SourceConfig(exclude=globs))
+        assert [row["image_id"] for row in read_all(source)] == left
+        assert source.left_out() == {"excluded file": 5 - len(left)}
+
+
+def test_keys_that_no_path_can_name_are_counted(bucket: str) -> None:
+    keys = ("a.jpg", "/b.jpg", "x//c.jpg", "x/../d.jpg", "x/y/e f+%20#?.jpg", "x//f.txt")
+    for key in keys:
+        body = picture(key)
+        boto3.client("s3").put_object(Bucket="bucket", Key=f"photos/{key}", Body=body)
+    source = open_source(f"{bucket}/photos/")
+    rows = {row["image_id"]: row["bytes"] for row in read_all(source)}
+    assert rows == {name: picture(name) for name in ("a.jpg", "x/y/e f+%20#?.jpg")}
+    assert source.left_out() == {"key with //": 3, "key with . or ..": 1}
