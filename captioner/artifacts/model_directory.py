@@ -9,6 +9,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from captioner import storage
+from captioner.artifacts import model_hub
 from captioner.artifacts.manifests import (
     EncoderRecord,
     FileEntry,
@@ -53,6 +54,9 @@ class ModelDirectory:
     """A published model, opened."""
 
     uri: str
+    """What every machine knows it by."""
+    root: str
+    """Where its files are; of a model of the hub, in this machine's cache."""
     manifest: ModelManifest
     record: ModelRecord
 
@@ -63,7 +67,7 @@ class ModelDirectory:
 
     @property
     def encoder_weights_uri(self) -> str:
-        return storage.join(self.uri, ENCODER_WEIGHTS)
+        return storage.join(self.root, ENCODER_WEIGHTS)
 
     def search(self, asked: DecodeOverrides) -> DecodeConfig:
         """The model's own search, with what is asked for in its place.
@@ -92,7 +96,7 @@ class ModelDirectory:
         Raises:
             ModelError: it is missing or another.
         """
-        entry, place = self.entry(path), storage.join(self.uri, path)
+        entry, place = self.entry(path), storage.join(self.root, path)
         try:
             data = storage.read_bytes(place)
         except StoreError as error:
@@ -217,17 +221,24 @@ def save_model(
 def open_model(uri: str) -> ModelDirectory:
     """A published model's manifest and description.
 
+    Args:
+        uri: of its directory, or ``hf:org/name[@revision]`` on the hub.
+
     Raises:
         ModelError: the directory holds no published model, or one this release cannot read.
+        OutOfReachError: the hub cannot be reached.
     """
-    uri = storage.absolute(uri)
-    manifest = open_manifest(uri, ModelManifest, ModelError)
-    place = storage.join(uri, CONFIG)
+    if uri.startswith(model_hub.PREFIX):
+        uri, root = model_hub.fetch(uri)
+    else:
+        uri = root = storage.absolute(uri)
+    manifest = open_manifest(root, ModelManifest, ModelError)
+    place = storage.join(root, CONFIG)
     try:
         raw = storage.read_json(place)
     except StoreError as error:
         raise ModelError(str(error)) from error
-    return ModelDirectory(uri, manifest, parse_record(place, raw, ModelRecord, ModelError))
+    return ModelDirectory(uri, root, manifest, parse_record(place, raw, ModelRecord, ModelError))
 
 
 def load_model(uri: str) -> LoadedModel:
@@ -245,11 +256,11 @@ def load_model(uri: str) -> LoadedModel:
             f"{uri}: {VOCABULARY} has {len(vocabulary)} entries, the decoder {record.vocabulary_size}"
         )
     decoder = build_decoder(record.decoder, record.vocabulary_size, record.encoder.spec.shape)
-    unpack_weights(decoder, directory.read(WEIGHTS), storage.join(directory.uri, WEIGHTS))
+    unpack_weights(decoder, directory.read(WEIGHTS), storage.join(directory.root, WEIGHTS))
     ngrams = None
     if any(entry.path == NGRAMS for entry in directory.manifest.files):
         ngrams = NGramFrequencies.unpack(
-            directory.read(NGRAMS), storage.join(directory.uri, NGRAMS)
+            directory.read(NGRAMS), storage.join(directory.root, NGRAMS)
         )
     if not storage.exists(directory.encoder_weights_uri):
         raise ModelError(f"{uri}: {ENCODER_WEIGHTS} is missing")

@@ -9,6 +9,7 @@ from captioner.config.jobs import (
     DemoConfig,
     EvaluateConfig,
     ExtractConfig,
+    PushConfig,
     TrainConfig,
     VerifyConfig,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "DemoConfig",
     "EncoderConfig",
     "EvaluateConfig",
+    "PushConfig",
     "ExtractConfig",
     "Fraction",
     "ImageLimits",

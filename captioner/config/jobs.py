@@ -123,7 +123,7 @@ class EvaluateConfig(Config):
     features: str
     """Feature store (path or URI)."""
     model: str
-    """Model directory (path or URI)."""
+    """Model directory (path or URI), or hf:org/name[@revision]."""
     output: str
     """Directory of the report (path or URI)."""
     split: Split = "validation"
@@ -145,7 +145,7 @@ class CaptionConfig(Config):
     images: str
     """A folder, one image file, a Parquet file or a folder of them (path or URI)."""
     model: str
-    """Model directory (path or URI)."""
+    """Model directory (path or URI), or hf:org/name[@revision]."""
     output: str
     """Directory of the captions (path or URI)."""
     format: Literal["parquet", "jsonl"] = "parquet"
@@ -173,6 +173,23 @@ class VerifyConfig(Config):
 
     uri: tyro.conf.Positional[str]
     """Feature store, model, captions, report or search (path or URI)."""
+
+
+class PushConfig(Config):
+    """Publish a model on the Hugging Face hub. The token is the hub's own ($HF_TOKEN, ``hf auth login``)."""
+
+    model: str
+    """Model directory (path or URI)."""
+    repo: str
+    """The hub's name of it: org/name."""
+    report: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A report of the model, whose scores its card shows; may be repeated."""
+    dataset: str | None = None
+    """The hub's name of the data set that it was trained on, for its card."""
+    license: str = "other"
+    """The hub's name of its licence, for its card; LICENSES.md says what the data allow."""
+    private: bool = False
+    """Make a new repository private."""
 
 
 class DemoConfig(Config):

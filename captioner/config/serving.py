@@ -43,7 +43,10 @@ class Served(Config):
         for text in self.model:
             match = _NAMED.fullmatch(text)
             uri = match["uri"] if match else text
-            name = match["name"] if match else uri.rstrip("/").rpartition("/")[2]
+            last = uri.rstrip("/").rpartition("/")[2]
+            # hf:org/name@revision
+            last = last.partition("@")[0] if uri.startswith("hf:") else last
+            name = match["name"] if match else last
             found.append((re.sub(r"[^\w.-]", "_", name) or "model", uri))
         return found
 

@@ -40,8 +40,11 @@ def run(
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # What Ray Data logs as an error it raises as well; said once is enough.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    for noisy in ("ray.train", "httpx", "botocore", "fsspec", "huggingface_hub"):
+    for noisy in ("ray.train", "httpx", "httpx2", "botocore", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # It sets its own level when it is imported, and warns of every retry; what comes of them we say.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         with _reader_may_leave():
             config = parse(config_type, sys.argv[1:], **parse_options)

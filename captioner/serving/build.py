@@ -6,7 +6,6 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
-from captioner import storage
 from captioner.artifacts.model_directory import ModelDirectory, open_model
 from captioner.config import DecodeConfig, ServeConfig
 from captioner.decoders import decoder_class
@@ -33,7 +32,7 @@ def build_app(args: ServeConfig) -> serve.Application:
     model = model_deployment(args)
     handles = {
         name: model.options(name=f"model-{name}").bind(
-            name, storage.absolute(uri), args.limits, args.max_batch_size, args.threads
+            name, open_model(uri).uri, args.limits, args.max_batch_size, args.threads
         )
         for name, uri in args.models.items()
     }

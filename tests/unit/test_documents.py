@@ -13,24 +13,17 @@ from ray.scripts.scripts import cli as ray_cli
 from ray.serve.scripts import cli as serve_cli
 
 from benchmarks import config as benchmarks
-from captioner import config as settings
 from captioner.errors import ConfigError
 from captioner.presets import PRESETS
 from captioner.runtime import command_line
+from ray_jobs.__main__ import JOBS
 from tests.api import Client
 from tests.documents import WRITTEN, job_of
 from tests.head import ROOT
 from tests.pictures import picture
 
 CONFIGS = {
-    "extract_features": settings.ExtractConfig,
-    "train": settings.TrainConfig,
-    "tune": settings.TuneConfig,
-    "evaluate": settings.EvaluateConfig,
-    "caption": settings.CaptionConfig,
-    "demo": settings.DemoConfig,
-    "serve": settings.ServeConfig,
-    "verify": settings.VerifyConfig,
+    **JOBS,
     "benchmark extract": benchmarks.BenchmarkExtractConfig,
     "benchmark scores": benchmarks.BenchmarkScoresConfig,
     "benchmark serve": benchmarks.BenchmarkServeConfig,
