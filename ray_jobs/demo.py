@@ -3,7 +3,6 @@
 python -m ray_jobs.demo --output runs/demo
 """
 
-import logging
 import time
 
 import pyarrow.parquet as pq
@@ -24,25 +23,24 @@ from captioner.presets import demo as demo_training
 from captioner.runtime import command_line
 from captioner.training.run import run_training
 
-logger = logging.getLogger(__name__)
+PARTS = ("features", "model", "report", "captions")
 
 
 def demo(config: DemoConfig) -> None:
     started = time.monotonic()
-    features, model, report, captions = (
-        storage.join(storage.absolute(config.output), part)
-        for part in ("features", "model", "report", "captions")
-    )
-    scenes = SourceConfig(shapes=config.shapes)
+    root = storage.absolute(config.output)
+    features, model, report, captions = (storage.join(root, part) for part in PARTS)
     extract(
         ExtractConfig(
-            source="shapes", output=features, encoder=config.encoder, source_options=scenes
+            source="shapes",
+            output=features,
+            encoder=config.encoder,
+            source_options=SourceConfig(shapes=config.shapes),
+            restart=config.restart,
         )
     )
-    training = demo_training().model_copy(
-        update={"features": features, "output": model, "epochs": config.epochs}
-    )
-    run_training(training)
+    changes = {"features": features, "output": model, "epochs": config.epochs}
+    run_training(demo_training().model_copy(update=changes | {"restart": config.restart}))
     result = evaluate(
         EvaluateConfig(
             features=features,
@@ -51,6 +49,7 @@ def demo(config: DemoConfig) -> None:
             split="test",
             decode=config.decode,
             meteor=False,  # a quarter of a minute and 2 GiB for Java
+            restart=config.restart,
         )
     )
     unseen = ShapesConfig(train=1, validation=1, test=30, seed=config.shapes.seed + 1)
@@ -60,6 +59,7 @@ def demo(config: DemoConfig) -> None:
             source_options=SourceConfig(shapes=unseen),
             model=model,
             output=captions,
+            restart=config.restart,
         )
     )
     print(f"\n{score_table(result)}\n\nNew pictures, and what the model says:")

@@ -28,6 +28,8 @@ class Fault:
     """Regular expression that is searched for in path and query."""
     body: str | None = None
     """Instead of S3's own."""
+    conditional: bool = False
+    """Only requests with a condition, which a status of 200 leaves out of account."""
 
 
 @dataclass
@@ -63,7 +65,16 @@ def run_server() -> Iterator[S3Server]:
         place, method = environ["REQUEST_URI"], environ["REQUEST_METHOD"]
         found.requests.append(f"{method} {place}")
         for fault in found.faults:
+            conditions = [
+                name for name in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH") if name in environ
+            ]
+            if fault.conditional and not conditions:
+                continue
             if method in fault.methods.split() and re.search(fault.path, place):
+                if fault.conditional and fault.status == 200:
+                    for name in conditions:
+                        del environ[name]
+                    continue
                 environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
                 text = f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>{fault.code}</Message></Error>"
                 body = (text if fault.body is None else fault.body).encode()

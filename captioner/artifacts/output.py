@@ -6,15 +6,14 @@ while it runs lies in ``_work``, which goes once the manifest is there.
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
+from captioner.artifacts.lease import Lease, take
 from captioner.artifacts.manifests import (
     MANIFEST,
     AnyManifest,
@@ -22,22 +21,36 @@ from captioner.artifacts.manifests import (
     Manifest,
     open_manifest,
 )
-from captioner.errors import StoreError
+from captioner.errors import OutOfReachError, StoreError
+from captioner.storage.exclusive import TakenError, create_exclusively
 from captioner.storage.files import (
     absolute,
-    create_exclusively,
+    delete,
     exists,
     is_local,
+    is_partial,
     join,
     list_files,
-    read_json,
-    resolve,
+    read_bytes,
     write_bytes,
 )
 
 logger = logging.getLogger(__name__)
 
-CLAIM, WORK = "_job.json", "_work"
+CLAIM, WORK, LEASE = "_job.json", "_work", "lease"
+# In the claim of a directory that is being cleared.
+CLEARED = "cleared"
+# What jobs write at the top of their directories: all that --restart ever deletes.
+CONTENTS = frozenset(
+    (
+        *(WORK, "features", "captions", "model", "tensorboard", "attention"),
+        *("encoder.safetensors", "weights.safetensors", "last.safetensors", "ngrams.safetensors"),
+        *("config.json", "vocab.json", "metrics.json", "scores.json", "README.md"),
+        *("history.parquet", "predictions.parquet", "trials.parquet", "captions.jsonl"),
+        *("curves.png", "trials.png", "grid.png", "best_and_worst.png", "contact_sheet.html"),
+        "rejects.csv",
+    )
+)
 
 
 def differences(there: Any, asked: Any, name: str = "") -> list[str]:
@@ -56,31 +69,98 @@ class Output:
     """One job's claim on an output directory.
 
     ``identity`` is a JSON object that says what is being made. A directory that another identity claimed is refused,
-    a complete one of the same identity is reported by ``complete``, an unfinished one is continued (``resumed``).
+    a complete one of the same identity is reported by ``complete``, an unfinished one is continued (``resumed``), or,
+    with ``restart``, cleared, whatever its identity.
 
     Raises:
-        StoreError: the directory belongs to something else, or is being written by a live process of this machine.
+        StoreError: the directory belongs to something else, or cannot be written.
+        OutOfReachError: another run is writing it.
     """
 
-    def __init__(self, uri: str, identity: dict[str, Any]):
+    def __init__(self, uri: str, identity: dict[str, Any], *, restart: bool = False):
         self.root = absolute(uri)
-        self.complete = exists(self.uri(MANIFEST))
+        self._identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self._lease: Lease | None = None
+        self.complete, claim = self._examine(restart)
         self.resumed = False
-        self._lock: BinaryIO | None = None
-        if exists(self.uri(CLAIM)):
-            different = differences(read_json(self.uri(CLAIM)), json.loads(json.dumps(identity)))
-            if different:
-                raise StoreError(f"{self.root} was made by another run: {'; '.join(different)}")
-            self.resumed = not self.complete
-        elif list_files(self.root):
-            raise StoreError(
-                f"{self.root} is not empty and was not made by this job: choose another"
-            )
         if self.complete:
             return
-        if not self.resumed:
-            create_exclusively(self.uri(CLAIM), json.dumps(identity, indent=1).encode())
-        self._hold()
+        if claim is None:
+            self._claim()
+        job = str(identity["job"])
+        self._lease = take(self.work(LEASE), self.root, job, lambda: exists(self.uri(MANIFEST)))
+        try:
+            # Another run may have had the directory meanwhile.
+            self.complete, there = self._examine(restart)
+            if self.complete:
+                self.close()
+            elif there is not None and (CLEARED in there or (restart and claim is not None)):
+                self._clear(there)
+            else:
+                self.resumed = claim is not None
+        except BaseException:
+            self.close()
+            raise
+
+    def _examine(self, restart: bool) -> tuple[bool, dict[str, Any] | None]:
+        """Whether the directory is complete, and what it is claimed for; None where it is nobody's."""
+        complete = exists(self.uri(MANIFEST))
+        if not exists(self.uri(CLAIM)):
+            paths = (file.path for file in list_files(self.root))
+            if any(not is_partial(path) and path != f"{WORK}/{LEASE}" for path in paths):
+                raise StoreError(
+                    f"{self.root} is not empty and was not made by this job: choose another"
+                )
+            return complete, None
+        try:
+            claim = json.loads(read_bytes(self.uri(CLAIM)))
+        except ValueError:
+            claim = None
+        if not isinstance(claim, dict) or "job" not in claim:
+            raise StoreError(
+                f"{self.uri(CLAIM)} is damaged, or another program's: choose another directory, or delete this one"
+            )
+        different = "; ".join(differences(claim, self._identity))
+        if complete and different:
+            raise StoreError(f"{self.root} was made by another run: {different}: choose another")
+        if different and not restart and CLEARED not in claim:
+            raise StoreError(
+                f"{self.root} holds an unfinished run of other settings: {different}: give its settings to go on with "
+                "it, --restart to clear it and begin anew, or choose another directory"
+            )
+        return complete, claim
+
+    def _claim(self) -> None:
+        with contextlib.suppress(TakenError):  # the next look says by whom
+            if not create_exclusively(self.uri(CLAIM), self._claim_bytes()):
+                logger.warning(
+                    "%s: no hard links or conditional writes here, so if two commands publish at the same moment the "
+                    "later one's manifest stands: run one at a time",
+                    self.root,
+                )
+
+    def _claim_bytes(self) -> bytes:
+        return json.dumps(self._identity, indent=1).encode()
+
+    def _clear(self, claim: dict[str, Any]) -> None:
+        """Delete what a job left unfinished here. What no job writes stays, and so does what is published."""
+        paths = [file.path for file in list_files(self.root)]
+        copies = (WORK, "model") if claim["job"] == "tune" else (WORK,)
+        for path in paths:
+            if path.endswith(f"/{MANIFEST}") and path.split("/")[0] not in copies:
+                raise StoreError(
+                    f"{self.root} holds a published directory, {path.removesuffix(f'/{MANIFEST}')}, and is not "
+                    "cleared: choose another"
+                )
+        # Whoever is killed from here on leaves a directory that is nobody's, and that the next run clears.
+        write_bytes(self.uri(CLAIM), json.dumps({"job": claim["job"], CLEARED: True}).encode())
+        names = (
+            "/".join(path.split("/")[: 2 if path.startswith(f"{WORK}/") else 1]) for path in paths
+        )
+        for name in sorted(set(names)):
+            if is_partial(name) or (name.split("/")[0] in CONTENTS and name != f"{WORK}/{LEASE}"):
+                delete(self.uri(name))
+        write_bytes(self.uri(CLAIM), self._claim_bytes())
 
     def __enter__(self) -> "Output":
         return self
@@ -88,19 +168,6 @@ class Output:
     def __exit__(self, *_: object) -> None:
         # A failed job must let go of its directory even where its process, a notebook, lives on.
         self.close()
-
-    def _hold(self) -> None:
-        # flock dies with its process, so a killed run never blocks the one that continues it. Object stores have no
-        # such lock; there the exclusive manifest decides.
-        if is_local(self.root):
-            self._lock = open(resolve(self.uri(CLAIM))[1], "rb")  # noqa: SIM115 held until the process ends
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                # Some network file systems offer no locks; the manifest still decides there.
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise StoreError(f"{self.root} is being written by another process") from None
-                logger.warning("no file lock on %s: %s", self.root, error)
 
     def uri(self, *parts: str) -> str:
         """URI of something inside the directory."""
@@ -111,34 +178,53 @@ class Output:
         return self.uri(WORK, *parts)
 
     def write(self, path: str, data: bytes) -> FileEntry:
-        """Write a whole file, and say what the manifest lists of it."""
+        """Write a whole file, and say what the manifest lists of it.
+
+        Raises:
+            OutOfReachError: another run has taken the directory over.
+        """
+        self.check()
         write_bytes(self.uri(path), data)
         return FileEntry(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    def check(self) -> None:
+        """
+        Raises:
+            OutOfReachError: another run has taken the directory over.
+        """
+        if self._lease is not None:
+            self._lease.check()
 
     def publish(self, manifest: Manifest) -> None:
         """Write ``manifest.json``: from here on the directory is complete.
 
         Raises:
             StoreError: another run published first.
+            OutOfReachError: another run has taken the directory over.
         """
-        create_exclusively(self.uri(MANIFEST), manifest.model_dump_json(indent=1).encode())
+        self.check()
+        try:
+            create_exclusively(self.uri(MANIFEST), manifest.model_dump_json(indent=1).encode())
+        except TakenError as error:
+            raise StoreError(f"{self.root}: another run published first") from error
         self.complete = True
         self.close()
 
-    def clear_work(self) -> None:
-        """Delete what only the run needed. A run may be killed between publishing and this, so every later one of the
-        same command does it, too."""
-        if self.complete and exists(self.work()):
-            filesystem, path = resolve(self.work())
-            # Another run of the command may delete it at the same time.
-            with contextlib.suppress(FileNotFoundError):
-                filesystem.delete_dir(path)
+    def tidy(self) -> None:
+        """Delete what only the run needed, and what killed processes left of files. A run may be killed between
+        publishing and this, so every later one of the same command does it, too."""
+        if self.complete:
+            delete(self.work())
+            # Object stores show no file before it is whole.
+            listed = list_files(self.root) if is_local(self.root) else []
+            for path in (file.path for file in listed if is_partial(file.path)):
+                delete(self.uri(path))
 
     def close(self) -> None:
-        """Let another process of this machine have the directory."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Let another process have the directory."""
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
 
 
 def publish_once(
@@ -146,33 +232,40 @@ def publish_once(
     identity: dict[str, Any],
     manifest_type: type[AnyManifest],
     fill: Callable[[Output], AnyManifest],
+    *,
+    restart: bool = False,
 ) -> AnyManifest:
     """Claim, fill, publish: what every job does.
 
     Continues an unfinished directory of the same identity, leaves a complete one alone, and returns its manifest.
 
     Args:
-        identity: a JSON object that says what is being made.
+        identity: a JSON object that says what is being made, by which ``job``.
         fill: writes everything but the manifest, which it returns. After a kill it is called again, on what is there.
+        restart: clear an unfinished directory, of whatever identity, and begin anew.
 
     Raises:
         StoreError: the directory belongs to something else, or cannot be written; and whatever ``fill`` raises.
+        OutOfReachError: another run is writing it.
     """
-    output = Output(uri, identity)
+    output = Output(uri, identity, restart=restart)
     if output.complete:
         logger.info("%s is complete: nothing to do", output.root)
-        output.clear_work()
+        output.tidy()
         return open_manifest(output.root, manifest_type)
     with output:
         started = time.monotonic()
-        manifest = fill(output)
         try:
+            manifest = fill(output)
             output.publish(manifest)
-        except StoreError:
+        except KeyboardInterrupt:
+            output.check()
+            raise
+        except (StoreError, OutOfReachError):
             if not exists(output.uri(MANIFEST)):
                 raise
             # Another run of the same command was first: there is one result, and it is whole.
             return open_manifest(output.root, manifest_type)
-        output.clear_work()
+        output.tidy()
     logger.info("%s: published after %.0f s", output.root, time.monotonic() - started)
     return manifest

@@ -85,7 +85,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         "limits": config.limits.model_dump(mode="json"),
         **config.model_dump(include={"format", "contact_sheet", "contact_sheet_images"}),
     }
-    return publish_once(config.output, identity, CaptionsManifest, fill)
+    return publish_once(config.output, identity, CaptionsManifest, fill, restart=config.restart)
 
 
 def _write_json_lines(output: Output, files: list[FileEntry]) -> FileEntry:

@@ -15,6 +15,7 @@ from captioner.config.parts import (
     ImageLimits,
     OptimizerConfig,
     Positive,
+    Restart,
     Seed,
     ShapesConfig,
     SourceConfig,
@@ -50,6 +51,7 @@ class ExtractConfig(Config):
     """Encoder actors; default: one per GPU or, without, what suits the CPUs; fewer for a few hundred images."""
     cpus_per_encoder: Positive | None = None
     """Threads of one encoder actor on CPU; default: chosen from the cluster."""
+    restart: Restart = False
 
 
 class TrainConfig(Config):
@@ -102,6 +104,7 @@ class TrainConfig(Config):
     """Seed of weights, dropout and the order of captions."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Worker failures survived by restarting from the last checkpoint."""
+    restart: Restart = False
 
     @model_validator(mode="after")
     def _workers_in_order(self) -> "TrainConfig":
@@ -137,6 +140,7 @@ class EvaluateConfig(Config):
     """Images whose attention is drawn word by word, where the decoder looks at places."""
     meteor: bool = True
     """Also compute METEOR where Java is there; it takes some ten seconds and 2 GiB."""
+    restart: Restart = False
 
 
 class CaptionConfig(Config):
@@ -166,6 +170,7 @@ class CaptionConfig(Config):
     """Captioning actors; default: one per GPU or, without, what suits the CPUs; fewer for a few hundred images."""
     cpus_per_captioner: Positive | None = None
     """Threads of one captioning actor on CPU; default: chosen from the cluster."""
+    restart: Restart = False
 
 
 class VerifyConfig(Config):
@@ -202,3 +207,4 @@ class DemoConfig(Config):
     decode: DecodeOverrides = DecodeOverrides()
     epochs: Positive = 30
     """Most passes over the train captions."""
+    restart: Restart = False

@@ -14,6 +14,13 @@ Compute = Literal["float32", "bfloat16"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Restart = Annotated[
+    bool,
+    Field(
+        description="Clear what an earlier run left unfinished in the output, of whatever settings, and begin anew. "
+        "What is published is never cleared."
+    ),
+]
 
 
 class Config(BaseModel):

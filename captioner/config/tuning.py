@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from captioner.config.parts import Config, Positive, Seed, TextConfig
+from captioner.config.parts import Config, Positive, Restart, Seed, TextConfig
 
 
 class TuneConfig(Config):
@@ -36,3 +36,4 @@ class TuneConfig(Config):
     """Share of a GPU for one trial, where the cluster has any."""
     seed: Seed = 0
     """Seed of the samples and of every trial."""
+    restart: Restart = False

@@ -65,6 +65,7 @@ def evaluate(config: EvaluateConfig) -> Report:
         identity,
         ReportManifest,
         lambda output: _fill(config, output, store, model, decode),
+        restart=config.restart,
     )
     root = storage.absolute(config.output)
     return Report(root, storage.read_json(storage.join(root, SCORES)))

@@ -103,7 +103,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
         "limits": config.limits.model_dump(mode="json"),
         **config.model_dump(include={"grid", "mirrored", "crops", "thumbnails"}),
     }
-    manifest = publish_once(config.output, identity, StoreManifest, fill)
+    manifest = publish_once(config.output, identity, StoreManifest, fill, restart=config.restart)
     logger.info(describe(manifest))
     return manifest
 

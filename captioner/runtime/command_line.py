@@ -45,14 +45,17 @@ def run(
     # It sets its own level when it is imported, and warns of every retry; what comes of them we say.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    again = "the same command"
     try:
         with _reader_may_leave():
             config = parse(config_type, sys.argv[1:], **parse_options)
+        if getattr(config, "restart", False):
+            again += " without --restart"
         job(config)
     except CaptionerError as error:
         fail(str(error), error.status)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"interrupted; {again} goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
         # A full disk or a missing permission is the user's to mend; anything else is our defect and keeps its trace.

@@ -1,20 +1,23 @@
 """Files behind URIs, and directories that a job publishes in one step."""
 
+from captioner.storage.exclusive import create_exclusively
 from captioner.storage.files import (
     S3_ADDRESS_VARIABLES,
     FileInfo,
     absolute,
     atomic_writer,
     copy_file,
-    create_exclusively,
+    delete,
     exists,
     is_directory,
     is_local,
+    is_partial,
     join,
     list_files,
     open_input,
     read_bytes,
     read_json,
+    reading,
     resolve,
     write_bytes,
 )
@@ -26,14 +29,17 @@ __all__ = [
     "atomic_writer",
     "copy_file",
     "create_exclusively",
+    "delete",
     "exists",
     "is_directory",
     "is_local",
+    "is_partial",
     "join",
     "list_files",
     "open_input",
     "read_bytes",
     "read_json",
+    "reading",
     "resolve",
     "write_bytes",
 ]

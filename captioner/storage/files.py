@@ -1,9 +1,12 @@
 """Files behind URIs: local paths, ``s3://``, anything pyarrow.fs opens. Written whole or not at all."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from captioner.errors import StoreError
-from captioner.storage.faults import one_line, told
+from captioner.storage.faults import Fault, fault_of, one_line, told
 
 # Where S3 is, in the names that AWS's own tools read. Not who may use it: those are secrets.
 S3_ADDRESS_VARIABLES = (
@@ -41,6 +44,11 @@ class FileInfo:
 
 
 @cache
+def _local() -> pafs.FileSystem:
+    return pafs.LocalFileSystem()
+
+
+@cache
 def _s3(bucket: str, endpoint: str | None, region: str | None) -> pafs.S3FileSystem:
     # Arrow reads credentials from the usual AWS variables; the endpoint is passed on so that both names AWS tools
     # accept work, and so that the file system, pickled into Ray tasks, carries it to nodes without the variable.
@@ -62,7 +70,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """
     uri = absolute(uri)
     if "://" not in uri:
-        return pafs.LocalFileSystem(), uri
+        return _local(), uri
     scheme = urlsplit(uri).scheme
     try:
         if scheme == "s3":
@@ -106,7 +114,8 @@ def join(uri: str, *parts: str) -> str:
 
 
 def is_local(uri: str) -> bool:
-    return isinstance(resolve(uri)[0], pafs.LocalFileSystem)
+    """Whether it is a path of this machine."""
+    return "://" not in absolute(uri)
 
 
 def exists(uri: str) -> bool:
@@ -169,9 +178,24 @@ def read_bytes(uri: str) -> bytes:
     Raises:
         StoreError: it cannot be read.
     """
-    with open_input(uri) as file:
+    with open_input(uri) as file, _told("read", uri):
         data: bytes = file.read()
     return data
+
+
+@contextmanager
+def new_partial(path: Path) -> Iterator[Path]:
+    """Where a local file is written before it gets its name. A killed process leaves it: see ``is_partial``."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def is_partial(path: str) -> bool:
+    """Whether a file is what a killed process has left of another."""
+    return re.search(r"\.[0-9a-f]{32}\.partial$", path) is not None
 
 
 @contextmanager
@@ -183,15 +207,14 @@ def atomic_writer(uri: str) -> Iterator[BinaryIO]:
     """
     filesystem, path = resolve(uri)
     with _told("write", uri):
-        if isinstance(filesystem, pafs.LocalFileSystem):
+        if is_local(uri):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(f"{path}.{os.getpid()}.partial")
-            try:
+            with new_partial(Path(path)) as partial:
                 with partial.open("wb") as file:
                     yield file
+                    file.flush()
+                    os.fsync(file.fileno())
                 partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
         else:
             # Closing an object store's stream publishes the object whatever happened, so it is opened last.
             with tempfile.SpooledTemporaryFile(max_size=2**26) as spool:
@@ -207,6 +230,21 @@ def write_bytes(uri: str, data: bytes) -> None:
         file.write(data)
 
 
+def delete(uri: str) -> None:
+    """Delete a file, or a directory with all in it; another process may do the same.
+
+    Raises:
+        StoreError: it cannot be deleted.
+    """
+    filesystem, path = resolve(uri)
+    with _told("delete", uri), contextlib.suppress(FileNotFoundError):
+        kind = filesystem.get_file_info(path).type
+        if kind == pafs.FileType.Directory:
+            filesystem.delete_dir(path)
+        elif kind == pafs.FileType.File:
+            filesystem.delete_file(path)
+
+
 def copy_file(source: str, target: str) -> None:
     """Copy one file between any two URIs, in pieces."""
     with open_input(source) as reader, atomic_writer(target) as writer:
@@ -214,49 +252,20 @@ def copy_file(source: str, target: str) -> None:
             writer.write(piece)
 
 
-def create_exclusively(uri: str, data: bytes) -> None:
-    """Create a file that must not exist: of several writers exactly one succeeds.
-
-    Locally by ``link(2)``, on S3 by a conditional PUT; other stores are checked first, which leaves a short gap.
+@contextmanager
+def reading(uri: str) -> Iterator[None]:
+    """What Arrow raises while it reads a table, as ours.
 
     Raises:
-        StoreError: it exists already, or cannot be written.
+        StoreError: the file is missing or damaged.
+        OutOfReachError: the store does not answer.
     """
-    filesystem, path = resolve(uri)
-    taken = StoreError(f"{uri} exists already: another run published first")
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=Path(path).parent, prefix="_") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                os.fchmod(file.fileno(), 0o644)
-                os.link(file.name, path)
-        except FileExistsError:
-            raise taken from None
-        except OSError as error:
-            raise told("write", uri, error) from error
-    elif isinstance(filesystem, pafs.S3FileSystem):
-        import boto3
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        bucket, _, key = path.partition("/")
-        try:
-            boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-        except ClientError as error:
-            if error.response["Error"]["Code"] in (
-                "PreconditionFailed",
-                "ConditionalRequestConflict",
-            ):
-                raise taken from None
-            raise told("write", uri, error) from error
-        except BotoCoreError as error:
-            raise told("write", uri, error) from error
-    else:
-        if exists(uri):
-            raise taken
-        write_bytes(uri, data)
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and (error.errno or fault_of(error) != Fault.OTHER):
+            raise told("read", uri, error) from error
+        raise StoreError(f"{uri} is damaged: {one_line(error)}") from error
 
 
 def read_json(uri: str) -> Any:

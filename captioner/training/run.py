@@ -58,6 +58,7 @@ _NO_MATTER = {
     "threads_per_worker",
     "ingest",
     "max_failures",
+    "restart",
 }
 HISTORY_ROWS = pa.schema(
     [
@@ -118,7 +119,8 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
             files=_write(config, output, store, vocabulary, ngrams, best, last, history)
         )
 
-    publish_once(config.output, _identity(config, store), ModelManifest, fill)
+    identity = _identity(config, store)
+    publish_once(config.output, identity, ModelManifest, fill, restart=config.restart)
     root = storage.absolute(config.output)
     result = TrainResult(root, _published_history(root))
     logger.info(

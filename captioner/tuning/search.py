@@ -127,10 +127,11 @@ def run_search(config: TuneConfig) -> SearchResult:
         "job": "tune",
         "features": store.identity(),
         "search": config.model_dump(
-            mode="json", exclude={"features", "output", "max_concurrent", "gpus_per_trial"}
+            mode="json",
+            exclude={"features", "output", "max_concurrent", "gpus_per_trial", "restart"},
         ),
     }
-    manifest = publish_once(config.output, identity, SearchManifest, fill)
+    manifest = publish_once(config.output, identity, SearchManifest, fill, restart=config.restart)
     return _published(storage.absolute(config.output), manifest)
 
 

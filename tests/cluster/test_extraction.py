@@ -24,7 +24,7 @@ from captioner.artifacts.feature_store import FeatureStore
 from captioner.artifacts.manifests import StoreManifest
 from captioner.config import EncoderConfig, ExtractConfig, ImageLimits
 from captioner.encoders.encoder import Encoder
-from captioner.errors import SourceError, StoreError
+from captioner.errors import OutOfReachError, SourceError, StoreError
 from captioner.features.extract import extract
 from captioner.features.row_marks import CHECKPOINT
 from captioner.images.load import load_image
@@ -150,7 +150,7 @@ def test_killed_again_and_again_it_continues_and_ends_as_if_unbroken(
         # The first dies with nothing done; the others when they have added at least one file.
         wait_for_marks(output, kept[-1] + 1 if kept else 0, child)
         if kill == 1:
-            with pytest.raises(StoreError, match="is being written by another process"):
+            with pytest.raises(OutOfReachError, match="is being written by another process"):
                 extract(settings(photos, output))
         time.sleep(generator.uniform(0, 0.4))
         child.send_signal(signal.SIGKILL)
