@@ -7,19 +7,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from captioner import storage
 from captioner.artifacts.manifests import FileEntry, StoreManifest, open_manifest
 from captioner.artifacts.tables import SPLITS, THUMBNAIL
 from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.errors import StoreError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Rows read at a time where not all of them are wanted in memory.
 _CAPTIONS, _FEATURES = 2**18, 256
@@ -187,6 +192,55 @@ class FeatureStore:
             for name, values in found.items():
                 arrays[name][places] = values
         return FeatureTable(ids.to_pylist(), arrays)
+
+    def to_arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of all images that count, rejected ones too, as they lie in the files; all of them in memory.
+
+        Args:
+            columns: some of those of the files (``tables.feature_rows``); None: all.
+
+        Raises:
+            StoreError: a file is missing or damaged, or has no such column.
+        """
+        entries = self._files("features")
+        with _reading(self.uri):
+            rows = _dataset([entry.uri(self.uri) for entry in entries])
+            there = rows.schema.names
+            wanted = list(there if columns is None else columns)
+            if missing := sorted({*wanted} - {*there}):
+                raise StoreError(
+                    f"{self.uri} has no {', '.join(missing)}; it has {', '.join(there)}"
+                )
+            table = rows.to_table([*dict.fromkeys(["image_id", *wanted]), "__filename"])
+        return self._standing(table).select(wanted)
+
+    def to_pandas(self, columns: Sequence[str] | None = None) -> "pd.DataFrame":
+        """``to_arrow`` as a data frame; each embedding is an array, ``pooled`` [C] and ``grid`` [P, C].
+
+        Raises:
+            StoreError: as ``to_arrow``.
+        """
+        table = self.to_arrow(columns)
+        tensors = [f.name for f in table.schema if isinstance(f.type, pa.FixedShapeTensorType)]
+        frame = table.drop_columns(tensors).to_pandas()
+        for name in tensors:
+            values = [
+                row.to_numpy() if row.is_valid else None
+                for chunk in table[name].chunks
+                for row in chunk
+            ]
+            frame.insert(table.schema.get_field_index(name), name, values)
+        return frame
+
+    def to_torch(self, split: str, columns: Sequence[str] = ("pooled",)) -> dict[str, Tensor]:
+        """Features of the good images of a split, in the order of ``image_ids``: ``pooled`` float32 [N, C], ``grid``
+        float16 [N, P, C].
+
+        Raises:
+            StoreError: as ``load``.
+        """
+        found = self.load(split, columns).columns
+        return {name: torch.from_numpy(values) for name, values in found.items()}
 
     def chunks(self, split: str, images: int) -> list[Chunk]:
         """A split in pieces of whole files with about ``images`` good images each."""

@@ -1,13 +1,20 @@
 """The Captioner: image bytes -> captions. Evaluation, the captioning job and the service all call it."""
 
+import base64
+import html
+import io
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
+from captioner import storage
 from captioner.artifacts.model_directory import LoadedModel, check_search, load_model
 from captioner.config import DecodeConfig, ImageLimits
 from captioner.decoders.base import Features
@@ -15,7 +22,7 @@ from captioner.decoding.beam import Hypothesis, search
 from captioner.decoding.mbr import search_mbr
 from captioner.encoders.encoder import Encoder
 from captioner.errors import ImageError
-from captioner.images.load import load_image
+from captioner.images.load import Fit, load_image
 from captioner.runtime.device import choose_device
 
 # Encoding and decoding run in pieces of this many images, so that memory does not grow with the caller's list.
@@ -36,10 +43,49 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """An encoded image, and how an encoder sees it."""
+
+    data: bytes
+    fit: Fit
+    limits: ImageLimits | None
+
+    def thumbnail(self) -> bytes:
+        """A JPEG of at most 240 pixels a side."""
+        made = load_image(self.data, self.fit, self.limits, thumbnail=True).thumbnail
+        assert made is not None
+        return made
+
+
+@dataclass(frozen=True)
 class Caption:
     """The candidates for one image, best first."""
 
     candidates: tuple[Candidate, ...]
+    seen: Seen | None = field(default=None, repr=False, compare=False)
+    """What it is of; None where the Captioner was given pixels or features."""
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: picture, caption and alternatives, and where the decoder looked."""
+        lines = "".join(
+            f"<div>{html.escape(one.text)} <small>{math.exp(one.log_prob):.1%}</small></div>"
+            for one in self.candidates
+        )
+        if self.seen is None:
+            return lines
+        shown, kind = self.seen.thumbnail(), "jpeg"
+        if self.attention is not None and self.words:
+            # Here, for it takes matplotlib with it, which no worker needs.
+            from captioner.plots.attention import attention_maps
+
+            with Image.open(io.BytesIO(shown)) as small:
+                box = self.seen.fit.box(*small.size)
+            shown, kind = attention_maps(shown, self.words, self.attention, box), "png"
+        data = base64.b64encode(shown).decode()
+        return f'<img src="data:image/{kind};base64,{data}" alt="">{lines}'
 
     @property
     def text(self) -> str:
@@ -93,28 +139,38 @@ class Captioner:
 
     def caption(
         self,
-        images: Sequence[bytes],
+        images: Sequence[bytes | str | Path],
         decode: DecodeConfig | None = None,
         limits: ImageLimits | None = None,
     ) -> list[Caption]:
         """Caption encoded images (JPEG, PNG ...).
 
         Args:
+            images: their bytes, or the paths or URIs of files.
             decode: the search; default: the model's own.
 
         Raises:
             ImageError: one of them is not an image that is accepted; the message says which.
+            StoreError: a file cannot be read.
         """
         fit = self.model.record.encoder.spec.fit
+        files = [
+            image if isinstance(image, bytes) else storage.read_bytes(str(image))
+            for image in images
+        ]
         pixels = []
-        for position, data in enumerate(images):
+        for position, data in enumerate(files):
             try:
                 pixels.append(load_image(data, fit, limits).pixels)
             except ImageError as error:
-                if len(images) == 1:
+                if len(files) == 1:
                     raise
-                raise type(error)(f"image {position + 1} of {len(images)}: {error}") from error
-        return self.caption_pixels(np.stack(pixels), decode) if pixels else []
+                raise type(error)(f"image {position + 1} of {len(files)}: {error}") from error
+        found = self.caption_pixels(np.stack(pixels), decode) if pixels else []
+        return [
+            replace(caption, seen=Seen(data, fit, limits))
+            for caption, data in zip(found, files, strict=True)
+        ]
 
     def caption_pixels(
         self, images: np.ndarray[Any, np.dtype[np.uint8]], decode: DecodeConfig | None = None
