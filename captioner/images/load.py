@@ -2,7 +2,6 @@
 
 import io
 import math
-import struct
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -52,9 +51,6 @@ _FILTERS: dict[Filter, Image.Resampling] = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-
-# What Pillow raises on damaged images of these formats; tests/fuzz_images.py finds any other.
-_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, TypeError, struct.error)
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -137,7 +133,11 @@ def load_image(
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # Pillow's own limit, which comes first only where ours is set above it.
         raise ImageTooLargeError("more pixels than Pillow decodes") from error
-    except _PILLOW_ERRORS as error:
+    except MemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # of whatever kind: what damaged files make Pillow raise is no finite list
         raise ImageError(f"damaged {name} header") from error
     with image:
         width, height = image.size
@@ -158,7 +158,9 @@ def load_image(
             left, top, right, bottom = fit.box(*upright)
             pixels = _reduce(image, (columns, rows), box, _FILTERS[fit.filter], turn)
             small = _thumbnail(image, turn) if thumbnail else None
-        except _PILLOW_ERRORS as error:
+        except (ImageError, MemoryError):
+            raise
+        except Exception as error:
             raise ImageError(f"truncated or damaged {name} data") from error
     wide, high = upright
     return Loaded(np.asarray(pixels), small, (left / wide, top / high, right / wide, bottom / high))
@@ -222,7 +224,7 @@ def _orientation(image: Image.Image) -> object:
     # Pillow's exif_transpose also writes the remaining tags back, and fails on some that cameras write.
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except _PILLOW_ERRORS:
+    except Exception:  # the picture may be whole, whatever is wrong with what is said about it
         return None
 
 

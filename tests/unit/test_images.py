@@ -330,17 +330,37 @@ def test_mutated_image_decodes_or_is_refused(name: str, other: str, seed: int) -
     assert pixels.shape == (224, 224, 3)
 
 
-@pytest.mark.parametrize("error", [OSError, SyntaxError, ValueError, TypeError, struct.error])
+class UnheardOfError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [OSError, SyntaxError, OverflowError, UnheardOfError])
 def test_whatever_pillow_raises_on_damaged_data_becomes_one_error(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # All five occur among half a million mutants, some of them once in 100,000.
     def fail(*args: object) -> None:
         raise error("from Pillow")
 
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
     with pytest.raises(ImageError, match="^truncated or damaged PNG data$"):
         load(SEEDS["png"])
+
+
+def test_a_picture_that_memory_does_not_suffice_for_is_not_called_damaged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    with pytest.raises(MemoryError):
+        load(SEEDS["png"])
+
+
+def test_a_tiff_that_overflows_inside_pillow_is_refused(shared: Path) -> None:
+    data = (shared / "cases/tiff_overflow.tif").read_bytes()
+    with pytest.raises(ImageError, match="damaged TIFF"):
+        load(data)
 
 
 def test_fuzzer_reports_what_gets_out(monkeypatch: pytest.MonkeyPatch) -> None:
