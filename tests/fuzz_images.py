@@ -1,4 +1,4 @@
-"""Load damaged images: ``python -m tests.fuzz_images --count 10000 --seed 0``.
+"""Load damaged images: ``python -m tests.fuzz_images --count 10000 --seed 0 --kind avif``.
 
 Each mutant must either load as a 224x224 RGB array or raise ImageError, within a second and without the process
 growing. The exit status is 1 when one does anything else; ``--keep DIR`` writes such files there.
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 from PIL import Image
 
 from captioner.config import ImageLimits
@@ -31,6 +32,7 @@ SLOW_SECONDS = 1.0
 
 def seed_images() -> dict[str, bytes]:
     """Small pictures in every format and mode that is accepted, by name."""
+    pillow_heif.register_heif_opener()
     gradient = np.linspace(0, 255, 48 * 64 * 4).reshape(48, 64, 4).astype(np.uint8)
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 4), np.uint8)
     rgba = Image.fromarray((gradient // 2 + noise // 2).astype(np.uint8))
@@ -72,8 +74,24 @@ def seed_images() -> dict[str, bytes]:
         "tiff-fax": (bits, "TIFF", {"compression": "group4"}),
         "tiff-16": (deep, "TIFF", {}),
         "tiff-pages": (rgb, "TIFF", {}),
+        "avif": (rgb, "AVIF", {"exif": exif}),
+        "avif-alpha": (rgba, "AVIF", {}),
+        "avif-grey": (grey, "AVIF", {"subsampling": "4:0:0"}),
+        "avif-animated": (rgb, "AVIF", {}),
+        "heic": (rgb, "HEIF", {"exif": exif}),
+        "heic-alpha": (rgba, "HEIF", {}),
+        "heic-grey": (grey, "HEIF", {}),
+        "heic-pages": (rgb, "HEIF", {}),
     }
-    several = ("mpo", "apng", "webp-animated", "gif-animated", "tiff-pages")
+    several = (
+        "mpo",
+        "apng",
+        "webp-animated",
+        "gif-animated",
+        "tiff-pages",
+        "avif-animated",
+        "heic-pages",
+    )
     encoded = {}
     for name, (image, kind, options) in variants.items():
         file = io.BytesIO()
@@ -141,10 +159,13 @@ _MUTATIONS: tuple[Mutation, ...] = (
 )
 
 
-def fuzz(count: int, seed: int, keep: Path | None = None) -> tuple[Counter[str], float, int]:
-    """Outcomes by kind, the slowest load in seconds, and the growth of the process in KiB."""
+def fuzz(
+    count: int, seed: int, keep: Path | None = None, kind: str = ""
+) -> tuple[Counter[str], float, int]:
+    """Outcomes by kind, the slowest load in seconds, and the growth of the process in KiB; of images whose names begin
+    with ``kind``."""
     generator = random.Random(seed)
-    seeds = seed_images()
+    seeds = {name: data for name, data in seed_images().items() if name.startswith(kind)}
     for data in seeds.values():
         load_image(data, FIT)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -178,11 +199,12 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=10_000, help="mutants")
     parser.add_argument("--seed", type=int, default=0, help="of the mutations")
     parser.add_argument("--keep", type=Path, help="existing directory for mutants that fail")
+    parser.add_argument("--kind", default="", help="only images whose names begin so: avif, heic")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     warnings.simplefilter("ignore")
     start = time.perf_counter()
-    outcomes, slowest, growth = fuzz(options.count, options.seed, options.keep)
+    outcomes, slowest, growth = fuzz(options.count, options.seed, options.keep, options.kind)
     seconds = time.perf_counter() - start
     for outcome, number in outcomes.most_common():
         print(f"{number:7,}  {outcome}")

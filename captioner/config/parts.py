@@ -38,6 +38,8 @@ class ImageLimits(Config):
     """Largest encoded image, in bytes."""
     max_pixels: Positive = 64_000_000
     """Largest width x height, in pixels, read from the header."""
+    max_memory: Positive = 768 * 2**20
+    """Most memory that loading may take, in bytes, estimated from the header: some 8 to 17 a pixel, by format."""
 
 
 class EncoderConfig(Config):
@@ -92,6 +94,8 @@ class SourceConfig(Config):
     """Encoding of captions files, where no byte-order mark says it; default: UTF-8."""
     missing: Literal["error", "skip"] = "error"
     """Of captioned images that are not there: stop, or go on without them."""
+    sniff: bool = False
+    """Also take files without a suffix that is known here, where their content is a picture's."""
     exclude: tuple[str, ...] = ()
     """Globs of files or folders to leave out; one without / holds at any depth."""
     split: Literal["auto", Split] = "auto"

@@ -10,7 +10,7 @@ from captioner.config.decoding import DecodeOverrides
 from captioner.config.parts import Config, ImageLimits, Positive
 
 Seconds = Annotated[float, Field(gt=0.0)]
-ImageType = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff"]
+ImageType = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "heic"]
 
 _NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<uri>.+)")
 
@@ -72,8 +72,14 @@ class ServeConfig(UploadBounds, Served):
     decode: DecodeOverrides = DecodeOverrides()
     """What a request that says nothing else gets, over each model's own search."""
     limits: ImageLimits = ImageLimits(max_bytes=16 * 2**20)
-    types: Annotated[tuple[ImageType, ...], Field(min_length=1)] = ("jpeg", "png", "webp", "gif")
-    """Accepted image types, recognised by content."""
+    types: Annotated[tuple[ImageType, ...], Field(min_length=1)] = (
+        "jpeg",
+        "png",
+        "webp",
+        "gif",
+        "avif",
+    )
+    """Accepted image types, recognised by content; heic takes the extra heif."""
     max_images: Positive = 16
     """Most images in one request."""
     request_timeout_s: Seconds = 30.0

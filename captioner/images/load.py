@@ -2,11 +2,15 @@
 
 import io
 import math
+import struct
+import zlib
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import AvifImagePlugin, ExifTags, Image
 
 from captioner.config import ImageLimits
 from captioner.errors import ImageError, ImageTooLargeError, ImageTypeError
@@ -17,7 +21,12 @@ _THUMBNAIL_QUALITY = 75
 
 Filter = Literal["bilinear", "bicubic", "lanczos"]
 
-# First bytes -> Pillow's name of the format. WebP is a RIFF file, told apart by its bytes 8 to 12.
+ACCEPTED = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC"
+HEIF_EXTRA = "heif"
+"""The package's extra that brings a loader of HEIC, which is not a part of Pillow."""
+
+# First bytes -> Pillow's name of the format. WebP is a RIFF file, told apart by its bytes 8 to 12; AVIF and HEIC are
+# containers that say their brands after the bytes 4 to 8.
 _SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -28,6 +37,23 @@ _SIGNATURES = {
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
 }
+
+_BRANDS = dict.fromkeys((b"avif", b"avis"), "AVIF") | dict.fromkeys(
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"), "HEIF"
+)
+# Bytes a pixel at the peak, measured: pictures, canvases and copies that a loader holds at once.
+_BYTES_PER_PIXEL = {
+    "JPEG": 8,
+    "PNG": 9,
+    "WEBP": 17,
+    "GIF": 6,
+    "BMP": 8,
+    "TIFF": 9,
+    "AVIF": 14,
+    "HEIF": 10,
+}
+# Of a progressive JPEG all coefficients, two bytes each, whatever the scale it is decoded at.
+_BYTES_PER_COEFFICIENT = 2
 
 # EXIF orientation -> what makes the picture upright.
 _TURNS: dict[object, Image.Transpose] = {
@@ -56,9 +82,9 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def sniff_format(data: bytes) -> str | None:
-    """Content type (``image/jpeg`` ...) by the first bytes, or None for anything that is not accepted."""
+    """Content type (``image/jpeg`` ...) by the first bytes, 64 of them, or None for anything that is not accepted."""
     name = _format_name(data)
-    return name and f"image/{name.lower()}"
+    return name and ("image/heic" if name == "HEIF" else f"image/{name.lower()}")
 
 
 @dataclass(frozen=True)
@@ -112,12 +138,12 @@ def load_image(
     """Load the first frame of an image: upright, over white where transparent, as ``fit`` wants it.
 
     Args:
-        data: JPEG, PNG, WebP, GIF, BMP or TIFF, recognised by content.
+        data: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or (with the extra heif) HEIC, recognised by content.
         thumbnail: also make one.
 
     Raises:
         ImageTypeError: not one of these formats.
-        ImageTooLargeError: over the byte limit, or over the pixel limit by its header, before any pixel is decoded.
+        ImageTooLargeError: over the byte limit, or by its header over that of pixels or memory, before any is decoded.
         ImageError: empty, truncated or damaged.
     """
     limits = limits or ImageLimits()
@@ -127,7 +153,11 @@ def load_image(
         raise ImageTooLargeError(f"{len(data)} bytes, over the limit of {limits.max_bytes}")
     name = _format_name(data)
     if name is None:
-        raise ImageTypeError("not a JPEG, PNG, WebP, GIF, BMP or TIFF image")
+        raise ImageTypeError(f"not a {ACCEPTED} image")
+    if not has_loader(name):
+        raise ImageTypeError(f"HEIC, which takes the extra: pip install 'captioner[{HEIF_EXTRA}]'")
+    if name == "PNG":
+        data = _without_broken_chunks(data)
     try:
         image = Image.open(io.BytesIO(data), formats=[name])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -147,6 +177,11 @@ def load_image(
             )
         try:
             _draft(image, fit, thumbnail)
+            memory = _memory(name, image, width * height)
+            if memory > limits.max_memory:
+                raise ImageTooLargeError(
+                    f"{width}x{height} pixels of {name} take {memory:,} bytes, over the limit of {limits.max_memory:,}"
+                )
             image.load()
             turn = _TURNS.get(_orientation(image))
             width, height = image.size
@@ -186,7 +221,56 @@ def _draft(image: Image.Image, fit: Fit, thumbnail: bool) -> None:
     image.draft(None, (width, height))
 
 
+def _memory(name: str, image: Image.Image, pixels: int) -> int:
+    """Bytes that loading takes, about: of ``pixels`` in the file, of which a draft may decode fewer."""
+    memory = image.width * image.height * _BYTES_PER_PIXEL[name]
+    if image.info.get("progressive"):
+        memory += pixels * len(image.getbands()) * _BYTES_PER_COEFFICIENT
+    return memory
+
+
+@cache
+def has_loader(name: str) -> bool:
+    """Whether pictures of a format, by Pillow's name of it, can be loaded here; one thread loads a picture."""
+    if name == "AVIF":
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    if name == "HEIF":
+        if find_spec("pillow_heif") is None:
+            return False
+        import pillow_heif
+
+        # The picture itself, not whatever thumbnail somebody put beside it.
+        pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False)
+    return True
+
+
+def _without_broken_chunks(data: bytes) -> bytes:
+    """A PNG without those of its ancillary chunks (colour profile, text ...) that have a wrong checksum, as browsers
+    read it; Pillow refuses it."""
+    kept = [data[:8]]
+    position, length = 8, len(data)
+    while position + 12 <= length:
+        (size,) = struct.unpack_from(">I", data, position)
+        end = position + 12 + size
+        ancillary = bool(data[position + 4] & 0x20)
+        if not ancillary or end > length or _checksum_is_right(data, position, end):
+            kept.append(data[position:end])
+        position = end
+    kept.append(data[position:])
+    return b"".join(kept) if sum(map(len, kept)) < length else data
+
+
+def _checksum_is_right(data: bytes, start: int, end: int) -> bool:
+    (written,) = struct.unpack_from(">I", data, end - 4)
+    return bool(zlib.crc32(memoryview(data)[start + 4 : end - 4]) == written)
+
+
 def _format_name(data: bytes) -> str | None:
+    if data[4:8] == b"ftyp":
+        # The brand itself, then a number, then all that the file is compatible with.
+        size = min(int.from_bytes(data[:4]), 64)
+        brands = [data[8:12], *(data[at : at + 4] for at in range(16, size, 4))]
+        return next((_BRANDS[brand] for brand in brands if brand in _BRANDS), None)
     for signature, name in _SIGNATURES.items():
         if data.startswith(signature):
             return name if name != "WEBP" or data[8:12] == b"WEBP" else None

@@ -11,7 +11,7 @@ class ErrorCode(Enum):
     """
 
     NO_IMAGE = 400, "no image in the request", "send its bytes, or a multipart form with files"
-    NOT_AN_IMAGE = 400, "not an image", "send JPEG, PNG, WEBP, GIF"
+    NOT_AN_IMAGE = 400, "not an image", "send JPEG, PNG, WEBP, GIF, AVIF"
     BAD_FORM = 400, "the multipart form is damaged", "send one part for every image"
     UNAUTHORIZED = 401, "no valid token", "send Authorization: Bearer TOKEN"
     NOT_FOUND = 404, "no such path", "/openapi.json lists them"
@@ -21,7 +21,7 @@ class ErrorCode(Enum):
     REQUEST_TOO_LARGE = 413, "the request is too large", "send fewer or smaller images"
     IMAGE_TOO_LARGE = 413, "20000000 bytes, over the limit of 16777216", "send a smaller picture"
     TOO_MANY_IMAGES = 413, "20 images, over the limit of 16", "send fewer at once"
-    TYPE_NOT_ALLOWED = 415, "images of type bmp are not accepted", "send JPEG, PNG, WEBP, GIF"
+    TYPE_NOT_ALLOWED = 415, "images of type bmp are not accepted", "send JPEG, PNG, WEBP, GIF, AVIF"
     BAD_PARAMETER = 422, "beam_size: Input should be greater than or equal to 1 (got '0')", ""
     ERROR = 500, "the request failed", "try again"
     OVERLOADED = (

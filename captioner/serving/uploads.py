@@ -17,7 +17,7 @@ from captioner.serving.messages import CaptionParameters
 
 # Pictures by content that are none of ours, to tell "another type" from "not a picture": signature and its place.
 _OTHER_TYPES = {
-    "HEIC or AVIF": (4, b"ftyp"),
+    "MP4": (4, b"ftyp"),
     "JPEG XL": (0, b"\xff\x0a"),
     "JPEG XL container": (4, b"JXL "),
     "JPEG 2000": (4, b"jP  "),

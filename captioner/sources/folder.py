@@ -6,6 +6,7 @@ import math
 import posixpath
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,8 +19,9 @@ from captioner.artifacts.manifests import SourceIdentity
 from captioner.artifacts.tables import CAPTION_ROWS, FINAL
 from captioner.config import Split
 from captioner.errors import SourceError
+from captioner.images.load import HEIF_EXTRA, has_loader, sniff_format
 from captioner.sources.columns import IMAGE_SUFFIX
-from captioner.sources.nearby import Nearby, find_captions
+from captioner.sources.nearby import SIDECARS, TABLES, Nearby, find_captions
 from captioner.sources.place import Place, suffix_of
 from captioner.sources.splits import hashed_split, split_of_folder, split_of_list, splits_called
 from captioner.sources.tasks import (
@@ -41,6 +43,9 @@ def open_place(place: Place) -> "FolderSource | None":
     if place.files is None:
         return FolderSource(place.uri, [_single(place.uri)], {}, place, single=True)
     images = [file for file in place.files if is_image(file.path)]
+    if place.options.sniff:
+        images += _sniff([file for file in place.files if not _is_known(file.path)])
+    images.sort(key=lambda file: file.path)
     return FolderSource(place.uri, images, place.left_out, place) if images else None
 
 
@@ -94,9 +99,7 @@ class FolderSource:
         self._rows = self._choose(images, splits, self._ids(found, images))
         kinds = Counter(left_out)
         read = set(found.files)
-        kinds.update(
-            "captions file" if file.uri in read else suffix_of(file.path) for file in others
-        )
+        kinds.update("captions file" if file.uri in read else _kind(file.path) for file in others)
         kinds["missing picture"] = found.missing
         kinds["over the limit"] = len(images) - len(self._rows)
         self._left_out = {kind: count for kind, count in kinds.most_common() if count}
@@ -209,7 +212,52 @@ class FolderSource:
 
 
 def is_image(path: str) -> bool:
-    return IMAGE_SUFFIX.fullmatch(posixpath.basename(path)) is not None
+    """Whether a file is taken for a picture that can be loaded here, by its suffix."""
+    base = posixpath.basename(path)
+    return IMAGE_SUFFIX.fullmatch(base) is not None and (has_loader("HEIF") or not _is_heif(base))
+
+
+def _is_heif(path: str) -> bool:
+    return path.lower().endswith((".heic", ".heif", ".hif"))
+
+
+def _is_known(path: str) -> bool:
+    """Whether a suffix says what a file is, and what it says is right."""
+    return IMAGE_SUFFIX.fullmatch(path) is not None or path.lower().endswith(
+        (
+            *TABLES,
+            *SIDECARS,
+            ".tar",
+            ".md",
+            ".html",
+            ".xml",
+            ".yaml",
+            ".yml",
+            ".py",
+            ".pdf",
+            ".zip",
+            ".mp4",
+            ".mov",
+        )
+    )
+
+
+def _sniff(files: list[storage.FileInfo]) -> list[storage.FileInfo]:
+    """Those whose content is a picture's that can be loaded here."""
+
+    def is_picture(file: storage.FileInfo) -> bool:
+        with storage.open_input(file.uri) as handle:
+            found = sniff_format(handle.read(64))
+        return found is not None and (found != "image/heic" or has_loader("HEIF"))
+
+    with ThreadPoolExecutor(16) as pool:
+        return [file for file, fine in zip(files, pool.map(is_picture, files), strict=True) if fine]
+
+
+def _kind(path: str) -> str:
+    """What a file that is left out is counted as."""
+    suffix = suffix_of(path)
+    return f"{suffix} (needs the extra {HEIF_EXTRA})" if _is_heif(path) else suffix
 
 
 def _single(uri: str) -> storage.FileInfo:

@@ -17,8 +17,8 @@ from captioner.sources.splits import split_in_name
 logger = logging.getLogger(__name__)
 
 NO_CAPTIONS = "none"
-_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
-_SIDECARS = (".txt", ".caption")
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
+SIDECARS = (".txt", ".caption")
 # Text of other kinds is not looked at beyond this size.
 _LARGEST_GUESS = 2**28
 _NAMED = 3
@@ -94,7 +94,7 @@ def looks_like_captions(path: str) -> bool:
         return False
     return promises_captions(base) or bool(
         re.fullmatch(r"(metadata|results|dataset_\w+|\w*karpathy\w*|flickr\d+k_\w+)\.\w+", base)
-        and base.endswith((*_TABLES, ".txt"))
+        and base.endswith((*TABLES, ".txt"))
     )
 
 
@@ -109,7 +109,7 @@ def promises_captions(path: str) -> bool:
 
 
 def _is_table(path: str) -> bool:
-    return path.lower().endswith(_TABLES)
+    return path.lower().endswith(TABLES)
 
 
 def _is_text(path: str) -> bool:
@@ -118,7 +118,7 @@ def _is_text(path: str) -> bool:
 
 def _is_sidecar(path: str, stems: set[str]) -> bool:
     stem, suffix = posixpath.splitext(path)
-    return suffix.lower() in _SIDECARS and stem in stems
+    return suffix.lower() in SIDECARS and stem in stems
 
 
 def _parse(uri: str, options: SourceConfig) -> CaptionFile:

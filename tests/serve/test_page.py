@@ -190,7 +190,7 @@ def test_bad_file_gets_its_message_beside_the_good_one(open_page: OpenPage) -> N
     page.set_input_files("#files", [bad, file(0)])
     captioned(page, 1)
     error = page.locator(".error:visible")
-    expect(error).to_have_text("Not an image: send JPEG, PNG, WEBP, GIF", timeout=SLOW)
+    expect(error).to_have_text("Not an image: send JPEG, PNG, WEBP, GIF, AVIF", timeout=SLOW)
     expect(page.get_by_role("alert").filter(visible=True)).to_have_count(1)
     expect(page.get_by_role("button", name="Try again")).to_be_visible()
 

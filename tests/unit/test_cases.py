@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from captioner.config import SourceConfig
-from captioner.errors import SourceError
+from captioner.errors import ImageError, ImageTooLargeError, SourceError
+from captioner.images.load import Fit, load_image
 from captioner.sources import open_source
 from tests.cases import make_cases
 from tests.conftest import SHARED
@@ -114,3 +115,30 @@ def test_links(cases: Path) -> None:
     source = open_source(str(cases / "links"))
     assert [row["image_id"] for row in read_all(source)] == ["a.jpg", "b.jpg"]
     assert source.left_out() == {"broken link": 1, "circular link": 1}
+
+
+def test_suffixes(cases: Path) -> None:
+    source = open_source(str(cases / "suffixes"))
+    named = ["a.jpg", "b.jfif", "c.jpe", "d.JPG", "f.avif"]
+    assert [row["image_id"] for row in read_all(source)] == named
+    assert source.left_out() == {"no suffix": 1, ".pdf": 1}
+    source = open_source(str(cases / "suffixes"), SourceConfig(sniff=True))
+    rows = read_all(source)
+    assert [row["image_id"] for row in rows] == [*named[:4], "e", "f.avif"]
+    assert source.left_out() == {".pdf": 1}
+    for row in rows:
+        assert load_image(row["bytes"], Fit((8, 8))).pixels.shape == (8, 8, 3)
+
+
+def test_pictures_that_browsers_show(cases: Path) -> None:
+    for path in (cases / "pictures").iterdir():
+        if path.suffix == ".webp":
+            with pytest.raises(ImageTooLargeError, match="8000x8000 pixels of WEBP take"):
+                load_image(path.read_bytes(), Fit((8, 8)))
+        else:
+            assert load_image(path.read_bytes(), Fit((8, 8))).pixels.shape == (8, 8, 3)
+
+
+def test_a_tiff_whose_numbers_overflow(shared: Path) -> None:
+    with pytest.raises(ImageError):
+        load_image((shared / "cases/tiff_overflow.tif").read_bytes(), Fit((8, 8)))

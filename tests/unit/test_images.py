@@ -14,7 +14,15 @@ from PIL import Image, PngImagePlugin
 
 from captioner.config import ImageLimits
 from captioner.errors import ImageError, ImageTooLargeError, ImageTypeError
-from captioner.images.load import THUMBNAIL_SIDE, Fit, Loaded, Pixels, load_image, sniff_format
+from captioner.images.load import (
+    THUMBNAIL_SIDE,
+    Fit,
+    Loaded,
+    Pixels,
+    has_loader,
+    load_image,
+    sniff_format,
+)
 from tests.fuzz_images import LIMITS, fuzz, mutate, seed_images
 
 # Pillow warns about what it can still read in damaged files.
@@ -68,6 +76,10 @@ def test_every_format_and_mode_decodes_to_one_shape(name: str) -> None:
         (solid("RGB", RED), "GIF", {}, RED),
         (solid("RGB", RED), "BMP", {}, RED),
         (solid("RGB", RED), "TIFF", {}, RED),
+        (solid("RGB", RED), "AVIF", {"quality": 100}, RED),
+        (solid("RGBA", (255, 0, 0, 0)), "AVIF", {}, (255, 255, 255)),
+        (solid("RGB", RED), "HEIF", {"quality": 100, "chroma": 444}, RED),
+        (solid("RGBA", (255, 0, 0, 0)), "HEIF", {}, (255, 255, 255)),
         (solid("L", 128), "PNG", {}, GREY),
         (solid("LA", (128, 255)), "PNG", {}, GREY),
         (solid("LA", (0, 0)), "PNG", {}, (255, 255, 255)),
@@ -108,11 +120,13 @@ def test_sixteen_bit_greys_are_scaled_not_clipped() -> None:
     np.testing.assert_array_equal(pixels[:, :, 0], ramp // 256)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"])
 def test_orientation_tag_is_applied(kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # stored turned: the viewer must turn it a quarter clockwise
-    pixels = load(encode(halves(RED, BLUE), kind, exif=exif)).astype(int)
+    # HEIC says it in a property of its own, which pillow-heif writes for tags in bytes alone.
+    tags = exif.tobytes() if kind == "HEIF" else exif
+    pixels = load(encode(halves(RED, BLUE), kind, exif=tags)).astype(int)
     assert np.abs(pixels[:100] - RED).mean() < 10
     assert np.abs(pixels[124:] - BLUE).mean() < 10
 
@@ -219,7 +233,9 @@ def test_same_bytes_give_the_same_pixels() -> None:
 )
 def test_other_types_are_refused(data: bytes) -> None:
     assert sniff_format(data) is None
-    with pytest.raises(ImageTypeError, match="not a JPEG, PNG, WebP, GIF, BMP or TIFF image"):
+    with pytest.raises(
+        ImageTypeError, match="not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC image"
+    ):
         load(data)
 
 
@@ -278,7 +294,16 @@ def test_pixel_limit_above_pillows_own_leaves_pillows_in_force() -> None:
 def test_truncated_image_is_refused(name: str) -> None:
     data = SEEDS[name]
     # Several pictures in one file: the first is whole when the cut falls behind it.
-    pages = 3 if name in ("mpo", "apng", "webp-animated", "gif-animated", "tiff-pages") else 1
+    several = (
+        "mpo",
+        "apng",
+        "webp-animated",
+        "gif-animated",
+        "tiff-pages",
+        "avif-animated",
+        "heic-pages",
+    )
+    pages = 3 if name in several else 1
     for length in (16, 40, len(data) // (2 * pages)):
         with pytest.raises(ImageError, match="truncated or damaged|damaged .* header") as refusal:
             load(data[:length])
@@ -302,6 +327,8 @@ def test_samples_without_a_defined_white_are_refused(mode: str) -> None:
         ("gif", "image/gif"),
         ("bmp", "image/bmp"),
         ("tiff", "image/tiff"),
+        ("avif", "image/avif"),
+        ("heic", "image/heic"),
     ],
 )
 def test_content_type_goes_by_content(name: str, content_type: str) -> None:
@@ -468,3 +495,64 @@ def test_thumbnails_do_not_shrink_with_the_input() -> None:
 def test_a_squashed_picture_may_show_its_middle_alone() -> None:
     assert Fit((10, 10), "squash", 0.5).box(100, 40) == (25.0, 10.0, 75.0, 30.0)
     assert Fit((10, 10), "squash").box(100, 40) == (0.0, 0.0, 100.0, 40.0)
+
+
+@pytest.mark.parametrize(
+    ("brands", "content_type"),
+    [
+        (b"mif1\0\0\0\0avifmif1", "image/avif"),
+        (b"mif1\0\0\0\0mif1heic", "image/heic"),
+        (b"msf1\0\0\0\0hevc", "image/heic"),
+        (b"isom\0\0\0\0mp42", None),
+        (b"mif1\0\0\0\0mif1", None),
+    ],
+)
+def test_brands_tell_avif_and_heic_apart(brands: bytes, content_type: str | None) -> None:
+    data = (len(brands) + 8).to_bytes(4) + b"ftyp" + brands
+    assert sniff_format(data + b"\0\0\0\x08heic") == content_type
+
+
+def test_heic_without_its_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captioner.images.load.find_spec", lambda name: None)
+    has_loader.cache_clear()
+    try:
+        with pytest.raises(
+            ImageTypeError, match=r"HEIC, which takes the extra: .*captioner\[heif\]"
+        ):
+            load(SEEDS["heic"])
+        assert load(SEEDS["avif"]).shape == (224, 224, 3)
+    finally:
+        has_loader.cache_clear()
+
+
+def test_png_with_a_broken_ancillary_chunk_loads_and_with_a_broken_picture_does_not() -> None:
+    data = encode(solid("RGB", RED), "PNG", icc_profile=bytes(200))
+    for chunk, fine in ((b"iCCP", True), (b"IDAT", False), (b"IHDR", False)):
+        broken = bytearray(data)
+        broken[broken.find(chunk) + 5] ^= 1
+        if fine:
+            assert np.abs(load(bytes(broken)).astype(int) - RED).max() == 0
+        else:
+            with pytest.raises(ImageError):
+                load(bytes(broken))
+
+
+def test_memory_is_bounded_by_format() -> None:
+    """Of the same pixels a WebP takes twice the memory of a PNG, and a JPEG that is drafted next to none."""
+    large = Image.new("RGB", (2000, 2000))
+    limits = ImageLimits(max_memory=50_000_000)
+    for kind, options, fine in (
+        ("JPEG", {}, True),
+        ("PNG", {}, True),
+        ("WEBP", {}, False),
+        ("JPEG", {"progressive": True}, True),
+        ("AVIF", {"speed": 10}, False),
+    ):
+        data = encode(large, kind, **options)
+        if fine:
+            load(data, limits)
+        else:
+            with pytest.raises(ImageTooLargeError, match=f"2000x2000 pixels of {kind} take 6|5"):
+                load(data, limits)
+    with pytest.raises(ImageTooLargeError, match="2000x2000 pixels of JPEG take"):
+        load(encode(large, "JPEG", progressive=True), ImageLimits(max_memory=20_000_000))

@@ -257,6 +257,18 @@ def test_two_files_that_caption_the_same_image_are_named(tmp_path: Path) -> None
     assert captions_of(open_source(str(tmp_path), options)) == {"a.jpg": ["B"]}
 
 
+def test_heic_without_its_loader_is_counted_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path, "a.jpg", "b.HEIC", "c.heic")
+    (tmp_path / "d").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0heicmif1")
+    assert len(read_all(open_source(str(tmp_path), SourceConfig(sniff=True)))) == 4
+    monkeypatch.setattr("captioner.sources.folder.has_loader", lambda name: False)
+    source = open_source(str(tmp_path), SourceConfig(sniff=True))
+    assert [row["image_id"] for row in read_all(source)] == ["a.jpg"]
+    assert source.left_out() == {".heic (needs the extra heif)": 2, "no suffix": 1}
+
+
 def test_ids_of_ones_own_are_kept(tmp_path: Path) -> None:
     write_images(tmp_path, "a.jpg", "b.jpg")
     head = "image,caption,sku\n"
