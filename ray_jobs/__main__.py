@@ -19,6 +19,7 @@ JOBS: dict[str, type[config.Config]] = {
     "evaluate": config.EvaluateConfig,
     "caption": config.CaptionConfig,
     "serve": config.ServeConfig,
+    "search": config.SearchConfig,
     "verify": config.VerifyConfig,
     "push": config.PushConfig,
     "demo": config.DemoConfig,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Rows read at a time where not all of them are wanted in memory.
-_CAPTIONS, _FEATURES = 2**18, 256
+_CAPTIONS, _FEATURES, _ROWS = 2**18, 256, 2**12
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -193,8 +193,8 @@ class FeatureStore:
                 arrays[name][places] = values
         return FeatureTable(ids.to_pylist(), arrays)
 
-    def to_arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of all images that count, rejected ones too, as they lie in the files; all of them in memory.
+    def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The rows of all images that count, rejected ones too, as they lie in the files, some at a time.
 
         Args:
             columns: some of those of the files (``tables.feature_rows``); None: all.
@@ -202,17 +202,26 @@ class FeatureStore:
         Raises:
             StoreError: a file is missing or damaged, or has no such column.
         """
-        entries = self._files("features")
         with _reading(self.uri):
-            rows = _dataset([entry.uri(self.uri) for entry in entries])
+            rows = _dataset([entry.uri(self.uri) for entry in self._files("features")])
             there = rows.schema.names
             wanted = list(there if columns is None else columns)
             if missing := sorted({*wanted} - {*there}):
                 raise StoreError(
                     f"{self.uri} has no {', '.join(missing)}; it has {', '.join(there)}"
                 )
-            table = rows.to_table([*dict.fromkeys(["image_id", *wanted]), "__filename"])
-        return self._standing(table).select(wanted)
+            read = [*dict.fromkeys(["image_id", *wanted]), "__filename"]
+            batches = rows.to_batches(read, batch_size=_ROWS)
+        for batch in _checked(batches, self.uri):
+            yield self._standing(pa.table(batch)).select(wanted)
+
+    def to_arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """``batches`` as one table, in memory.
+
+        Raises:
+            StoreError: as ``batches``.
+        """
+        return pa.concat_tables(self.batches(columns))
 
     def to_pandas(self, columns: Sequence[str] | None = None) -> "pd.DataFrame":
         """``to_arrow`` as a data frame; each embedding is an array, ``pooled`` [C] and ``grid`` [P, C].

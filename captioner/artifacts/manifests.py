@@ -157,6 +157,17 @@ class SearchManifest(Manifest):
     trials: int
 
 
+class LikenessManifest(Manifest):
+    """Of the images most like one."""
+
+    kind: Literal["likeness"] = "likeness"
+    features: str
+    """URI of the store that was searched."""
+    image: str
+    images: int
+    """Found."""
+
+
 # By kind: what it is called, and how it is made again.
 NOUNS = {
     "features": ("feature store", "extract"),
@@ -164,6 +175,7 @@ NOUNS = {
     "captions": ("captioned collection", "caption"),
     "report": ("report", "evaluate"),
     "search": ("search", "tune"),
+    "likeness": ("list of like images", "search"),
 }
 KINDS: dict[str, type[Manifest]] = {
     "features": StoreManifest,
@@ -171,6 +183,7 @@ KINDS: dict[str, type[Manifest]] = {
     "captions": CaptionsManifest,
     "report": ReportManifest,
     "search": SearchManifest,
+    "likeness": LikenessManifest,
 }
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)
 

@@ -10,6 +10,7 @@ from captioner.config.jobs import (
     EvaluateConfig,
     ExtractConfig,
     PushConfig,
+    SearchConfig,
     TrainConfig,
     VerifyConfig,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "EncoderConfig",
     "EvaluateConfig",
     "PushConfig",
+    "SearchConfig",
     "ExtractConfig",
     "Fraction",
     "ImageLimits",

@@ -180,6 +180,20 @@ class VerifyConfig(Config):
     """Feature store, model, captions, report or search (path or URI)."""
 
 
+class SearchConfig(Config):
+    """Find the images of a store that are most like one."""
+
+    features: str
+    """Feature store (path or URI)."""
+    image: str
+    """A picture (path or URI)."""
+    output: str | None = None
+    """Directory of what is found (path or URI); default: one in runs/search/, named after picture and store."""
+    k: Annotated[Positive, tyro.conf.arg(aliases=["-k"])] = 20
+    """How many."""
+    limits: ImageLimits = ImageLimits()
+
+
 class PushConfig(Config):
     """Publish a model on the Hugging Face hub. The token is the hub's own ($HF_TOKEN, ``hf auth login``)."""
 

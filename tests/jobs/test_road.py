@@ -13,7 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from captioner.artifacts.feature_store import FeatureStore
 from captioner.artifacts.verify import verify
 from captioner.captioning.captioner import Captioner
-from captioner.config import DecodeConfig
+from captioner.config import DecodeConfig, SearchConfig
+from captioner.errors import ImageError
+from captioner.features.likeness import find_alike
 from captioner.images.load import load_image
 from captioner.sources.scenes import draw_scene
 from tests import odd
@@ -77,6 +79,23 @@ def test_what_jobs_publish_is_sound(road: Path, part: str) -> None:
     found = verify(str(road / part))
     assert found.problems == []
     assert found.files >= 1
+
+
+def test_a_picture_of_the_store_is_most_like_itself(road: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(draw_scene(0, "validation", 3))
+    config = SearchConfig(
+        features=f"{road}/features", image=f"{tmp_path}/a.png", output=f"{tmp_path}/found", k=5
+    )
+    found = find_alike(config)
+    assert found["image_id"][0].as_py() == "validation-000003"
+    assert found["cosine"][0].as_py() == pytest.approx(1, abs=1e-4)
+    assert found["cosine"].to_pylist() == sorted(found["cosine"].to_pylist(), reverse=True)
+    assert verify(f"{tmp_path}/found").problems == []
+    assert find_alike(config).equals(found)
+    with Image.open(tmp_path / "found/grid.png") as sheet:
+        assert min(sheet.size) > 200
+    with pytest.raises(ImageError, match="found/neighbours.parquet: "):
+        find_alike(config.model_copy(update={"image": f"{tmp_path}/found/neighbours.parquet"}))
 
 
 def test_scores_have_the_promised_form(road: Path) -> None:

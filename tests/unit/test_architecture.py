@@ -100,7 +100,7 @@ def for_types(path: Path) -> set[int]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
     )
-    return {line for block in blocks for line in range(block.lineno, block.end_lineno or 0)}
+    return {line for block in blocks for line in range(block.lineno, 1 + (block.end_lineno or 0))}
 
 
 def within(module: str, prefixes: tuple[str, ...]) -> bool:

@@ -1,0 +1,111 @@
+"""The pictures of a store that are most like one: exact, by the cosine of pooled vectors, some rows at a time."""
+
+import hashlib
+import io
+import posixpath
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from captioner import storage
+from captioner.artifacts.feature_store import FeatureStore
+from captioner.artifacts.manifests import LikenessManifest
+from captioner.artifacts.output import Output, publish_once
+from captioner.config import SearchConfig
+from captioner.encoders.encoder import Encoder
+from captioner.errors import ImageError
+from captioner.images.load import load_image
+from captioner.plots import Captioned, caption_grids
+
+NEIGHBOURS, GRID = "neighbours.parquet", "grid.png"
+_COLUMNS = ("image_id", "uri", "pooled", "error")
+
+
+def find_alike(config: SearchConfig) -> pa.Table:
+    """Publish ``neighbours.parquet`` and a sheet of thumbnails.
+
+    Returns:
+        image_id, uri and cosine (float32) of the ``k`` images most like ``config.image``, the likest first, ids in
+        order where two are as like.
+
+    Raises:
+        StoreError: the store is unusable, the picture cannot be read, or the output belongs to another search.
+        ImageError: it is no picture.
+    """
+    store = FeatureStore.open(config.features)
+    data = storage.read_bytes(config.image)
+    identity = {
+        "job": "search",
+        "features": store.identity(),
+        "image": hashlib.sha256(data).hexdigest(),
+        "k": config.k,
+    }
+    place = config.output or _default_place(config, identity)
+
+    def fill(output: Output) -> LikenessManifest:
+        found = _nearest(store, _embed(store, data, config), config.k)
+        table = io.BytesIO()
+        pq.write_table(found, table)
+        files = [output.write(NEIGHBOURS, table.getvalue())]
+        rows = found.to_pylist()
+        small = store.thumbnails([row["image_id"] for row in rows])
+        cells = [
+            Captioned(
+                row["image_id"],
+                small.get(row["image_id"]),
+                f"{row['cosine']:.3f}",
+                note=row["image_id"],
+            )
+            for row in rows
+        ]
+        if cells:
+            files.append(output.write(GRID, caption_grids({"": cells}, columns=5)))
+        return LikenessManifest(
+            features=store.uri, image=config.image, images=len(rows), files=files
+        )
+
+    publish_once(place, identity, LikenessManifest, fill)
+    with storage.open_input(storage.join(storage.absolute(place), NEIGHBOURS)) as file:
+        return pq.read_table(file)
+
+
+def _default_place(config: SearchConfig, identity: dict[str, object]) -> str:
+    stem = posixpath.splitext(posixpath.basename(storage.absolute(config.image)))[0]
+    digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:8]
+    return f"runs/search/{stem}-{digest}"
+
+
+def _embed(store: FeatureStore, data: bytes, config: SearchConfig) -> torch.Tensor:
+    """Float32 [C], of length 1."""
+    spec = store.manifest.encoder.spec
+    encoder = Encoder.load(store.encoder_weights_uri, spec)
+    try:
+        pixels = load_image(data, spec.fit, config.limits).pixels
+    except ImageError as error:
+        raise type(error)(f"{config.image}: {error}") from error
+    pooled, _ = encoder(pixels[np.newaxis], grid=False)
+    return torch.nn.functional.normalize(pooled[0].float(), dim=0)
+
+
+def _nearest(store: FeatureStore, query: torch.Tensor, k: int) -> pa.Table:
+    best = pa.table(
+        {
+            "image_id": pa.array([], pa.string()),
+            "uri": pa.array([], pa.string()),
+            "cosine": pa.array([], pa.float32()),
+        }
+    )
+    for rows in store.batches(_COLUMNS):
+        good = rows.filter(pc.is_null(rows["error"]))
+        if not len(good):
+            continue
+        # A copy: torch wants to be allowed to write.
+        vectors = torch.tensor(good["pooled"].combine_chunks().to_numpy_ndarray())
+        cosines = torch.nn.functional.normalize(vectors, dim=1) @ query
+        new = good.select(["image_id", "uri"]).append_column("cosine", pa.array(cosines.numpy()))
+        ranked = pa.concat_tables([best, new.cast(best.schema)])
+        best = ranked.sort_by([("cosine", "descending"), ("image_id", "ascending")]).slice(0, k)
+    return best
