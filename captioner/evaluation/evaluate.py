@@ -25,6 +25,7 @@ from captioner.evaluation.pictures import choose_images, draw_report
 from captioner.evaluation.pipeline import score_split
 from captioner.evaluation.ptb import has_java
 from captioner.evaluation.scores import caption_statistics, score_standard
+from captioner.features.leaks import tell_leaks
 from captioner.runtime.cluster import start_ray
 
 SCORES, PREDICTIONS = "scores.json", "predictions.parquet"
@@ -97,6 +98,7 @@ def _fill(
     loss, correct, targets = (
         pc.sum(rows[name]).as_py() for name in ("loss_sum", "correct", "targets")
     )
+    leaks = tell_leaks(store, config.split)
     scores = {
         "standard": {**standard.corpus, "tokenizer": standard.tokenizer},
         "notebook": notebook.score(
@@ -107,6 +109,7 @@ def _fill(
         "images": len(rows),
         "split": config.split,
         "decode": decode.model_dump(),
+        "in_train": sum(len(found.pairs) for found in leaks),
         "statistics": {
             "captions": caption_statistics(hypotheses),
             "references": caption_statistics([text for texts in references for text in texts]),

@@ -11,6 +11,7 @@ import ray
 import safetensors.torch
 
 from captioner import storage
+from captioner.artifacts.feature_store import FeatureStore
 from captioner.artifacts.manifests import (
     Counts,
     EncoderRecord,
@@ -24,6 +25,7 @@ from captioner.config import Compute, ExtractConfig
 from captioner.encoders.family import family_of
 from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.features.encode import EncodeImages
+from captioner.features.leaks import tell_leaks
 from captioner.features.pipeline import run_pipeline
 from captioner.features.row_marks import count_rows, finish_rows, list_data_files
 from captioner.images.views import view_names
@@ -105,6 +107,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
     }
     manifest = publish_once(config.output, identity, StoreManifest, fill, restart=config.restart)
     logger.info(describe(manifest))
+    tell_leaks(FeatureStore.open(config.output), *manifest.splits)
     return manifest
 
 

@@ -1,0 +1,91 @@
+"""Pictures of a split that are among those a model is trained on."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from captioner.artifacts.feature_store import FeatureStore
+
+logger = logging.getLogger(__name__)
+
+# Cosine of pooled vectors above which two files show one picture, saved again.
+SAME = 0.999
+# Multiplications that a look may take: some seconds. Past them only equal bytes are found.
+_MOST_WORK = 2e11
+_EXAMPLES = 3
+# Pictures of train that are looked at in one step.
+_CHUNK = 2**13
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """Pictures of ``split`` that are in train, too."""
+
+    split: str
+    pairs: list[tuple[str, str]]
+    """Ids: in the split, and one of those in train. Sorted."""
+    by_vectors: bool
+    """Whether vectors were compared, too; bytes always are."""
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{one} = {other}" for one, other in self.pairs[:_EXAMPLES])
+        how = f"equal bytes, or a cosine over {SAME}" if self.by_vectors else "equal bytes"
+        count = len(self.pairs)
+        pictures = "1 picture" if count == 1 else f"{count:,} pictures"
+        return f"{pictures} of split {self.split} in train, too ({how}): {shown}"
+
+
+def find_leaks(store: FeatureStore, split: str) -> Leaks:
+    """Compare the good pictures of a split with those of train, by the bytes of their files and by pooled vectors.
+
+    Vectors of random networks are all alike and are not compared.
+
+    Raises:
+        StoreError: a file is missing or damaged.
+    """
+    splits = store.manifest.splits
+    if split == "train" or not {split, "train"} <= splits.keys():
+        return Leaks(split, [], False)
+    encoder = store.manifest.encoder
+    work = splits[split].images * splits["train"].images * encoder.spec.pooled_channels
+    by_vectors = not encoder.weights.startswith("random") and work <= _MOST_WORK
+    columns = ["image_id", "sha256", *["pooled"] * by_vectors]
+    held = [chunk.read(columns) for chunk in store.chunks(split, _CHUNK)]
+    ids = np.concatenate([part["image_id"] for part in held])
+    bytes_of = {
+        digest: name
+        for part in held
+        for name, digest in zip(part["image_id"], part["sha256"], strict=True)
+    }
+    bytes_of.pop(None, None)
+    vectors = _unit(np.concatenate([part["pooled"] for part in held])) if by_vectors else None
+    equal: dict[str, str] = {}
+    alike: dict[str, str] = {}
+    best = torch.full((len(ids),), SAME)
+    for chunk in store.chunks("train", _CHUNK):
+        part = chunk.read(columns)
+        for name, digest in zip(part["image_id"], part["sha256"], strict=True):
+            if digest in bytes_of:
+                equal.setdefault(bytes_of[digest], name)
+        if vectors is not None:
+            values, places = (vectors @ _unit(part["pooled"]).T).max(dim=1)
+            for row in torch.nonzero(values > best)[:, 0].tolist():
+                alike[ids[row]] = part["image_id"][places[row]]
+            best = torch.maximum(best, values)
+    return Leaks(split, sorted((alike | equal).items()), by_vectors)
+
+
+def tell_leaks(store: FeatureStore, *splits: str) -> list[Leaks]:
+    """Warn of each split of which pictures are in train, too; returns what was found."""
+    found = [leaks for split in splits if (leaks := find_leaks(store, split)).pairs]
+    for leaks in found:
+        logger.warning("%s", leaks)
+    return found
+
+
+def _unit(vectors: np.ndarray[Any, Any]) -> torch.Tensor:
+    return normalize(torch.tensor(vectors), dim=1)
