@@ -119,13 +119,13 @@ def write_store(
     entries = []
     for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         path = root / f"features/{number}.parquet"
-        pq.write_table(table.slice(start, end - start), path)
+        pq.write_table(table.slice(start, end - start), path, write_page_checksum=True)
         entries.append(_entry(root, path, end - start))
     # In two files, and in no order.
     generator.shuffle(captions)
     for number, part in enumerate((captions[::2], captions[1::2])):
         path = root / f"captions/{number}.parquet"
-        pq.write_table(pa.Table.from_pylist(part, CAPTION_ROWS), path)
+        pq.write_table(pa.Table.from_pylist(part, CAPTION_ROWS), path, write_page_checksum=True)
         entries.append(_entry(root, path, len(part)))
     weights = root / ENCODER_WEIGHTS
     safetensors.numpy.save_file({"weight": np.ones(3, np.float32)}, weights)

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -202,7 +201,7 @@ class FeatureStore:
         Raises:
             StoreError: a file is missing or damaged, or has no such column.
         """
-        with _reading(self.uri):
+        with storage.reading(self.uri):
             rows = _dataset([entry.uri(self.uri) for entry in self._files("features")])
             there = rows.schema.names
             wanted = list(there if columns is None else columns)
@@ -281,7 +280,7 @@ class FeatureStore:
         wanted = pads.field("image_id").isin(list(ids))
         files = [entry.uri(self.uri) for entry in self._files("features")]
         columns = ["image_id", THUMBNAIL.name, "__filename"]
-        with _reading(self.uri):
+        with storage.reading(self.uri):
             rows = _dataset(files).to_table(columns=columns, filter=wanted)
         return {
             row["image_id"]: row[THUMBNAIL.name]
@@ -319,7 +318,7 @@ class FeatureStore:
         ids = self._locate(split)[0]
         there = (pads.field("split") == split) & pads.field("caption").is_valid()
         columns, found = ["image_id", "index", "caption", "__filename"], 0
-        with _reading(self.uri):
+        with storage.reading(self.uri):
             batches = self._captions().to_batches(columns, filter=there, batch_size=_CAPTIONS)
         for batch in _checked(batches, self.uri):
             table = self._standing(pa.table(batch))
@@ -346,7 +345,7 @@ class FeatureStore:
     def _find(self, split: str) -> tuple[pa.Array, Chunk]:
         self.require(split, (), captions=False)
         of_split = pads.field("split") == split
-        with _reading(self.uri):
+        with storage.reading(self.uri):
             mine = self._captions().to_table(["image_id", "__filename"], filter=of_split)
         removed = self._removed_rows
         members = self._standing(mine)["image_id"].unique()
@@ -395,7 +394,7 @@ class FeatureStore:
 
     def _read(self, entry: FileEntry, columns: list[str]) -> pa.Table:
         uri = entry.uri(self.uri)
-        with _reading(uri), storage.open_input(uri) as handle:
+        with storage.reading(uri), storage.open_input(uri) as handle:
             return pq.read_table(handle, columns=columns, page_checksum_verification=True)
 
     def _layout(self, column: str) -> tuple[tuple[int, ...], type]:
@@ -412,17 +411,8 @@ class FeatureStore:
         return _dataset([entry.uri(self.uri) for entry in self._files("captions")])
 
 
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Turns what Arrow raises on files that are missing or damaged into StoreError."""
-    try:
-        yield
-    except (OSError, pa.ArrowInvalid) as error:
-        raise StoreError(f"{what} is damaged: {' '.join(str(error).split())}") from error
-
-
 def _checked(batches: Iterator[pa.RecordBatch], what: str) -> Iterator[pa.RecordBatch]:
-    with _reading(what):
+    with storage.reading(what):
         yield from batches
 
 
@@ -443,7 +433,7 @@ def _dataset(uris: Sequence[str]) -> pads.Dataset:
 
 
 def _batches(file: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    with _reading(file):
+    with storage.reading(file):
         yield from _dataset([file]).to_batches(columns=list(columns), batch_size=_FEATURES)
 
 

@@ -16,6 +16,7 @@ from captioner.artifacts.manifests import (
     StoreManifest,
     open_manifest,
 )
+from captioner.storage.faults import Fault, fault_of, one_line, told
 
 # Files read at a time: an object store answers late, and one row group of each is in memory.
 _READERS = 4
@@ -43,7 +44,8 @@ def verify(uri: str) -> Verification:
     """Read every file that the manifest of ``uri`` lists, those of older parts of a growing collection too.
 
     Raises:
-        StoreError: it is no published directory, or its manifest cannot be read.
+        StoreError: it is no published directory, its manifest cannot be read, or access is denied.
+        OutOfReachError: the store does not answer.
     """
     uri = storage.absolute(uri)
     manifest = open_manifest(uri, Manifest)
@@ -89,7 +91,9 @@ def _verify_file(entry: FileEntry, root: str) -> tuple[int, str | None]:
             if path.endswith(".parquet"):
                 rows = _read_rows(file)
     except (OSError, pa.ArrowException) as error:
-        return 0, f"cannot be read: {' '.join(str(error).split())}"
+        if fault_of(error) in (Fault.PASSING, Fault.DENIED):
+            raise told("read", entry.uri(root), error) from error
+        return 0, f"cannot be read: {one_line(error)}"
     if entry.rows is not None and rows != entry.rows:
         return rows, f"{rows:,} rows, not {entry.rows:,}"
     return rows, None

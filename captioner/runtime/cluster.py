@@ -4,8 +4,11 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import tempfile
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +46,8 @@ def start_ray() -> None:
         found = {name: os.environ[name] for name in S3_ADDRESS_VARIABLES if os.environ.get(name)}
         # Ray would refuse what the submitted job's runtime environment sets, too, although it is where we have it from.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-        with ray_private.alone() if _on_loopback_alone(address) else contextlib.nullcontext():
+        alone = ray_private.alone() if _on_loopback_alone(address) else contextlib.nullcontext()
+        with alone, _own_end():
             ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": found})
     else:
         start_local_ray(logging_level=logging.WARNING)
@@ -62,8 +66,17 @@ def start_local_ray(**options: Any) -> None:
     options.setdefault("num_cpus", max(LEAST_CPUS, num_cores()))
     if os.environ.get("RAY_AUTH_MODE", "token") == "token":
         _create_token()
-    with ray_private.alone(), ray_private.local_settings(_free_port()):
+    with ray_private.alone(), ray_private.local_settings(_free_port()), _own_end():
         ray.init(address="local", dashboard_host="127.0.0.1", **options)
+
+
+@contextlib.contextmanager
+def _own_end() -> Iterator[None]:
+    """Keeps a job's handler of SIGTERM; ``ray.init`` puts one in its place that ends with status 15."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _free_port() -> int:

@@ -1,8 +1,8 @@
 """Command lines: a configuration from the arguments, one library call, and exit statuses people can script with.
 
 Status 0: published. 2: the input was wrong, and one line on stderr says which field, which value, what is allowed.
-75: something was out of reach, and the same command goes on later. 130: interrupted; nothing is published, and the
-same command goes on.
+75: something was out of reach, and the same command goes on later. 130 and 143: interrupted by Ctrl-C or SIGTERM;
+nothing is published, and the same command goes on.
 """
 
 import errno
@@ -47,6 +47,7 @@ def run(
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     again = "the same command"
     try:
+        _take_signals()
         with _reader_may_leave():
             config = parse(config_type, sys.argv[1:], **parse_options)
         if getattr(config, "restart", False):
@@ -54,14 +55,30 @@ def run(
         job(config)
     except CaptionerError as error:
         fail(str(error), error.status)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"interrupted; {again} goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(143 if isinstance(stop, _Terminated) else 130) from None
     except OSError as error:
         # A full disk or a missing permission is the user's to mend; anything else is our defect and keeps its trace.
         if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             fail(f"{os.strerror(error.errno)}: {error.filename or 'output'}")
         raise
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM ends a job as Ctrl-C does."""
+
+
+def _take_signals() -> None:
+    def terminate(*_: object) -> NoReturn:
+        raise _Terminated
+
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGTERM, terminate),
+    ):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -97,4 +97,8 @@ def told(what: str, uri: str, error: BaseException) -> CaptionerError:
 def one_line(error: BaseException) -> str:
     """What an error says, in the system's words where it has any."""
     text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    if (
+        isinstance(error, FileNotFoundError) and not error.errno
+    ):  # Arrow's says which, and nothing else
+        text += " is missing"
     return " ".join(text.split())

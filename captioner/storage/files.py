@@ -81,7 +81,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         filesystem, path = pafs.FileSystem.from_uri(uri)
         return filesystem, path
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise StoreError(f"cannot open {uri}: {one_line(error)}") from error
+        raise told("open", uri, error) from error
 
 
 def absolute(uri: str) -> str:

@@ -294,7 +294,7 @@ def _write_tensorboard(output: Output, history: list[EpochRecord], files: list[F
 
 def _published_history(root: str) -> list[EpochRecord]:
     uri = storage.join(root, "history.parquet")
-    with storage.open_input(uri) as file:
+    with storage.reading(uri), storage.open_input(uri) as file:
         rows = pq.read_table(file).to_pylist()
     if not rows:
         raise StoreError(f"{uri} is empty")

@@ -297,7 +297,8 @@ def _table(trials: list[Trial], metric: str, largest: bool) -> pa.Table:
 
 
 def _published(root: str, manifest: SearchManifest) -> SearchResult:
-    with storage.open_input(storage.join(root, TRIALS)) as file:
+    uri = storage.join(root, TRIALS)
+    with storage.reading(uri), storage.open_input(uri) as file:
         rows = pq.read_table(file).to_pylist()
     trials = [
         Trial(
