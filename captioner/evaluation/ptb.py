@@ -2,21 +2,23 @@
 
 import functools
 import logging
-import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import regex
 from pycocoevalcap.tokenizer import ptbtokenizer
 
 from captioner.errors import ConfigError
+from captioner.text import spaced
 
 logger = logging.getLogger(__name__)
 
-Tokenizer = Literal["stanford", "built-in"]
-"""stanford: PTBTokenizer 3.4.1 in Java. built-in: ``ptb_tokens``."""
+Tokenizer = Literal["stanford", "built-in", "stanford, graphemes", "built-in, graphemes"]
+"""stanford: PTBTokenizer 3.4.1 in Java. built-in: ``ptb_tokens``. graphemes: what is written without spaces (Han, Kana,
+Thai ...) was cut into its graphemes first, as neither knows its words."""
 
 
 def has_java() -> bool:
@@ -31,7 +33,7 @@ def tokenize(texts: Iterable[str]) -> tuple[dict[str, str], Tokenizer]:
         ConfigError: there is a Java, and it failed.
     """
     # A line each.
-    lines = {text: " ".join(text.split()) for text in texts}
+    lines = {text: " ".join(spaced(text).split()) for text in texts}
     ordered = sorted({*lines.values()} - {""})
     java = shutil.which("java")
     if java is None:
@@ -41,7 +43,10 @@ def tokenize(texts: Iterable[str]) -> tuple[dict[str, str], Tokenizer]:
     tokens = {"": ""} | dict(
         zip(ordered, _stanford(java, ordered) if java else map(ptb_tokens, ordered), strict=True)
     )
-    return {text: tokens[line] for text, line in lines.items()}, "stanford" if java else "built-in"
+    name: Tokenizer = "stanford" if java else "built-in"
+    if any(spaced(text) != text for text in lines):
+        name = "stanford, graphemes" if java else "built-in, graphemes"
+    return {text: tokens[line] for text, line in lines.items()}, name
 
 
 def _stanford(java: str, texts: list[str]) -> list[str]:
@@ -91,13 +96,13 @@ _ABBREVIATIONS = (
 
 
 @functools.cache
-def _scanner() -> tuple[re.Pattern[str], re.Pattern[str]]:
+def _scanner() -> tuple[regex.Pattern[str], regex.Pattern[str]]:
     clitic = r"'(?:s|m|d|ll|re|ve)(?!\w)"
-    split = re.compile(
+    split = regex.compile(
         rf"(?<=\w)(?=n't(?!\w)|{clitic})|(?<=\bcan)(?=not\b)|(?<=\bgon|\bwan)(?=na\b)|(?<=\bgot)(?=ta\b)"
         r"|(?<=\blem|\bgim)(?=me\b)|(?<!\w't)(?<='t)(?=is\b|was\b)"
     )
-    token = re.compile(
+    token = regex.compile(
         rf"""<\w+>                              # <unk>
         | n't(?!\w) | {clitic} | '\d\ds\b | 't(?=\ ) | 'n'
         | @\w+
@@ -107,8 +112,9 @@ def _scanner() -> tuple[re.Pattern[str], re.Pattern[str]]:
         | -?\d+(?:[.,:]\d+)+
         | (?<!\S)-\d+
         | \w+(?:(?:[-/.]|'(?!(?:s|m|d|ll|re|ve|t)(?!\w)))\w+)*
-        | [?!]+ | \.\.\. | --+ | `` | '' | \S""",
-        re.VERBOSE,
+        | [?!]+ | \.\.\. | --+ | `` | ''
+        | [^\s\p{{M}}\p{{Cf}}\U00010000-\U0010ffff]  # Stanford's keeps no emoji but the oldest""",
+        regex.VERBOSE,
     )
     return split, token
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from captioner.artifacts.feature_store import FeatureStore
 from captioner.config import TextConfig, TrainConfig
 from captioner.decoders.base import Features
+from captioner.errors import StoreError
 from captioner.text import PAD, START, Vocabulary, clean
 from captioner.training.plan import Indices, Plan, caption_units
 
@@ -62,21 +63,26 @@ class CaptionData:
     def load(
         cls, store: FeatureStore, split: str, vocabulary: Vocabulary, text: TextConfig
     ) -> "CaptionData":
-        """Every caption of the good images of a split.
+        """Every caption of the good images of a split that has words.
 
         Raises:
-            StoreError: the split or its captions are missing.
+            StoreError: the split or its captions are missing, or none has a word.
         """
         rows, places = array("q"), array("q")
 
         def encoded() -> Iterator[list[int]]:
             for images, numbers, captions in store.caption_batches(split):
-                rows.frombytes(images.tobytes())
-                places.frombytes(numbers.tobytes())
-                for caption in captions:
-                    yield vocabulary.encode(clean(caption, text.rules), text.max_length)
+                words = [clean(caption, text.rules) for caption in captions]
+                # "..." or a smile: nothing to be learnt but to say nothing.
+                wordy = np.fromiter(map(bool, words), bool, len(words))
+                rows.frombytes(images[wordy].tobytes())
+                places.frombytes(numbers[wordy].tobytes())
+                for some in filter(None, words):
+                    yield vocabulary.encode(some, text.max_length)
 
         data = cls(encoded(), np.empty(0, np.int64))
+        if not len(data):
+            raise StoreError(f"{store.uri}: no caption of the {split} split has a word")
         order = np.lexsort((places, rows))
         data.image_rows = np.frombuffer(rows, np.int64)[order]
         data._starts, data.lengths = data._starts[order], data.lengths[order]

@@ -11,6 +11,7 @@ from captioner.config import SourceConfig
 from captioner.errors import ImageError, ImageTooLargeError, SourceError
 from captioner.images.load import Fit, load_image
 from captioner.sources import open_source
+from captioner.text import Vocabulary, clean
 from tests.cases import make_cases
 from tests.conftest import SHARED
 from tests.sources import captions_of, read_all
@@ -142,3 +143,12 @@ def test_pictures_that_browsers_show(cases: Path) -> None:
 def test_a_tiff_whose_numbers_overflow(shared: Path) -> None:
     with pytest.raises(ImageError):
         load_image((shared / "cases/tiff_overflow.tif").read_bytes(), Fit((8, 8)))
+
+
+def test_chinese(cases: Path) -> None:
+    (texts,) = captions(cases / "chinese").values()
+    assert len(texts) == 2
+    vocabulary = Vocabulary.build(map(clean, texts))
+    assert set(vocabulary.words[4:]) == set("".join(texts))
+    for text in texts:
+        assert vocabulary.decode(vocabulary.encode(clean(text))) == text

@@ -15,6 +15,7 @@ from captioner.errors import ConfigError
 from captioner.evaluation import scores as scores_module
 from captioner.evaluation.ptb import ptb_tokens
 from captioner.evaluation.scores import caption_statistics, score_standard
+from captioner.text import clean, join
 
 FLICKR8K = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "flickr8k"
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
@@ -280,3 +281,27 @@ def test_statistics_count_words_and_lengths() -> None:
     assert found["distinct_captions"] == 2
     assert found["vocabulary"] == 5
     assert found["lengths"] == {"2": 1, "3": 2}
+
+
+@pytest.mark.parametrize("java", [pytest.param(True, marks=needs_java), False])
+@pytest.mark.parametrize(
+    ("caption", "other", "graphemes"),
+    [
+        ("l'homme n'a qu'un chien", "la femme a un chat", False),
+        ("一只黑狗在雪地里", "一只白狗在草地上", True),
+        ("ผู้ชายกำลังวิ่ง", "ผู้หญิงกำลังนั่ง", True),
+        ("कुत्ता बर्फ़ में दौड़ता है", "कुत्ता घास में सोता है", False),
+        ("개가 눈 속을 달린다", "개가 집에서 잔다 지금", False),
+    ],
+)
+def test_any_script_scores(
+    caption: str, other: str, graphemes: bool, java: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not java:
+        monkeypatch.setattr("shutil.which", lambda name: None)
+    written = join(clean(caption))
+    scores = score_standard([[caption], [caption]], [written, other])
+    assert scores.per_image["bleu_4"][0] == pytest.approx(1, abs=1e-6)
+    assert 0 < scores.per_image["bleu_1"][1] < 1
+    name = "stanford" if java else "built-in"
+    assert scores.tokenizer == (f"{name}, graphemes" if graphemes else name)

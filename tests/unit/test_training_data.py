@@ -407,3 +407,25 @@ def test_crops_that_are_mirrored_in_part_want_mirrored_training(tmp_path: Path) 
     store.require("train", ("pooled",), captions=True)
     with pytest.raises(StoreError, match="crops that are mirrored in part: train with --mirrored"):
         store.require("train", ("pooled",), captions=True, crops=2)
+
+
+def test_captions_without_words_are_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FeatureStore.open(write_store(tmp_path, {"train": 2}, captions_per_image=1))
+    words = vocabulary(store)
+    rows, numbers = np.array([0, 0, 1]), np.array([0, 1, 0])
+
+    def batches(texts: list[str]) -> None:
+        monkeypatch.setattr(
+            FeatureStore, "caption_batches", lambda store, split: iter([(rows, numbers, texts)])
+        )
+
+    batches(["...", "A dog.", "\U0001f44d"])
+    data = CaptionData.load(store, "train", words, CONFIG.text)
+    assert len(data) == 1
+    assert data.image_rows.tolist() == [0]
+    assert words.decode(data.caption(0)) == "a dog"
+    batches(["...", "!", ""])
+    with pytest.raises(StoreError, match="no caption of the train split has a word"):
+        CaptionData.load(store, "train", words, CONFIG.text)
