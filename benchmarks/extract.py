@@ -27,6 +27,7 @@ from captioner.features.pipeline import run_pipeline
 from captioner.runtime.cluster import num_cpus, num_gpus, plan_pool, start_ray
 from captioner.sources import open_source
 from captioner.sources.base import Source
+from captioner.sources.outage import RETRY_SECONDS
 from captioner.sources.tasks import Piece, PieceSource
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class RepeatedSource:
     def num_images(self) -> int:
         return sum(piece.rows for piece in self._pieces())
 
-    def images(self) -> PieceSource:
+    def images(self, *, retry_seconds: float = RETRY_SECONDS) -> PieceSource:
         return PieceSource("Repeated", self._pieces())
 
     def captions(self) -> Iterator[pa.RecordBatch]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 import pyarrow as pa
 
 from captioner.artifacts.manifests import SourceIdentity
+from captioner.sources.outage import RETRY_SECONDS
 
 if (
     TYPE_CHECKING
@@ -27,10 +28,16 @@ class Source(Protocol):
         """Number of images, read from metadata or a listing (never by reading the images)."""
         ...
 
-    def images(self) -> "Datasource":
+    def images(self, *, retry_seconds: float = RETRY_SECONDS) -> "Datasource":
         """A Ray Data datasource whose Read itself emits ``tables.SOURCE_ROWS``.
 
         An unreadable file is a row with null ``bytes``, an ``error`` and its kind, never an exception.
+
+        Args:
+            retry_seconds: how long a task waits while the store is out of reach.
+
+        Raises:
+            StoreError: in a task: a remote store denies access.
         """
         ...
 

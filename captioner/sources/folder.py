@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import posixpath
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,16 +22,11 @@ from captioner.errors import SourceError
 from captioner.images.load import HEIF_EXTRA, has_loader, sniff_format
 from captioner.sources.columns import IMAGE_SUFFIX
 from captioner.sources.nearby import SIDECARS, TABLES, Nearby, find_captions
+from captioner.sources.outage import RETRY_SECONDS, Outage, kind_of
 from captioner.sources.place import Place, suffix_of
 from captioner.sources.splits import hashed_split, split_of_folder, split_of_list, splits_called
-from captioner.sources.tasks import (
-    BYTES_PER_PIECE,
-    Piece,
-    PieceSource,
-    kind_of,
-    one_line,
-    source_rows,
-)
+from captioner.sources.tasks import BYTES_PER_PIECE, Piece, PieceSource, source_rows
+from captioner.storage.faults import one_line
 
 MOST_ROWS_PER_PIECE = 64
 LEAST_ROWS_PER_PIECE = 8
@@ -125,7 +120,7 @@ class FolderSource:
     def left_out(self) -> dict[str, int]:
         return dict(self._left_out)
 
-    def images(self) -> PieceSource:
+    def images(self, *, retry_seconds: float = RETRY_SECONDS) -> PieceSource:
         # Two tasks for each CPU at least, so that a small folder too is read and loaded by all of them.
         cpus = int(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else 1
         most = math.ceil(len(self._rows) / (2 * cpus))
@@ -140,7 +135,9 @@ class FolderSource:
             chosen.append(row)
             size += min(row.file.size, self.limits.max_bytes)
             if len(chosen) == most or size >= BYTES_PER_PIECE // 2 or number == len(self._rows):
-                read = partial(_read, chosen, filesystem, root, self.limits.max_bytes)
+                read = partial(
+                    _read, chosen, filesystem, root, self.limits.max_bytes, retry_seconds
+                )
                 pieces.append(Piece(read, len(chosen), size))
                 chosen, size = [], 0
         return PieceSource("Folder", pieces)
@@ -278,25 +275,36 @@ def _listed_splits(files: list[storage.FileInfo]) -> dict[str, Split]:
 
 
 def _read(
-    rows: list[_Row], filesystem: FileSystem, root: str, max_bytes: int
+    rows: list[_Row], filesystem: FileSystem, root: str, max_bytes: int, retry_seconds: float
 ) -> Iterator[pa.Table]:
-    data: list[bytes | None] = []
-    errors: list[str | None] = []
-    kinds: list[str | None] = []
+    data: list[bytes | None] = [None] * len(rows)
+    errors: list[str | None] = [None] * len(rows)
+    kinds: list[str | None] = [None] * len(rows)
     files = [row.file for row in rows]
-    for file in files:
-        content, error, kind = None, None, None
+    outage = Outage(retry_seconds)
+    waiting = deque(range(len(rows)))
+    while waiting:
+        number = waiting.popleft()
+        file = files[number]
         if file.size > max_bytes:
-            error, kind = f"{file.size} bytes, over the limit of {max_bytes}", FINAL
-        else:
-            try:
-                with filesystem.open_input_file(f"{root}/{file.path}") as handle:
-                    content = handle.read()
-            except OSError as problem:
-                error, kind = f"cannot be read: {one_line(problem)}", kind_of(problem)
-        data.append(content)
-        errors.append(error)
-        kinds.append(kind)
+            errors[number] = f"{file.size} bytes, over the limit of {max_bytes}"
+            kinds[number] = FINAL
+            continue
+        try:
+            with filesystem.open_input_file(f"{root}/{file.path}") as handle:
+                data[number] = handle.read()
+            outage.over()
+        except (OSError, pa.ArrowException) as problem:
+            # Another one comes next: what fails alone keeps nobody waiting.
+            waiting.append(number)
+            if outage.wait(problem, file.uri):
+                continue
+            # Of an outage that lasts, all that is left hears the same.
+            kind = kind_of(problem)
+            failed = [number] if kind == FINAL else list(waiting)
+            for each in failed:
+                waiting.remove(each)
+                errors[each], kinds[each] = f"cannot be read: {one_line(problem)}", kind
     yield source_rows(
         [row.image_id for row in rows],
         [file.uri for file in files],

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ from captioner.artifacts.tables import CAPTION_ROWS
 from captioner.config import SourceConfig, Split
 from captioner.errors import SourceError, StoreError
 from captioner.sources.folder import is_image
+from captioner.sources.outage import RETRY_SECONDS
 from captioner.sources.parquet_files import (
     InspectedFile,
     holds_images,
@@ -25,7 +27,8 @@ from captioner.sources.parquet_files import (
 from captioner.sources.parquet_rows import Labels, slices
 from captioner.sources.place import Place, suffix_of
 from captioner.sources.splits import hashed_split, split_in_name
-from captioner.sources.tasks import Piece, PieceSource, one_line
+from captioner.sources.tasks import Piece, PieceSource
+from captioner.storage.faults import one_line
 
 _ROWS_PER_BATCH = 10_000
 
@@ -139,13 +142,14 @@ class ParquetSource:
         """Rows in the files, whatever the limit, by the split that they or their file's name say."""
         return dict(self._rows_by_split)
 
-    def images(self) -> PieceSource:
+    def images(self, *, retry_seconds: float = RETRY_SECONDS) -> PieceSource:
         pieces = []
         for file, labels, rows in self._taken:
             for part in slices(file, labels, rows):
                 taken = len(part.labels.taken(range(len(part.rows))))
                 if taken:
-                    pieces.append(Piece(part.read, taken, file.size * taken // file.rows))
+                    read = partial(part.read, retry_seconds)
+                    pieces.append(Piece(read, taken, file.size * taken // file.rows))
         return PieceSource("Parquet", pieces)
 
     def captions(self) -> Iterator[pa.RecordBatch]:

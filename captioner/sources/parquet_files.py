@@ -12,7 +12,7 @@ from captioner import storage
 from captioner.config import Split
 from captioner.errors import SourceError, StoreError
 from captioner.sources.splits import split_called
-from captioner.sources.tasks import one_line
+from captioner.storage.faults import one_line
 
 _CAPTION_LISTS = ("captions", "caption", "sentences")
 _SHARD = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(-\w+)?\.parquet", re.I)

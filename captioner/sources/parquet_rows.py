@@ -12,9 +12,11 @@ from pyarrow.fs import FileSystem
 from captioner import storage
 from captioner.artifacts.tables import FINAL
 from captioner.config import Split
+from captioner.sources.outage import RETRY_SECONDS, Outage, kind_of
 from captioner.sources.parquet_files import InspectedFile
 from captioner.sources.splits import hashed_split
-from captioner.sources.tasks import kind_of, one_line, source_rows
+from captioner.sources.tasks import source_rows
+from captioner.storage.faults import one_line
 
 ROWS_PER_PIECE = 128
 # Parquet is read from the start of a row group, so a slice of one reads what lies before it too. Eight slices read
@@ -76,20 +78,26 @@ class Slice:
     mtime: int | None
     """Of the file, nanoseconds since 1970."""
 
-    def read(self) -> Iterator[pa.Table]:
+    def read(self, retry_seconds: float = RETRY_SECONDS) -> Iterator[pa.Table]:
         """``tables.SOURCE_ROWS``; where the file turns out to be damaged, the rows left have an error."""
-        done = 0
-        try:
-            for cells in self.cells():
-                yield self._table(done, cells, "no image bytes in the row", FINAL)
-                done += len(cells)
-        except (pa.ArrowException, OSError) as problem:
-            cells = pa.nulls(len(self.rows) - done, pa.large_binary())
-            yield self._table(done, cells, f"cannot be read: {one_line(problem)}", kind_of(problem))
+        done, outage = 0, Outage(retry_seconds)
+        while True:
+            try:
+                for cells in self.cells(done):
+                    outage.over()
+                    yield self._table(done, cells, "no image bytes in the row", FINAL)
+                    done += len(cells)
+                return
+            except (pa.ArrowException, OSError) as problem:
+                if not outage.wait(problem, self.uri):
+                    cells = pa.nulls(len(self.rows) - done, pa.large_binary())
+                    why = f"cannot be read: {one_line(problem)}"
+                    yield self._table(done, cells, why, kind_of(problem))
+                    return
 
-    def cells(self) -> Iterator[pa.Array]:
-        """The image column of the rows as large_binary, in parts of ``rows_per_table``."""
-        position, end = -self.skip, len(self.rows)
+    def cells(self, done: int = 0) -> Iterator[pa.Array]:
+        """The image column of the rows as large_binary, in parts of ``rows_per_table``, without the first ``done``."""
+        position, end = -self.skip - done, len(self.rows) - done
         with self.filesystem.open_input_file(self.path) as handle:
             file = pq.ParquetFile(handle, buffer_size=_READ_BUFFER, pre_buffer=False)
             for batch in file.iter_batches(

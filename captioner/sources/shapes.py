@@ -8,6 +8,7 @@ import pyarrow as pa
 from captioner.artifacts.manifests import SourceIdentity
 from captioner.artifacts.tables import CAPTION_ROWS, SPLITS
 from captioner.config import ShapesConfig
+from captioner.sources.outage import RETRY_SECONDS
 from captioner.sources.place import Place
 from captioner.sources.scenes import draw_scene, make_scene
 from captioner.sources.tasks import Piece, PieceSource, source_rows
@@ -42,7 +43,7 @@ class ShapesSource:
     def num_images(self) -> int:
         return sum(self._size(split) for split in SPLITS)
 
-    def images(self) -> PieceSource:
+    def images(self, *, retry_seconds: float = RETRY_SECONDS) -> PieceSource:
         pieces = []
         for split in SPLITS:
             for start in range(0, self._size(split), ROWS_PER_PIECE):

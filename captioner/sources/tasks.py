@@ -1,7 +1,5 @@
 """A Ray Data datasource made of independent pieces, each emitting ``tables.SOURCE_ROWS``."""
 
-import errno
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +8,7 @@ from ray.data import DataContext, Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from captioner.artifacts.tables import FINAL, RETRYABLE, SOURCE_ROWS
+from captioner.artifacts.tables import SOURCE_ROWS
 
 BYTES_PER_PIECE = 64 * 2**20
 
@@ -80,15 +78,3 @@ def source_rows(
     times = [mtime] * len(ids) if mtime is None or isinstance(mtime, int) else mtime
     columns = (ids, uris, sizes, times, data, errors, kinds)
     return pa.table(dict(zip(SOURCE_ROWS.names, columns, strict=True)), schema=SOURCE_ROWS)
-
-
-def kind_of(error: Exception) -> str:
-    """Whether another try may read what could not be read."""
-    gone = isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM)
-    return FINAL if gone else RETRYABLE
-
-
-def one_line(error: Exception) -> str:
-    """Why something could not be read, on one line and without the file's name where the system gives a reason."""
-    text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-    return " ".join(text.split())
