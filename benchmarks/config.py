@@ -51,6 +51,19 @@ class BenchmarkExtractConfig(BenchmarkConfig):
     temporary one on this machine."""
 
 
+class BenchmarkKeptConfig(BenchmarkConfig):
+    """What a kill costs, by number of CPUs and speed of the encoder: a stand-in extraction is killed and continued."""
+
+    cpus: tuple[Positive, ...] = (1, 2, 3, 4, 16)
+    """Logical CPUs of the Ray that each run starts; they need not be cores."""
+    seconds_per_image: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.01, 0.5, 5.0)
+    """Of one encoder."""
+    images: Annotated[int, Field(ge=100)] = 20_000
+    """Images of the source."""
+    kill_after: tuple[Annotated[float, Field(gt=0.0)], ...] = (45.0, 45.0)
+    """Seconds between the first image that a run encodes and its kill; of the first run, then of continued ones."""
+
+
 class BenchmarkTrainConfig(BenchmarkConfig):
     """Training: captions per second by decoder, ingest and number of workers, and the time spent waiting for data."""
 

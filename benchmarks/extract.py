@@ -15,6 +15,7 @@ from benchmarks.measurement import Measurement, Row
 from benchmarks.stages import load_rate, model_rate, take_sample
 from benchmarks.watch import Watch
 from captioner import storage
+from captioner.artifacts.id_set import NONE, IdSet
 from captioner.artifacts.manifests import SourceIdentity
 from captioner.artifacts.output import Output
 from captioner.artifacts.tables import feature_rows
@@ -26,7 +27,7 @@ from captioner.features.extract import compute_on_cluster
 from captioner.features.pipeline import run_pipeline
 from captioner.runtime.cluster import num_cpus, num_gpus, plan_pool, start_ray
 from captioner.sources import open_source
-from captioner.sources.base import Source
+from captioner.sources.base import Listed, Source
 from captioner.sources.outage import RETRY_SECONDS
 from captioner.sources.tasks import Piece, PieceSource
 
@@ -110,10 +111,15 @@ class RepeatedSource:
     def identity(self) -> SourceIdentity:
         return self._source.identity()
 
+    def files(self) -> Iterator[Listed]:
+        yield from ()
+
     def num_images(self) -> int:
         return sum(piece.rows for piece in self._pieces())
 
-    def images(self, *, retry_seconds: float = RETRY_SECONDS) -> PieceSource:
+    def images(
+        self, _done: IdSet = NONE, /, *, retry_seconds: float = RETRY_SECONDS
+    ) -> PieceSource:
         return PieceSource("Repeated", self._pieces())
 
     def captions(self) -> Iterator[pa.RecordBatch]:

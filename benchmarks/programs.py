@@ -8,11 +8,13 @@ from typing import Any
 from benchmarks.config import (
     BenchmarkConfig,
     BenchmarkExtractConfig,
+    BenchmarkKeptConfig,
     BenchmarkScoresConfig,
     BenchmarkServeConfig,
     BenchmarkTrainConfig,
 )
 from benchmarks.extract import benchmark_extract
+from benchmarks.kept import benchmark_kept
 from benchmarks.measurement import Measurement, append_rows
 from benchmarks.scores import benchmark_scores
 from benchmarks.serve import benchmark_serve
@@ -21,6 +23,7 @@ from captioner import storage
 
 PROGRAMS: dict[str, tuple[Callable[[Any], Measurement], type[BenchmarkConfig]]] = {
     "extract": (benchmark_extract, BenchmarkExtractConfig),
+    "kept": (benchmark_kept, BenchmarkKeptConfig),
     "train": (benchmark_train, BenchmarkTrainConfig),
     "scores": (benchmark_scores, BenchmarkScoresConfig),
     "serve": (benchmark_serve, BenchmarkServeConfig),

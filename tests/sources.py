@@ -1,12 +1,14 @@
 """What tests of sources share: tiny sources on disk, and reading them by their tasks alone, without a Ray."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from captioner.artifacts.id_set import IdSet
 from captioner.artifacts.tables import CAPTION_ROWS, SOURCE_ROWS
 from captioner.sources.base import Source
 
@@ -27,6 +29,20 @@ def read_all(source: Source) -> list[dict[str, Any]]:
     assert len(rows) == source.num_images()
     assert len({row["image_id"] for row in rows}) == len(rows)
     return rows
+
+
+def rows_left(source: Source, done: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows that tasks read where others are done; those that are announced and those that are read are as many."""
+    found: list[dict[str, Any]] = []
+    for task in source.images(IdSet([done])).get_read_tasks(1):
+        read = [row for table in task() for row in table.to_pylist()]
+        assert len(read) == task.metadata.num_rows > 0
+        found += read
+    return found
+
+
+def ids_left(source: Source, done: Sequence[str]) -> list[str]:
+    return [row["image_id"] for row in rows_left(source, done)]
 
 
 def caption_rows(source: Source) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from captioner import storage
+from captioner.artifacts.id_set import IdRows, IdSet
 from captioner.artifacts.manifests import FileEntry, StoreManifest, open_manifest
 from captioner.artifacts.tables import SPLITS, THUMBNAIL
 from captioner.encoders.weights import ENCODER_WEIGHTS
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # Rows read at a time where not all of them are wanted in memory.
 _CAPTIONS, _FEATURES, _ROWS = 2**18, 256, 2**12
+_READERS = 16
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -84,7 +86,7 @@ class FeatureStore:
     def __init__(self, uri: str, manifest: StoreManifest):
         self.uri = uri
         self.manifest = manifest
-        self._located: dict[str, tuple[pa.Array, Chunk]] = {}
+        self._located: dict[str, tuple[pa.Array, IdRows, Chunk]] = {}
 
     @classmethod
     def open(cls, uri: str) -> "FeatureStore":
@@ -175,7 +177,7 @@ class FeatureStore:
             StoreError: the split or a column is missing, or the files are not those of the manifest.
         """
         self.require(split, columns, captions=False)
-        ids, chunk = self._locate(split)
+        ids, _, chunk = self._locate(split)
         arrays: dict[str, np.ndarray[Any, Any]] = {}
         for name in columns:
             shape, dtype = self._layout(name)
@@ -252,7 +254,7 @@ class FeatureStore:
 
     def chunks(self, split: str, images: int) -> list[Chunk]:
         """A split in pieces of whole files with about ``images`` good images each."""
-        _, whole = self._locate(split)
+        *_, whole = self._locate(split)
         chunks: list[Chunk] = []
         held = 0
         for file, place in zip(whole.files, whole.places, strict=True):
@@ -315,18 +317,18 @@ class FeatureStore:
             StoreError: the split is missing or has no captions.
         """
         self.require(split, (), captions=True)
-        ids = self._locate(split)[0]
+        rows_of = self._locate(split)[1]
         there = (pads.field("split") == split) & pads.field("caption").is_valid()
         columns, found = ["image_id", "index", "caption", "__filename"], 0
         with storage.reading(self.uri):
             batches = self._captions().to_batches(columns, filter=there, batch_size=_CAPTIONS)
         for batch in _checked(batches, self.uri):
             table = self._standing(pa.table(batch))
-            table = table.append_column("row", pc.index_in(table["image_id"], ids))
-            table = table.filter(table["row"].is_valid())
+            rows = rows_of.find(table["image_id"].to_pylist())
+            table = table.filter(pa.array(rows >= 0))
             found += len(table)
             yield (
-                table["row"].to_numpy().astype(np.int64),
+                rows[rows >= 0],
                 table["index"].to_numpy().astype(np.int64),
                 table["caption"].to_pylist(),
             )
@@ -336,42 +338,60 @@ class FeatureStore:
     def _no_captions(self, split: str) -> StoreError:
         return StoreError(f"{self.uri} has no captions in split {split!r}")
 
-    def _locate(self, split: str) -> tuple[pa.Array, Chunk]:
-        """Sorted ids of a split's good images, and where they lie."""
+    def _locate(self, split: str) -> tuple[pa.Array, IdRows, Chunk]:
+        """Sorted ids of a split's good images, where each stands among them, and where they lie."""
         if split not in self._located:
             self._located[split] = self._find(split)
         return self._located[split]
 
-    def _find(self, split: str) -> tuple[pa.Array, Chunk]:
+    def _find(self, split: str) -> tuple[pa.Array, IdRows, Chunk]:
         self.require(split, (), captions=False)
         of_split = pads.field("split") == split
+        columns = ["image_id", "__filename"]
         with storage.reading(self.uri):
-            mine = self._captions().to_table(["image_id", "__filename"], filter=of_split)
+            mine = self._captions().to_batches(columns, filter=of_split, batch_size=_CAPTIONS)
+        members = IdSet(
+            self._standing(pa.table(batch))["image_id"].unique().to_pylist()
+            for batch in _checked(mine, self.uri)
+        )
         removed = self._removed_rows
-        members = self._standing(mine)["image_id"].unique()
-        files, names = [], []
         entries = self._files("features")
+        names: list[pa.Array] = []
         # On an object store each is a round trip or two.
-        with ThreadPoolExecutor(16) as pool:
-            tables = list(pool.map(lambda entry: self._read(entry, ["image_id", "error"]), entries))
-        for entry, rows in zip(entries, tables, strict=True):
-            good = pc.and_(rows["error"].is_null(), pc.is_in(rows["image_id"], members))
-            if entry.path in removed:
-                good = pc.and_(good, pc.invert(pc.is_in(rows["image_id"], removed[entry.path])))
-            files.append(entry.uri(self.uri))
-            # Null: of no concern.
-            names.append(pc.if_else(good, rows["image_id"], None).combine_chunks())
-        every = pa.chunked_array(names, pa.string())
-        ids = every.drop_null()
+        with ThreadPoolExecutor(_READERS) as pool:
+            for start in range(0, len(entries), _READERS):
+                some = entries[start : start + _READERS]
+                tables = pool.map(lambda entry: self._read(entry, ["image_id", "error"]), some)
+                for entry, rows in zip(some, tables, strict=True):
+                    ids = rows["image_id"].cast(pa.large_string()).combine_chunks()
+                    good = pc.and_(
+                        rows["error"].is_null(), pa.array(members.holds(ids.to_pylist()))
+                    )
+                    if entry.path in removed:
+                        gone = pc.is_in(ids, removed[entry.path].cast(pa.large_string()))
+                        good = pc.and_(good, pc.invert(gone))
+                    # Null: of no concern.
+                    names.append(pc.if_else(good, ids, None).combine_chunks())
+        # Large, for all of them together may be more than 2 GiB.
+        ids = pa.chunked_array(names, pa.large_string()).drop_null()
         ids = ids.take(pc.sort_indices(ids)).combine_chunks()
+        rows_of = IdRows(_in_parts(ids))
         expected = self.manifest.splits[split].images
-        if not len(ids) == len(ids.unique()) == expected:
+        unique = len(ids) - int(pc.sum(pc.equal(ids[1:], ids[:-1])).as_py() or 0)
+        if not len(ids) == unique == expected:
             raise StoreError(
-                f"{self.uri} is damaged: {len(ids)} rows of {len(ids.unique())} images in split {split!r}, "
+                f"{self.uri} is damaged: {len(ids)} rows of {unique} images in split {split!r}, "
                 f"{expected} in the manifest"
             )
-        places = (pc.fill_null(pc.index_in(each, ids, skip_nulls=True), -1) for each in names)
-        return ids, Chunk(tuple(files), tuple(place.to_numpy().astype(np.int64) for place in places))  # fmt: skip
+        places = []
+        while names:
+            each = names.pop(0)
+            place = np.full(len(each), -1, np.int64)
+            there = each.is_valid().to_numpy(zero_copy_only=False)
+            place[there] = rows_of.find(each.drop_null().to_pylist())
+            places.append(place)
+        files = tuple(entry.uri(self.uri) for entry in entries)
+        return ids, rows_of, Chunk(files, tuple(places))
 
     @cached_property
     def _removed_rows(self) -> dict[str, pa.Array]:
@@ -409,6 +429,11 @@ class FeatureStore:
 
     def _captions(self) -> pads.Dataset:
         return _dataset([entry.uri(self.uri) for entry in self._files("captions")])
+
+
+def _in_parts(ids: pa.Array) -> Iterator[list[str]]:
+    for start in range(0, len(ids), _CAPTIONS):
+        yield ids[start : start + _CAPTIONS].to_pylist()
 
 
 def _checked(batches: Iterator[pa.RecordBatch], what: str) -> Iterator[pa.RecordBatch]:

@@ -53,11 +53,21 @@ class Manifest(Record):
 
 
 class SourceIdentity(Record):
-    """Where the images came from; decides whether a run may continue another's directory."""
+    """Where the images came from."""
 
     kind: str
     uri: str
     options: dict[str, str | int | None] = {}
+    """What chooses among the images there. With kind and URI it decides whether a run may continue another's directory:
+    it then goes on with the listing that the other began with, and with today's captions."""
+    listing: str | None = None
+    """Digest of which images there were."""
+    captions: str | None = None
+    """Digest of their captions and splits."""
+
+    def claim(self) -> dict[str, Any]:
+        """What must be the same for a run to continue another."""
+        return self.model_dump(mode="json", include={"kind", "uri", "options"})
 
 
 class Counts(Record):

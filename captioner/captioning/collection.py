@@ -20,6 +20,7 @@ from captioner.features.pipeline import run_pipeline
 from captioner.features.row_marks import count_rows, finish_rows, list_data_files
 from captioner.runtime.cluster import plan_pool, start_ray
 from captioner.sources import open_source
+from captioner.sources.beginning import keep_beginning, tell_change
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,13 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         StoreError: the output belongs to another run or cannot be written.
         ConfigError: the cluster has too few CPUs, or the model cannot be searched as asked.
     """
-    source = open_source(config.images, config.source_options, limits=config.limits, captions=False)
+    source = open_source(
+        config.images,
+        config.source_options,
+        limits=config.limits,
+        captions=False,
+        output=None if config.restart else config.output,
+    )
     # All of it, once, before every actor of a cluster finds the same damage.
     model = load_model(config.model)
     directory, spec = model.directory, model.record.encoder.spec
@@ -46,6 +53,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
     pool = plan_pool(total, size=config.num_captioners, cpus_per_actor=config.cpus_per_captioner)
 
     def fill(output: Output) -> CaptionsManifest:
+        keep_beginning(output, source)
         logger.info("captioning %s images with %s", f"{total:,}", directory.uri)
         # What is handed over as one file of JSON lines is written as tables first, as everything is.
         tables = CAPTIONS if config.format == "parquet" else f"{WORK}/{CAPTIONS}"
@@ -64,7 +72,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         rows = finish_rows(output, tables, total, config.max_reject_fraction)
         counts = count_rows(rows, source.left_out())
         files = list_data_files(output, tables)
-        sheet = write_contact_sheet(output, files, rows, config) if config.contact_sheet else []
+        sheet = write_contact_sheet(output, files, config) if config.contact_sheet else []
         if config.format == "jsonl":
             files = [_write_json_lines(output, files)]
         logger.info(describe_counts(counts))
@@ -80,12 +88,14 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
     identity = {
         "job": "caption",
         "model": directory.version,
-        "source": source.identity().model_dump(mode="json"),
+        "source": source.identity().claim(),
         "decode": decode.model_dump(mode="json"),
         "limits": config.limits.model_dump(mode="json"),
         **config.model_dump(include={"format", "contact_sheet", "contact_sheet_images"}),
     }
-    return publish_once(config.output, identity, CaptionsManifest, fill, restart=config.restart)
+    manifest = publish_once(config.output, identity, CaptionsManifest, fill, restart=config.restart)
+    tell_change(manifest.source, source.identity(), config.output)
+    return manifest
 
 
 def _write_json_lines(output: Output, files: list[FileEntry]) -> FileEntry:

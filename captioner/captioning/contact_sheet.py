@@ -3,6 +3,8 @@
 import base64
 import html
 import io
+from collections.abc import Iterator
+from heapq import nsmallest
 from typing import Any
 
 import pyarrow as pa
@@ -44,7 +46,7 @@ _PAGE = """<!doctype html>
 
 
 def write_contact_sheet(
-    output: Output, files: list[FileEntry], rows: pa.Table, config: CaptionConfig
+    output: Output, files: list[FileEntry], config: CaptionConfig
 ) -> list[FileEntry]:
     """Write ``contact_sheet.html`` into ``output``: the first images by id, at most ``contact_sheet_images``.
 
@@ -52,25 +54,23 @@ def write_contact_sheet(
 
     Args:
         files: the Parquet files of the captions, with thumbnails.
-        rows: image_id of every image.
 
     Returns:
         what was written.
     """
-    first = pc.sort_indices(rows["image_id"])[: config.contact_sheet_images]
-    wanted = rows["image_id"].take(first)
+    first = pa.array(nsmallest(config.contact_sheet_images, _ids(output, files)), pa.string())
     pieces = []
     for entry in files:
         with storage.open_input(output.uri(entry.path)) as handle:
             file = pq.ParquetFile(handle)
-            there = pc.is_in(file.read(["image_id"])["image_id"], wanted)
+            there = pc.is_in(file.read(["image_id"])["image_id"], first)
             if pc.any(there).as_py():  # the thumbnails of the others are left where they are
                 pieces.append(file.read().filter(there))
     chosen = pa.concat_tables(pieces).sort_by("image_id").to_pylist()
     page = _PAGE.format(
         title=f"Captions of {html.escape(config.images)}",
         shown=f"{len(chosen):,}",
-        total=f"{len(rows):,}",
+        total=f"{sum(entry.rows or 0 for entry in files):,}",
         model=html.escape(config.model),
         figures="\n".join(map(_figure, chosen)),
     )
@@ -86,6 +86,12 @@ def write_contact_sheet(
         with event_file(output, "captions", written) as writer:
             add_picture(writer, "grid", png)
     return written
+
+
+def _ids(output: Output, files: list[FileEntry]) -> Iterator[str]:
+    for entry in files:
+        with storage.open_input(output.uri(entry.path)) as handle:
+            yield from pq.read_table(handle, columns=["image_id"])["image_id"].to_pylist()
 
 
 def _figure(row: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import io
 import logging
-from typing import Literal
+from typing import Literal, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +19,7 @@ from captioner.artifacts.manifests import (
     SplitCounts,
     StoreManifest,
 )
-from captioner.artifacts.output import Output, publish_once
+from captioner.artifacts.output import CLAIM, Output, publish_once
 from captioner.artifacts.tables import CAPTION_ROWS, SPLITS, feature_rows
 from captioner.config import Compute, ExtractConfig
 from captioner.encoders.family import family_of
@@ -27,23 +27,25 @@ from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.features.encode import EncodeImages
 from captioner.features.leaks import tell_leaks
 from captioner.features.pipeline import run_pipeline
-from captioner.features.row_marks import count_rows, finish_rows, list_data_files
+from captioner.features.row_marks import Rows, count_rows, finish_rows, list_data_files
 from captioner.images.views import view_names
 from captioner.runtime.cluster import PoolPlan, num_gpus, plan_pool, start_ray
 from captioner.runtime.device import choose_compute
 from captioner.sources import open_source
 from captioner.sources.base import Source
+from captioner.sources.beginning import keep_beginning, tell_change
 
 logger = logging.getLogger(__name__)
 
-_CAPTIONS_PER_FILE = 1_000_000
+_CAPTIONS_PER_FILE, _CAPTIONS_PER_BATCH = 1_000_000, 50_000
 _REASONS_SHOWN = 5
 
 
 def extract(config: ExtractConfig) -> StoreManifest:
     """Extract every image of ``config.source`` into a feature store at ``config.output``.
 
-    Continues a killed run; leaves a complete store of the same settings alone.
+    Continues a killed run, with the images, the arithmetic and the settings that it began with and today's captions;
+    leaves a complete store of the same settings alone.
 
     Raises:
         SourceError: the source is empty or contradicts itself, or too many images were rejected.
@@ -52,14 +54,23 @@ def extract(config: ExtractConfig) -> StoreManifest:
         ConfigError: there is no such encoder, or the cluster has too few CPUs.
     """
     family, _ = family_of(config.encoder.name)
-    source = open_source(config.source, config.source_options, limits=config.limits)
+    source = open_source(
+        config.source,
+        config.source_options,
+        limits=config.limits,
+        output=None if config.restart else config.output,
+    )
     tensors, weights = family.weights(config.encoder)
     start_ray()
-    spec = family.spec(config.encoder, tensors, compute_on_cluster(config.encoder.compute))
+    begun = config.encoder.compute == "auto" and not config.restart
+    compute = _begun_with(config.output) if begun else None
+    compute = compute or compute_on_cluster(config.encoder.compute)
+    spec = family.spec(config.encoder, tensors, compute)
     total = source.num_images()
     pool = plan_pool(total, size=config.num_encoders, cpus_per_actor=config.cpus_per_encoder)
 
     def fill(output: Output) -> StoreManifest:
+        keep_beginning(output, source)
         encoder = output.write(ENCODER_WEIGHTS, safetensors.torch.save(tensors))
         captions = _write_captions(source, output)
         logger.info("extracting %s images with %s, %s", f"{total:,}", spec.title, _describe(pool))
@@ -101,11 +112,12 @@ def extract(config: ExtractConfig) -> StoreManifest:
     identity = {
         "job": "extract_features",
         "encoder": spec.model_dump(mode="json"),
-        "source": source.identity().model_dump(mode="json"),
+        "source": source.identity().claim(),
         "limits": config.limits.model_dump(mode="json"),
         **config.model_dump(include={"grid", "mirrored", "crops", "thumbnails"}),
     }
     manifest = publish_once(config.output, identity, StoreManifest, fill, restart=config.restart)
+    tell_change(manifest.source, source.identity(), config.output)
     logger.info(describe(manifest))
     tell_leaks(FeatureStore.open(config.output), *manifest.splits)
     return manifest
@@ -137,10 +149,9 @@ def describe_kind(kind: str, number: int) -> str:
     return f"{number:,} {kind}{'s' if plural else ''}"
 
 
-def _reasons(rows: pa.Table) -> list[str]:
+def _reasons(rows: Rows) -> list[str]:
     """The commonest reasons for rejection, with an image each."""
-    rejected = rows.filter(rows["error"].is_valid())
-    counted = rejected.group_by("error").aggregate([([], "count_all"), ("image_id", "min")])
+    counted = rows.failed.group_by("error").aggregate([([], "count_all"), ("image_id", "min")])
     common = counted.sort_by([("count_all", "descending"), ("error", "ascending")])
     return [
         f"  {row['count_all']:,} rejected: {row['error']} ({row['image_id_min']})"
@@ -155,6 +166,15 @@ def compute_on_cluster(requested: Literal["auto"] | Compute) -> Compute:
     probe = ray.remote(num_gpus=1)(choose_compute)
     compute: Compute = ray.get(probe.remote(requested, "cuda"))
     return compute
+
+
+def _begun_with(output: str) -> Compute | None:
+    """The arithmetic of the run that began in ``output``, which it keeps on whatever machine it goes on."""
+    claim = storage.join(output, CLAIM)
+    found = storage.read_json(claim) if storage.exists(claim) else None
+    encoder = found.get("encoder") if isinstance(found, dict) else None
+    precision = encoder.get("precision") if isinstance(encoder, dict) else None
+    return precision if precision in get_args(Compute) else None
 
 
 def _describe(pool: PoolPlan) -> str:
@@ -185,22 +205,24 @@ def _write_captions(source: Source, output: Output) -> list[FileEntry]:
     return entries
 
 
-def _count_splits(rows: pa.Table, output: Output, files: list[FileEntry]) -> dict[str, SplitCounts]:
+def _count_splits(rows: Rows, output: Output, files: list[FileEntry]) -> dict[str, SplitCounts]:
     """Good images of every split, and their captions."""
-    good = rows.filter(rows["error"].is_null())["image_id"]
     images, captions = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     for file in files:
         with storage.open_input(output.uri(file.path)) as handle:
-            table = pq.read_table(handle)
-        table = table.filter(pc.is_in(table["image_id"], good))
-        # The rows of an image follow each other, in one file or over the end of one.
-        first = table.filter(pc.equal(pc.fill_null(table["index"], 0), 0))
-        for found, part in (
-            (images, first),
-            (captions, table.filter(table["caption"].is_valid())),
-        ):
-            for count in part.group_by("split").aggregate([([], "count_all")]).to_pylist():
-                found[count["split"]] += count["count_all"]
+            for batch in pq.ParquetFile(handle).iter_batches(_CAPTIONS_PER_BATCH):
+                table = pa.table(batch)
+                # The rows of an image follow each other, over the end of a batch or of a file.
+                ids = table["image_id"].combine_chunks().dictionary_encode()
+                good = pa.array(rows.good.holds(ids.dictionary.to_pylist()))
+                table = table.filter(good.take(ids.indices))
+                first = table.filter(pc.equal(pc.fill_null(table["index"], 0), 0))
+                for found, part in (
+                    (images, first),
+                    (captions, table.filter(table["caption"].is_valid())),
+                ):
+                    for count in part.group_by("split").aggregate([([], "count_all")]).to_pylist():
+                        found[count["split"]] += count["count_all"]
     return {
         split: SplitCounts(images=images[split], captions=captions[split])
         for split in SPLITS

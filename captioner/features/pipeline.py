@@ -1,7 +1,8 @@
 """The Ray Data job that extraction and captioning share: source -> load -> model actors -> Parquet, exactly once.
 
-Ray Data's row checkpointing keeps the books: behind every Read it filters the ids whose output files are complete, and
-on a restart it deletes files that a killed task left half-done. It needs ids that come out of the Read itself.
+Ray Data's row checkpointing keeps the books: before it writes a file it leaves a pending mark with the file's ids, and
+renames it once the file is complete. A run that continues deletes files whose marks are pending, and reads, loads and
+encodes what no other mark names.
 """
 
 import errno
@@ -16,18 +17,19 @@ import pyarrow.compute as pc
 import ray
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
-from ray.data.checkpoint import CheckpointConfig
 from ray.data.extensions import FixedShapeTensorFormat
 
 from captioner import storage
 from captioner.artifacts.output import Output
 from captioner.artifacts.tables import FINAL
 from captioner.errors import ImageError, StoreError
-from captioner.features.row_marks import CHECKPOINT, count_done, distrust_double_marks, has_pending
+from captioner.features.pace import Pace
+from captioner.features.row_marks import CHECKPOINT, count_done, discard_pending, finished
 from captioner.features.stage import Stage
-from captioner.runtime.cluster import TASK_CPUS, PoolPlan, num_cpus
+from captioner.runtime.cluster import TASK_CPUS, WRITE_CPUS, PoolPlan
 from captioner.runtime.data_context import data_context
 from captioner.runtime.progress import ProgressLine
+from captioner.runtime.ray_private import Steering, checkpoint_config, steer
 from captioner.sources.base import Source
 
 logger = logging.getLogger(__name__)
@@ -36,8 +38,8 @@ _ACTOR_MEMORY = 3 * 2**29
 # What a run may keep in the object store, mostly loaded pictures that wait. Ray Data's own bound, half of the store,
 # lets loading run thousands of images ahead of the model, which makes nothing faster.
 _STORE_BYTES, _STORE_BYTES_PER_GPU, _STORE_BYTES_PER_ACTOR = 2**29, 2**32, 2**27
-_FILES = 1000
-_FILE_BYTES = 128 * 2**20
+# Of a file at most, so that it fits in memory: of all rows, and bytes.
+_FILE_SHARE, _FILE_BYTES = 0.01, 128 * 2**20
 
 
 def load_rows(rows: pa.Table, stage: Stage, *, digests: bool = False) -> pa.Table:
@@ -141,15 +143,17 @@ def run_pipeline(
     filesystem, path = storage.resolve(output.uri(directory))
     _, checkpoint = storage.resolve(output.work(CHECKPOINT))
     total = source.num_images()
-    distrust_double_marks(output)
-    already = count_done(output)
+    discard_pending(output, directory)
+    done = finished(output)
+    already = len(done)
     if already:
         logger.info("continuing: %s of %s images are done", f"{already:,}", f"{total:,}")
-    if already == total and not has_pending(output):
+    if already == total:
         return
     with data_context() as context, ProgressLine(total, already, counter=counter) as progress:
         _configure(context, checkpoint, filesystem, store_bytes(pool))
-        images = ray.data.read_datasource(source.images(), num_cpus=TASK_CPUS)
+        _steer(context, Pace(pool.size, rows_per_file(total, schema)), stage, batch_size)
+        images = ray.data.read_datasource(source.images(done), num_cpus=TASK_CPUS)
         loaded = images.map_batches(
             load_rows,
             fn_kwargs={"stage": stage, "digests": "sha256" in schema.names},
@@ -157,7 +161,7 @@ def run_pipeline(
             batch_format="pyarrow",
             num_cpus=TASK_CPUS,
         )
-        done = loaded.map_batches(
+        rows = loaded.map_batches(
             _StageActor,
             fn_constructor_kwargs={
                 "stage": stage,
@@ -173,25 +177,41 @@ def run_pipeline(
             memory=_ACTOR_MEMORY,
         )
         try:
-            done.write_parquet(
+            rows.write_parquet(
                 path,
                 filesystem=filesystem,
-                min_rows_per_file=rows_per_file(total, schema),
                 write_page_checksum=True,
-                ray_remote_args={"num_cpus": TASK_CPUS},
+                ray_remote_args={"num_cpus": WRITE_CPUS},
             )
         except OSError as error:
             raise StoreError(f"cannot write {output.uri(directory)}: {_reason(error)}") from error
+        except KeyboardInterrupt:
+            kept = count_done(output)
+            logger.info("%s of %s images are done and kept", f"{kept:,}", f"{total:,}")
+            raise
 
 
 def rows_per_file(total: int, schema: pa.Schema) -> int:
-    """How many rows share an output file, at least: a thousandth of all, as far as memory allows.
+    """How many rows share an output file at most: a hundredth of all, as far as memory allows."""
+    return max(1, min(int(total * _FILE_SHARE), _FILE_BYTES // max(_row_bytes(schema), 1)))
 
-    So a store of any size has files that can be listed, and what a killed run had not written yet is little of it.
-    """
+
+def _row_bytes(schema: pa.Schema) -> int:
+    """Bytes of a row's tensors."""
     tensors = [field.type for field in schema if isinstance(field.type, pa.FixedShapeTensorType)]
-    row = sum(int(math.prod(kind.shape) * kind.value_type.bit_width // 8) for kind in tensors)
-    return max(1, min(total // _FILES, _FILE_BYTES // max(row, 1)))
+    return sum(int(math.prod(kind.shape) * kind.value_type.bit_width // 8) for kind in tensors)
+
+
+def _steer(context: DataContext, pace: Pace, stage: Stage, batch_size: int) -> None:
+    """Cut what is loaded, encoded and written at a time by how fast it turns out to go."""
+    row = max(_row_bytes(stage.loaded), 1)
+    steering = Steering(
+        begins=pace.started,
+        block_bytes=lambda: pace.rows_per_task * row,
+        is_task_full=lambda rows: rows >= min(pace.rows_per_task, batch_size),
+        is_file_full=pace.is_file_full,
+    )
+    steer(context, steering)
 
 
 def store_bytes(pool: PoolPlan) -> int:
@@ -204,15 +224,13 @@ def _configure(
     context: DataContext, checkpoint: str, filesystem: pa.fs.FileSystem, object_store: int
 ) -> None:
     filesystem.create_dir(checkpoint, recursive=True)
-    context.checkpoint_config = CheckpointConfig(
+    context.checkpoint_config = checkpoint_config(
         id_column="image_id",
         checkpoint_path=checkpoint,
         override_filesystem=filesystem,
         # A run killed between its last row and its manifest still needs them.
         delete_checkpoint_on_success=False,
     )
-    # By default up to ten filter actors, each with a CPU for good, which on a small machine would be all of them.
-    context.checkpoint_config.checkpoint_actor_pool_max_size = max(1, min(10, num_cpus() // 8))
     context.arrow_fixed_shape_tensor_format = FixedShapeTensorFormat.ARROW_NATIVE
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=object_store

@@ -19,17 +19,20 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from captioner.errors import ConfigError
 from captioner.runtime import ray_private
 from captioner.runtime.device import num_cores
+from captioner.runtime.lifeline import Lifeline
 from captioner.storage import S3_ADDRESS_VARIABLES
 
 logger = logging.getLogger(__name__)
 
-# Logical CPUs of a task that reads, loads or writes, and of a model actor. Whatever nodes are lost, those that stay
-# must have room for the tasks beside all actors, restarted there: actors that held whole CPUs would leave none, and
-# the job would wait for ever. So actors take next to nothing, yet something, which keeps them off heads without CPUs.
+# Logical CPUs of a task that reads and loads, of a model actor, and of a task that writes. Whatever nodes are lost,
+# those that stay must have room for the tasks beside all actors, restarted there: actors that held whole CPUs would
+# leave none, and the job would wait for ever. So actors take next to nothing, yet something, which keeps them off heads
+# without CPUs. Writing takes as little: Ray Data serves the first of its operators first, and would write nothing
+# before the last picture is loaded where loading can have all CPUs.
 TASK_CPUS = 0.99
-ACTOR_CPUS = 0.001
-# One for tasks, one that Ray Data's filter of finished rows holds in a continued run.
-LEAST_CPUS = 2
+ACTOR_CPUS = WRITE_CPUS = 0.001
+# Of a Ray that is started here: one for the trial of a search or the driver of a job beside one for its tasks.
+LOCAL_CPUS = 2
 # Below that, another model actor costs more in starting than it gives.
 _LEAST_IMAGES = 256
 
@@ -39,6 +42,8 @@ def start_ray() -> None:
 
     Workers on a joined cluster get the driver's address of S3. They do not get its credentials: a runtime environment
     is shown on the dashboard and in logs, so nodes have their own, by role, variable or ``~/.aws/credentials``.
+
+    From then on the process ends, with one line and status 75, when that Ray dies.
     """
     if ray.is_initialized():
         return
@@ -49,7 +54,9 @@ def start_ray() -> None:
         alone = ray_private.alone() if _on_loopback_alone(address) else contextlib.nullcontext()
         with alone, _own_end():
             ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": found})
+        Lifeline(ray.get_runtime_context().get_node_id())
     else:
+        Lifeline()
         start_local_ray(logging_level=logging.WARNING)
     resources = ray.cluster_resources()
     logger.info("Ray: %d CPUs, %d GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
@@ -63,7 +70,7 @@ def start_local_ray(**options: Any) -> None:
     Args:
         options: passed on to ``ray.init``; by default a logical CPU for each core, but two at least.
     """
-    options.setdefault("num_cpus", max(LEAST_CPUS, num_cores()))
+    options.setdefault("num_cpus", max(LOCAL_CPUS, num_cores()))
     if os.environ.get("RAY_AUTH_MODE", "token") == "token":
         _create_token()
     with ray_private.alone(), ray_private.local_settings(_free_port()), _own_end():
@@ -155,10 +162,10 @@ def plan_pool(
     Raises:
         ConfigError: the cluster has too few CPUs for a pipeline.
     """
-    if num_cpus() < LEAST_CPUS:
+    if not num_cpus():
         raise ConfigError(
-            f"the Ray cluster has {num_cpus()} CPU, and a pipeline needs {LEAST_CPUS} logical CPUs at least "
-            f"(ray start --num-cpus={LEAST_CPUS}; an autoscaling cluster must keep a worker up)"
+            "the Ray cluster has no logical CPU, and a pipeline needs one (ray start --num-cpus=1; an autoscaling "
+            "cluster must keep a worker up)"
         )
     most = max(1, -(-images // _LEAST_IMAGES))
     if gpus := num_gpus():

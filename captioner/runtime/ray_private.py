@@ -9,13 +9,18 @@ then no longer holds.
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray._private import ray_constants
 from ray._private.internal_api import get_memory_info_reply
 from ray._private.state import state
+
+if TYPE_CHECKING:  # ray.data takes seconds, which not everyone who starts Ray needs
+    from ray.data import DataContext
+    from ray.data.checkpoint import CheckpointConfig
 
 # A resource of the head alone: what asks for a little of it is placed there.
 HEAD = "node:__internal_head__"
@@ -106,3 +111,77 @@ def object_store() -> ObjectStore:
     """What the cluster's object stores hold. In public there is only the sum over Prometheus' scrapes."""
     stats = get_memory_info_reply(state).store_stats
     return ObjectStore(stats.object_store_bytes_used, stats.spilled_bytes_total)
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What decides, while a dataset is executed, how its work is cut. Called by the thread that schedules it."""
+
+    begins: Callable[[], None]
+    """The first task of the model actors was handed out."""
+    block_bytes: Callable[[], int]
+    """Bytes of the blocks that tasks before the model actors give from now on."""
+    is_task_full: Callable[[int], bool]
+    """Whether so many rows are enough for the next task of a model actor."""
+    is_file_full: Callable[[int], bool]
+    """Whether so many rows are enough for the next file."""
+
+
+def steer(context: "DataContext", steering: Steering) -> None:
+    """Let ``steering`` cut the work of the datasets of ``context``: tasks, then one pool of actors, then a write.
+
+    In public there are only numbers that are fixed before the first row is seen: ``batch_size``, ``min_rows_per_file``
+    and ``target_max_block_size``.
+    """
+    # Here, for it is a subclass of what only those who have Ray Data can import.
+    from ray.data._internal.execution.bundle_queue.bundler import RebundleQueue, RebundlingStrategy
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+    from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
+    from ray.data._internal.execution.operators.map_operator import MapOperator
+
+    class When(RebundlingStrategy):
+        def __init__(self, is_full: Callable[[int], bool]):
+            self._is_full = is_full
+
+        def can_build_ready_bundle(self, state):  # type: ignore[no-untyped-def]
+            return state.num_rows > 0 and self._is_full(state.num_rows)
+
+        def rows_needed_from_last_pending_bundle(self, total_pending_rows, last_pending_bundle):  # type: ignore[no-untyped-def]
+            return last_pending_bundle.num_rows() or 0
+
+    class Callback(ExecutionCallback):
+        def before_execution_starts(self, executor):  # type: ignore[no-untyped-def]
+            *self._before, self._actors, write = (
+                operator for operator in executor._topology if isinstance(operator, MapOperator)
+            )
+            assert isinstance(self._actors, ActorPoolMapOperator)
+            self._actors._block_ref_bundler = RebundleQueue(When(steering.is_task_full))
+            write._block_ref_bundler = RebundleQueue(When(steering.is_file_full))
+            self._begun = False
+            self._cut()
+
+        def on_execution_step(self, executor):  # type: ignore[no-untyped-def]
+            if not self._begun and self._actors.num_active_tasks():
+                self._begun = True
+                steering.begins()
+            self._cut()
+
+        def _cut(self) -> None:
+            for operator in self._before:
+                operator.override_target_max_block_size(steering.block_bytes())
+
+    context.custom_execution_callback_classes = [Callback]
+
+
+def checkpoint_config(**settings: Any) -> "CheckpointConfig":
+    """Row marks as Ray Data keeps them, without its way of going on: an actor that takes a whole CPU and stands behind
+    the Read, so that all that is done would be read again. Sources leave it out instead.
+    """
+    from ray.data.checkpoint import CheckpointConfig
+    from ray.data.checkpoint.checkpoint_filter import CheckpointManager
+
+    class NoFilter(CheckpointManager):
+        def load_checkpoint(self, *_: Any, **__: Any) -> tuple[None, int]:
+            return None, 0
+
+    return CheckpointConfig(**settings, checkpoint_manager_cls=NoFilter)

@@ -22,6 +22,7 @@ def open_source(
     *,
     limits: ImageLimits | None = None,
     captions: bool = True,
+    output: str | None = None,
 ) -> Source:
     """The source that ``spec`` names.
 
@@ -30,11 +31,13 @@ def open_source(
             Parquet files.
         limits: files over its byte limit are not read at all.
         captions: False passes over captions, and splits in files beside the images, whatever is wrong with them.
+        output: where the run writes that the source is opened for. One that goes on has the images that it began with,
+            whatever has come or gone since, and the captions and splits of today.
 
     Raises:
         SourceError: nothing is there, or it holds neither images nor Parquet files, or captions contradict the images.
     """
-    place = Place(spec, options or SourceConfig(), limits or ImageLimits(), captions)
+    place = Place(spec, options or SourceConfig(), limits or ImageLimits(), captions, output)
     for kind in KINDS:
         source: Source | None = import_module(f"{__name__}.{kind}").open_place(place)
         if source is not None:

@@ -5,13 +5,19 @@ from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
 
+from captioner.artifacts.id_set import NONE, IdSet
 from captioner.artifacts.manifests import SourceIdentity
 from captioner.sources.outage import RETRY_SECONDS
+from captioner.storage import FileInfo
 
 if (
     TYPE_CHECKING
 ):  # importing ray.data takes seconds, which the parsers beside this file can do without
     from ray.data import Datasource
+
+
+# A file, and the id of the image that it is; None where it holds many.
+Listed = tuple[str | None, FileInfo]
 
 
 class Source(Protocol):
@@ -21,15 +27,22 @@ class Source(Protocol):
     """
 
     def identity(self) -> SourceIdentity:
-        """What is compared when a run continues in a directory: same identity, same images."""
+        """What the images are, and digests of their listing and of their captions."""
+        ...
+
+    def files(self) -> Iterator[Listed]:
+        """The files of a place that may change: what a run keeps of its source when it begins."""
         ...
 
     def num_images(self) -> int:
         """Number of images, read from metadata or a listing (never by reading the images)."""
         ...
 
-    def images(self, *, retry_seconds: float = RETRY_SECONDS) -> "Datasource":
-        """A Ray Data datasource whose Read itself emits ``tables.SOURCE_ROWS``.
+    def images(
+        self, done: IdSet = NONE, /, *, retry_seconds: float = RETRY_SECONDS
+    ) -> "Datasource":
+        """A Ray Data datasource that emits ``tables.SOURCE_ROWS`` of all images but those that are ``done``, which are
+        not read either.
 
         An unreadable file is a row with null ``bytes``, an ``error`` and its kind, never an exception.
 

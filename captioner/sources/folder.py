@@ -15,11 +15,13 @@ import ray
 from pyarrow.fs import FileSystem
 
 from captioner import storage
+from captioner.artifacts.id_set import NONE, IdSet
 from captioner.artifacts.manifests import SourceIdentity
 from captioner.artifacts.tables import CAPTION_ROWS, FINAL
 from captioner.config import Split
 from captioner.errors import SourceError
 from captioner.images.load import HEIF_EXTRA, has_loader, sniff_format
+from captioner.sources.base import Listed
 from captioner.sources.columns import IMAGE_SUFFIX
 from captioner.sources.nearby import SIDECARS, TABLES, Nearby, find_captions
 from captioner.sources.outage import RETRY_SECONDS, Outage, kind_of
@@ -37,10 +39,11 @@ def open_place(place: Place) -> "FolderSource | None":
     """A directory with images, or one file."""
     if place.files is None:
         return FolderSource(place.uri, [_single(place.uri)], {}, place, single=True)
-    images = [file for file in place.files if is_image(file.path)]
+    sniffed: set[str] = set()
     if place.options.sniff:
-        images += _sniff([file for file in place.files if not _is_known(file.path)])
-    images.sort(key=lambda file: file.path)
+        unknown = [file for file in place.files if not _is_known(file.path)]
+        sniffed.update(file.path for file in _sniff(unknown))
+    images = place.taken("folder", lambda path: is_image(path) or path in sniffed)
     return FolderSource(place.uri, images, place.left_out, place) if images else None
 
 
@@ -85,13 +88,22 @@ class FolderSource:
         self.limits = place.limits
         self._single = single
         taken = {file.path for file in images}
-        others = [file for file in place.files or () if file.path not in taken]
+        others = [
+            file for file in place.files or () if file.path not in taken and not is_image(file.path)
+        ]
         found = Nearby()
         if place.captions or place.options.id_column:
             found = find_captions(uri, others, [file.path for file in images], place.options)
         self._captions = found.captions if place.captions else {}
         splits = self._splits(found, images, others) if place.captions else {}
-        self._rows = self._choose(images, splits, self._ids(found, images))
+        begun = place.beginning
+        ids = self._ids(found, images) if begun is None else begun.ids
+        # A run that goes on has chosen.
+        limit = self.options.limit if begun is None else None
+        self._rows = self._choose(images, splits, ids, limit)
+        if begun is not None:
+            self._left_out = begun.left_out
+            return
         kinds = Counter(left_out)
         read = set(found.files)
         kinds.update("captions file" if file.uri in read else _kind(file.path) for file in others)
@@ -100,19 +112,23 @@ class FolderSource:
         self._left_out = {kind: count for kind, count in kinds.most_common() if count}
 
     def identity(self) -> SourceIdentity:
-        listing = "".join(
-            f"{row.image_id}:{row.file.path}:{row.file.size}:{row.split};" for row in self._rows
-        )
-        captions = json.dumps(self._captions, sort_keys=True) if self._captions else ""
+        listing, captions = hashlib.sha256(), hashlib.sha256()
+        for row in self._rows:
+            file = row.file
+            state = [row.image_id, file.path, file.size, file.mtime]
+            listing.update(json.dumps(state).encode())
+            captions.update(json.dumps([row.split, self._captions.get(file.path)]).encode())
         return SourceIdentity(
             kind="folder",
             uri=self.uri,
-            options={
-                "files": hashlib.sha256(listing.encode()).hexdigest(),
-                "captions": hashlib.sha256(captions.encode()).hexdigest() if captions else None,
-                "limit": self.options.limit,
-            },
+            options={"limit": self.options.limit, "id_column": self.options.id_column},
+            listing=listing.hexdigest(),
+            captions=captions.hexdigest(),
         )
+
+    def files(self) -> Iterator[Listed]:
+        for row in () if self._single else self._rows:
+            yield row.image_id, row.file
 
     def num_images(self) -> int:
         return len(self._rows)
@@ -120,10 +136,12 @@ class FolderSource:
     def left_out(self) -> dict[str, int]:
         return dict(self._left_out)
 
-    def images(self, *, retry_seconds: float = RETRY_SECONDS) -> PieceSource:
+    def images(self, done: IdSet = NONE, /, *, retry_seconds: float = RETRY_SECONDS) -> PieceSource:
         # Two tasks for each CPU at least, so that a small folder too is read and loaded by all of them.
         cpus = int(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else 1
-        most = math.ceil(len(self._rows) / (2 * cpus))
+        left = ~done.holds([row.image_id for row in self._rows])
+        rows = [row for row, wanted in zip(self._rows, left, strict=True) if wanted]
+        most = math.ceil(len(rows) / (2 * cpus))
         most = min(max(most, LEAST_ROWS_PER_PIECE), MOST_ROWS_PER_PIECE)
         # Opened once and sent along: opening S3 may ask it for the bucket's region, and workers may lack its endpoint.
         filesystem, root = storage.resolve(self.uri)
@@ -131,10 +149,10 @@ class FolderSource:
         pieces: list[Piece] = []
         chosen: list[_Row] = []
         size = 0
-        for number, row in enumerate(self._rows, 1):
+        for number, row in enumerate(rows, 1):
             chosen.append(row)
             size += min(row.file.size, self.limits.max_bytes)
-            if len(chosen) == most or size >= BYTES_PER_PIECE // 2 or number == len(self._rows):
+            if len(chosen) == most or size >= BYTES_PER_PIECE // 2 or number == len(rows):
                 read = partial(
                     _read, chosen, filesystem, root, self.limits.max_bytes, retry_seconds
                 )
@@ -187,7 +205,11 @@ class FolderSource:
         return {path: own for own, path in owners.items()}
 
     def _choose(
-        self, images: list[storage.FileInfo], splits: dict[str, Split], ids: dict[str, str]
+        self,
+        images: list[storage.FileInfo],
+        splits: dict[str, Split],
+        ids: dict[str, str],
+        limit: int | None,
     ) -> list[_Row]:
         """The images taken, each with its split."""
         taken: dict[Split, int] = {}
@@ -196,7 +218,7 @@ class FolderSource:
             image_id = ids[file.path]
             split = splits.get(file.path) or self._default_split(image_id, bool(splits))
             taken[split] = taken.get(split, 0) + 1
-            if self.options.limit is None or taken[split] <= self.options.limit:
+            if limit is None or taken[split] <= limit:
                 rows.append(_Row(image_id, file, split))
         return rows
 

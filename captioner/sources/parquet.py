@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner import storage
+from captioner.artifacts.id_set import NONE, IdSet
 from captioner.artifacts.manifests import SourceIdentity
 from captioner.artifacts.tables import CAPTION_ROWS
 from captioner.config import SourceConfig, Split
 from captioner.errors import SourceError, StoreError
+from captioner.sources.base import Listed
 from captioner.sources.folder import is_image
 from captioner.sources.outage import RETRY_SECONDS
 from captioner.sources.parquet_files import (
@@ -44,7 +46,8 @@ def open_place(place: Place) -> "ParquetSource | None":
         if not is_parquet(place.uri):
             return None
     else:
-        tables = [file for file in place.files if is_parquet(file.path)]
+        tables = place.taken("parquet", is_parquet)
+        _check_unchanged(place, tables)
         images = [file for file in place.files if is_image(file.path)]
         if images and not any(map(holds_images, tables)):
             return None  # captions of the images, or what a downloader notes
@@ -60,11 +63,23 @@ def open_place(place: Place) -> "ParquetSource | None":
         tables,
         place.options,
         captions=place.captions,
-        others=dict(
+        others=place.beginning.left_out
+        if place.beginning
+        else dict(
             Counter(place.left_out)
             + Counter(suffix_of(f.path) for f in place.files or () if not is_parquet(f.path))
         ),
     )
+
+
+def _check_unchanged(place: Place, tables: list[storage.FileInfo]) -> None:
+    """Rows are known by their numbers, so that a file may be no other than the one that a run began with."""
+    today = {file.path: file.size for file in place.files or ()}
+    for file in tables:
+        if place.beginning is not None and today.get(file.path) != file.size:
+            raise SourceError(
+                f"{file.uri} is gone or another since the run began: put it back, or use another output"
+            )
 
 
 class ParquetSource:
@@ -103,6 +118,7 @@ class ParquetSource:
         self.name = name or uri
         self.options = options
         self._others = others or {}
+        self._single = files is None
         self._files = open_files(uri, files, captions=captions)
         columns = self._files[0].columns
         for file in self._files:
@@ -121,15 +137,19 @@ class ParquetSource:
 
     def identity(self) -> SourceIdentity:
         listing = "".join(f"{file.path}:{file.rows}:{file.size};" for file in self._files)
+        digest = hashlib.sha256(listing.encode()).hexdigest()
         return SourceIdentity(
             kind="parquet",
             uri=self.name,
-            options={
-                "files": hashlib.sha256(listing.encode()).hexdigest(),
-                "split": self.options.split,
-                "limit": self.options.limit,
-            },
+            options={"limit": self.options.limit},
+            listing=digest,
+            # They lie in the same files.
+            captions=f"{self.options.split} {digest}",
         )
+
+    def files(self) -> Iterator[Listed]:
+        for file in () if self._single else self._files:
+            yield None, storage.FileInfo(file.uri, file.path, file.size, file.mtime)
 
     def num_images(self) -> int:
         return sum(len(labels.taken(range(rows))) for _, labels, rows in self._taken)
@@ -142,10 +162,11 @@ class ParquetSource:
         """Rows in the files, whatever the limit, by the split that they or their file's name say."""
         return dict(self._rows_by_split)
 
-    def images(self, *, retry_seconds: float = RETRY_SECONDS) -> PieceSource:
+    def images(self, done: IdSet = NONE, /, *, retry_seconds: float = RETRY_SECONDS) -> PieceSource:
         pieces = []
         for file, labels, rows in self._taken:
-            for part in slices(file, labels, rows):
+            for whole in slices(file, labels, rows):
+                part = whole.without(done)
                 taken = len(part.labels.taken(range(len(part.rows))))
                 if taken:
                     read = partial(part.read, retry_seconds)

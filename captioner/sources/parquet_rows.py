@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
 from captioner import storage
+from captioner.artifacts.id_set import IdSet
 from captioner.artifacts.tables import FINAL
 from captioner.config import Split
 from captioner.sources.outage import RETRY_SECONDS, Outage, kind_of
@@ -77,6 +78,17 @@ class Slice:
     """Those of ``rows``, from 0."""
     mtime: int | None
     """Of the file, nanoseconds since 1970."""
+
+    def without(self, done: IdSet) -> "Slice":
+        """The same without the rows whose images are done, which ends with the last one that is not."""
+        taken = self.labels.taken(range(len(self.rows)))
+        over = done.holds([self.labels.image_id(row) for row in taken])
+        if not over.any():
+            return self
+        left = {row for row, finished in zip(taken, over, strict=True) if not finished}
+        stop = max(left, default=-1) + 1
+        column = tuple(self.labels.split_of(row) if row in left else None for row in range(stop))
+        return replace(self, rows=self.rows[:stop], labels=replace(self.labels, column=column))
 
     def read(self, retry_seconds: float = RETRY_SECONDS) -> Iterator[pa.Table]:
         """``tables.SOURCE_ROWS``; where the file turns out to be damaged, the rows left have an error."""

@@ -1,6 +1,8 @@
 """What a user named as a source, and the files that lie there."""
 
+import logging
 import posixpath
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,7 +10,10 @@ from captioner import storage
 from captioner.artifacts.output import CLAIM
 from captioner.config import ImageLimits, SourceConfig
 from captioner.errors import SourceError, StoreError
+from captioner.sources.beginning import Beginning, describe_change, read_beginning
 from captioner.sources.listing import list_place
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,8 @@ class Place:
     limits: ImageLimits
     captions: bool
     """Whether captions are wanted, and splits in files beside the images."""
+    output: str | None = None
+    """Where the run writes that the source is opened for: it goes on with the files that it began with."""
 
     @cached_property
     def uri(self) -> str:
@@ -34,6 +41,27 @@ class Place:
             SourceError: nothing is there, or it cannot be listed.
         """
         return self._listed[0]
+
+    @cached_property
+    def beginning(self) -> Beginning | None:
+        """What the run began with, where it has begun.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        return None if self.output is None else read_beginning(self.output, self.uri)
+
+    def taken(self, kind: str, wanted: Callable[[str], bool]) -> list[storage.FileInfo]:
+        """Files whose paths are wanted: those of today, or those that the run began with, as a source of a ``kind``."""
+        today = [file for file in self.files or () if wanted(file.path)]
+        begun = self.beginning
+        if begun is None:
+            return today
+        if begun.kind != kind:
+            return []
+        if change := describe_change(begun.files, today):
+            logger.info("%s: %s; the run goes on with what it began with", self.spec, change)
+        return begun.files
 
     @property
     def left_out(self) -> dict[str, int]:

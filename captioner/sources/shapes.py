@@ -1,13 +1,15 @@
 """Generated scenes as a source: a data set that needs no network and no disk, drawn by the tasks that read it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import pyarrow as pa
 
+from captioner.artifacts.id_set import NONE, IdSet
 from captioner.artifacts.manifests import SourceIdentity
 from captioner.artifacts.tables import CAPTION_ROWS, SPLITS
 from captioner.config import ShapesConfig
+from captioner.sources.base import Listed
 from captioner.sources.outage import RETRY_SECONDS
 from captioner.sources.place import Place
 from captioner.sources.scenes import draw_scene, make_scene
@@ -40,16 +42,22 @@ class ShapesSource:
             options=self.config.model_dump() | {"limit": self.limit, "version": _VERSION},
         )
 
+    def files(self) -> Iterator[Listed]:
+        yield from ()
+
     def num_images(self) -> int:
         return sum(self._size(split) for split in SPLITS)
 
-    def images(self, *, retry_seconds: float = RETRY_SECONDS) -> PieceSource:
+    def images(self, done: IdSet = NONE, /, *, retry_seconds: float = RETRY_SECONDS) -> PieceSource:
         pieces = []
         for split in SPLITS:
             for start in range(0, self._size(split), ROWS_PER_PIECE):
-                rows = min(ROWS_PER_PIECE, self._size(split) - start)
-                read = partial(_read, self.config.seed, split, start, rows)
-                pieces.append(Piece(read, rows, rows * _BYTES_PER_IMAGE))
+                indices = range(start, min(start + ROWS_PER_PIECE, self._size(split)))
+                finished = done.holds([_image_id(split, index) for index in indices])
+                left = [index for index, over in zip(indices, finished, strict=True) if not over]
+                if left:
+                    read = partial(_read, self.config.seed, split, left)
+                    pieces.append(Piece(read, len(left), len(left) * _BYTES_PER_IMAGE))
         return PieceSource("Shapes", pieces)
 
     def captions(self) -> Iterator[pa.RecordBatch]:
@@ -81,14 +89,13 @@ def _image_id(split: str, index: int) -> str:
     return f"{split}-{index:06d}"
 
 
-def _read(seed: int, split: str, start: int, rows: int) -> Iterator[pa.Table]:
-    indices = range(start, start + rows)
+def _read(seed: int, split: str, indices: Sequence[int]) -> Iterator[pa.Table]:
     data = [draw_scene(seed, split, index) for index in indices]
     yield source_rows(
         [_image_id(split, index) for index in indices],
         [f"shapes://{split}/{index}?seed={seed}" for index in indices],
         data,
-        [None] * rows,
-        [None] * rows,
+        [None] * len(data),
+        [None] * len(data),
         sizes=[len(one) for one in data],
     )

@@ -1,21 +1,32 @@
-"""How small a cluster may be, and what its workers are told of S3."""
+"""How small a cluster may be, what is kept of a run on it, and what its workers are told of S3."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 
-from captioner.config import EncoderConfig, ExtractConfig, ShapesConfig, SourceConfig
-from captioner.errors import ConfigError
-from captioner.features.extract import extract
+from captioner.artifacts.output import WORK, Output
+from captioner.artifacts.tables import feature_rows
+from captioner.encoders.spec import FeatureShape
+from captioner.features.pace import MOST_ROWS
+from captioner.features.pipeline import run_pipeline
+from captioner.features.row_marks import CHECKPOINT, finish_rows, finished
+from captioner.features.stage import PIXELS, Stage
 from captioner.runtime import cluster
+from captioner.sources import open_source
 from tests.cluster.conftest import SECRETS
 from tests.head import ROOT
+from tests.sources import write_images
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -35,17 +46,70 @@ def one_cpu() -> Iterator[None]:
     ray.shutdown()
 
 
-def test_a_cluster_of_one_cpu_is_refused_in_one_line(one_cpu: None, tmp_path: Path) -> None:
-    config = ExtractConfig(
-        source="shapes",
-        source_options=SourceConfig(shapes=ShapesConfig(train=1, validation=1, test=1)),
-        output=str(tmp_path / "features"),
-        encoder=EncoderConfig(weights="random"),
-    )
-    with pytest.raises(ConfigError, match=r"has 1 CPU, and a pipeline needs 2 ") as one:
-        extract(config)
-    assert "\n" not in str(one.value)
-    assert list(tmp_path.iterdir()) == []
+class Watcher(Stage):
+    """Stands in for an encoder, and notes each id with how many files are complete by then."""
+
+    loaded = pa.schema([pa.field(PIXELS, pa.fixed_shape_tensor(pa.uint8(), [64, 64, 3]))])
+
+    def __init__(self, output: Path, log: Path, fails_after: int | None):
+        self.marks, self.log, self.fails_after = output / f"{WORK}/{CHECKPOINT}", log, fails_after
+
+    def load(self, data: bytes) -> dict[str, Any]:
+        return {PIXELS: np.zeros((64, 64, 3), np.uint8)}
+
+    def prepare(self) -> None:
+        self.encoded = 0
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        for name in batch["image_id"].to_pylist():
+            complete = len([mark for mark in self.marks.iterdir() if "pending" not in mark.name])
+            with self.log.open("a") as file:
+                file.write(f"{name} {complete}\n")
+            self.encoded += 1
+            if self.encoded == self.fails_after:
+                raise RuntimeError("enough")
+            time.sleep(0.003)
+        vectors = np.zeros((len(batch), 4), np.float32)
+        return pa.table({"pooled": pa.FixedShapeTensorArray.from_numpy_ndarray(vectors)})
+
+
+def test_on_one_cpu_files_are_written_all_along_and_nothing_finished_is_read_again(
+    one_cpu: None, tmp_path: Path
+) -> None:
+    images = 1600
+    photos = tmp_path / "photos"
+    write_images(photos, *(f"{number:04d}.jpg" for number in range(images)))
+    schema = feature_rows(FeatureShape(4, 4, 1, 1), grid=False, thumbnails=False)
+    pool = cluster.plan_pool(images)
+
+    def run(log: Path, fails_after: int | None = None) -> list[tuple[str, int]]:
+        with Output(str(tmp_path / "out"), {"job": "test"}) as output:
+            run_pipeline(
+                open_source(str(photos)),
+                output,
+                "features",
+                schema,
+                Watcher(tmp_path / "out", log, fails_after),
+                batch_size=32,
+                pool=pool,
+            )
+            finish_rows(output, "features", images, 0.0)
+        return [(name, int(files)) for name, files in map(str.split, log.read_text().splitlines())]
+
+    with pytest.raises(ray.exceptions.RayTaskError):
+        run(tmp_path / "first", fails_after=1000)
+    with Output(str(tmp_path / "out"), {"job": "test"}) as output:
+        done = finished(output)
+    first = [name for name, _ in map(str.split, (tmp_path / "first").read_text().splitlines())]
+    # Each picture that was encoded but for those of some tasks lies in a file.
+    assert 1000 - 5 * MOST_ROWS <= len(done) <= len(first) < images
+    second = run(tmp_path / "second")
+    assert len(second) == len({name for name, _ in second}) == images - len(done)
+    assert not done.holds([name for name, _ in second]).any()
+    # Of as many as 600: where writing waits for reading, the first file comes with the last picture.
+    assert second[-1][1] - second[0][1] >= 3
+    rows = pq.read_table(tmp_path / "out/features", columns=["image_id", "error"])
+    assert len(set(rows["image_id"].to_pylist())) == len(rows) == rows["error"].null_count == images
 
 
 def test_workers_get_the_address_of_s3_and_no_secret(local_ray: None) -> None:

@@ -264,6 +264,42 @@ def test_bad_images_are_counted_and_named_and_nothing_is_encoded_again(
         assert small.size == (160, 160)
 
 
+def test_another_machine_another_listing_and_corrected_captions_encode_nothing_again(
+    damaged: Path,
+    resumed: ExtractConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder, output = Path(shutil.copytree(damaged, tmp_path / "photos")), tmp_path / "store"
+    encoder = EncoderConfig(weights="random", layer="layer3", compute="auto")
+    monkeypatch.setattr("captioner.features.extract.compute_on_cluster", lambda _: "float32")
+    config = settings(folder, output, limits=LIMITS, encoder=encoder)
+    with pytest.raises(SourceError, match=r"^4 of 16 images were rejected"):
+        extract(config)
+    written = {file: file.stat().st_mtime_ns for file in (output / "features").iterdir()}
+    monkeypatch.setattr("captioner.features.extract.compute_on_cluster", lambda _: "bfloat16")
+    shutil.copy(folder / "000.png", folder / "new.png")
+    (folder / "001.png").unlink()
+    table = (
+        "image,caption,split\n000.png,A corrected caption,train\n001.png,Of one that is gone,test\n"
+    )
+    (folder / "captions.csv").write_text(table)
+    config = config.model_copy(update={"max_reject_fraction": 0.5})
+    manifest = extract(config)
+    assert written == {file: file.stat().st_mtime_ns for file in (output / "features").iterdir()}
+    assert (manifest.counts.ok, manifest.counts.rejected) == (12, 4)
+    assert manifest.encoder.spec.precision == "float32"
+    store = FeatureStore.open(str(output))
+    assert store.captions("train") == {"000.png": ["A corrected caption"]}
+    assert store.captions("test") == {"001.png": ["Of one that is gone"]}
+    assert "--extends" not in caplog.text
+    (folder / "captions.csv").unlink()
+    assert extract(config) == manifest
+    assert "the images have changed since" in caplog.text
+    assert "--extends" in caplog.text
+
+
 def test_a_mark_left_twice_costs_no_rows(resumed: ExtractConfig) -> None:
     """On S3 a rename is a copy and a delete: killed between them, both the pending mark and the final one are there."""
     output = Path(resumed.output)

@@ -37,6 +37,7 @@ ROOMS = (
 WITH_RAY = (
     "captioner.runtime.cluster",
     "captioner.runtime.data_context",
+    "captioner.runtime.lifeline",
     "captioner.runtime.progress",
     "captioner.runtime.ray_private",
     "captioner.sources",

@@ -25,6 +25,7 @@ from tests.pictures import picture
 CONFIGS = {
     **JOBS,
     "benchmark extract": benchmarks.BenchmarkExtractConfig,
+    "benchmark kept": benchmarks.BenchmarkKeptConfig,
     "benchmark scores": benchmarks.BenchmarkScoresConfig,
     "benchmark serve": benchmarks.BenchmarkServeConfig,
     "benchmark train": benchmarks.BenchmarkTrainConfig,

@@ -1,15 +1,67 @@
-"""How many rows a run of Ray Data writes into a file."""
+"""How much a run of Ray Data loads, encodes and writes at a time."""
+
+import pytest
 
 from captioner.artifacts.tables import feature_rows
 from captioner.encoders.spec import FeatureShape
+from captioner.features.pace import FILE_SECONDS, FIRST_ROWS, MOST_ROWS, TASK_SECONDS, Pace
 from captioner.features.pipeline import rows_per_file
 
 
-def test_large_stores_have_about_a_thousand_files_that_fit_in_memory() -> None:
+def test_files_are_a_hundredth_of_all_rows_and_fit_in_memory() -> None:
     vectors, grids = (
         feature_rows(FeatureShape(2048, 2048, 7, 7), grid=grid) for grid in (False, True)
     )
-    assert rows_per_file(7_000, vectors) == 7
+    assert rows_per_file(7_000, vectors) == 70
     assert rows_per_file(10, vectors) == 1
-    assert rows_per_file(10_000_000, vectors) == 10_000
+    assert rows_per_file(10_000_000, vectors) == 128 * 2**20 // (4 * 2048)
     assert rows_per_file(10_000_000, grids) * (4 * 2048 + 2 * 49 * 2048) <= 128 * 2**20
+
+
+@pytest.mark.parametrize("encoders", [1, 2, 16])
+@pytest.mark.parametrize("seconds", [0.0001, 0.01, 0.5, 5.0, 40.0])
+def test_files_and_tasks_last_as_long_as_they_may_however_fast_encoders_are(
+    encoders: int, seconds: float
+) -> None:
+    pace = Pace(encoders, 10**9)
+    pace.started(0.0)
+    # Tasks are cut before it is known how fast they are: each encoder has a second one waiting.
+    waiting = [(FIRST_ROWS * seconds, FIRST_ROWS) for _ in range(2 * encoders)]
+    free = [waiting[number][0] for number in range(encoders)]
+    rows_waiting = [FIRST_ROWS] * encoders
+    now, pending, opened, files = 0.0, 0, 0.0, []
+    sizes: list[int] = []
+    for _ in range(200 * encoders):
+        encoder = free.index(min(free))
+        now, rows = free[encoder], rows_waiting[encoder]
+        if not pending:
+            opened = now
+        pending += rows
+        sizes.append(rows)
+        if pace.is_file_full(pending, now):
+            files.append(now - opened)
+            pending = 0
+        rows_waiting[encoder] = pace.rows_per_task
+        free[encoder] = now + rows_waiting[encoder] * seconds
+    assert max(files, default=0) <= FILE_SECONDS
+    settled = sizes[3 * encoders :]
+    assert max(settled) * seconds <= TASK_SECONDS * 1.5 or max(settled) == 1
+    if seconds <= 0.01:
+        assert settled[-1] == MOST_ROWS
+    # Nothing is cut finer than it must be.
+    assert max(settled) == 1 or max(settled) == MOST_ROWS or max(settled) * seconds >= 3
+
+
+def test_two_encoders_that_finish_at_once_do_not_pass_for_fast_ones() -> None:
+    pace = Pace(2, 10**9)
+    pace.started(0.0)
+    pace.is_file_full(8, 80.0)
+    pace.is_file_full(16, 80.001)
+    assert pace.rows_per_task == 1
+
+
+def test_a_file_holds_no_more_rows_than_it_may() -> None:
+    pace = Pace(1, 20)
+    pace.started(0.0)
+    full = [pace.is_file_full(rows, rows / 1000) for rows in (8, 16, 24)]
+    assert full == [False, False, True]
