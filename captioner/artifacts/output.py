@@ -48,7 +48,7 @@ CONTENTS = frozenset(
         *("config.json", "vocab.json", "metrics.json", "scores.json", "README.md"),
         *("history.parquet", "predictions.parquet", "trials.parquet", "captions.jsonl"),
         *("curves.png", "trials.png", "grid.png", "best_and_worst.png", "contact_sheet.html"),
-        "rejects.csv",
+        *("rejects.csv", "captions.csv", "txt", "xmp", "imagefolder", "neighbours.parquet"),
     )
 )
 

@@ -1,17 +1,13 @@
 """Captioning of whole collections: any source of images -> a directory of captions, on Ray Data."""
 
-import hashlib
-import json
 import logging
 
-import pyarrow.parquet as pq
-
-from captioner import storage
-from captioner.artifacts.manifests import CaptionsManifest, FileEntry
+from captioner.artifacts.manifests import CaptionsManifest
 from captioner.artifacts.model_directory import load_model
 from captioner.artifacts.output import WORK, Output, publish_once
 from captioner.artifacts.tables import CAPTIONED_ROWS, THUMBNAIL
 from captioner.captioning.contact_sheet import write_contact_sheet
+from captioner.captioning.exports import check_exports, write_exports
 from captioner.captioning.stage import CaptionImages
 from captioner.config import CaptionConfig
 from captioner.encoders.weights import ENCODER_WEIGHTS
@@ -24,7 +20,13 @@ from captioner.sources.beginning import keep_beginning, tell_change
 
 logger = logging.getLogger(__name__)
 
-CAPTIONS, JSON_LINES = "captions", "captions.jsonl"
+# What decides the form of what is published.
+_OUT = {
+    *("format", "sentences", "beside", "copy_pictures"),
+    *("contact_sheet", "contact_sheet_images"),
+}
+
+CAPTIONS = "captions"
 
 
 def caption_collection(config: CaptionConfig) -> CaptionsManifest:
@@ -43,6 +45,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         captions=False,
         output=None if config.restart else config.output,
     )
+    check_exports(config, source.identity().kind)
     # All of it, once, before every actor of a cluster finds the same damage.
     model = load_model(config.model)
     directory, spec = model.directory, model.record.encoder.spec
@@ -55,14 +58,16 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
     def fill(output: Output) -> CaptionsManifest:
         keep_beginning(output, source)
         logger.info("captioning %s images with %s", f"{total:,}", directory.uri)
-        # What is handed over as one file of JSON lines is written as tables first, as everything is.
-        tables = CAPTIONS if config.format == "parquet" else f"{WORK}/{CAPTIONS}"
+        # What is handed over as one other file is written as tables first, as everything is.
+        in_one = config.format in ("jsonl", "csv")
+        tables = f"{WORK}/{CAPTIONS}" if in_one else CAPTIONS
         stage = CaptionImages(
             directory.uri,
             spec,
             decode,
             config.limits,
             thumbnails=config.contact_sheet,
+            sentences=config.sentences,
             threads=pool.threads,
         )
         schema = CAPTIONED_ROWS
@@ -73,8 +78,8 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         counts = count_rows(rows, source.left_out())
         files = list_data_files(output, tables)
         sheet = write_contact_sheet(output, files, config) if config.contact_sheet else []
-        if config.format == "jsonl":
-            files = [_write_json_lines(output, files)]
+        exports = write_exports(output, files, config)
+        files = exports if in_one else [*files, *exports]
         logger.info(describe_counts(counts))
         return CaptionsManifest(
             model=directory.uri,
@@ -91,25 +96,8 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         "source": source.identity().claim(),
         "decode": decode.model_dump(mode="json"),
         "limits": config.limits.model_dump(mode="json"),
-        **config.model_dump(include={"format", "contact_sheet", "contact_sheet_images"}),
+        **config.model_dump(include=_OUT),
     }
     manifest = publish_once(config.output, identity, CaptionsManifest, fill, restart=config.restart)
     tell_change(manifest.source, source.identity(), config.output)
     return manifest
-
-
-def _write_json_lines(output: Output, files: list[FileEntry]) -> FileEntry:
-    """All rows as one file of JSON objects, in the order of the Parquet files; thumbnails are left out."""
-    count = size = 0
-    digest = hashlib.sha256()
-    with storage.atomic_writer(output.uri(JSON_LINES)) as target:
-        for entry in files:
-            with storage.open_input(output.uri(entry.path)) as handle:
-                columns = CAPTIONED_ROWS.names
-                for batch in pq.ParquetFile(handle).iter_batches(1024, columns=columns):
-                    for row in batch.to_pylist():
-                        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-                        digest.update(line)
-                        size += target.write(line)
-                        count += 1
-    return FileEntry(path=JSON_LINES, bytes=size, rows=count, sha256=digest.hexdigest())

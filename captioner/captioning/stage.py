@@ -9,6 +9,12 @@ from captioner.features.stage import PIXELS, PixelStage, tensor
 from captioner.runtime.device import prepare_device
 
 
+def sentence(caption: str) -> str:
+    """A caption with a capital and a full stop, where it has words."""
+    text = caption[:1].upper() + caption[1:]
+    return f"{text}." if text and text[-1].isalnum() else text
+
+
 class CaptionImages(PixelStage):
     """Pictures -> ``caption``, ``log_prob`` and ``alternatives`` columns."""
 
@@ -20,10 +26,12 @@ class CaptionImages(PixelStage):
         limits: ImageLimits,
         *,
         thumbnails: bool,
+        sentences: bool,
         threads: int,
     ):
         super().__init__(spec, limits, thumbnails=thumbnails)
         self.model_uri, self.decode, self.threads = model_uri, decode, threads
+        self.written = sentence if sentences else str
 
     def prepare(self) -> None:
         # Here, for the tasks that load pictures have no use for the tensor library.
@@ -34,12 +42,15 @@ class CaptionImages(PixelStage):
     def __call__(self, batch: pa.Table) -> pa.Table:
         captions = self.captioner.caption_pixels(tensor(batch, PIXELS), self.decode)
         alternatives = [
-            [{"caption": other.text, "log_prob": other.log_prob} for other in one.alternatives]
+            [
+                {"caption": self.written(other.text), "log_prob": other.log_prob}
+                for other in one.alternatives
+            ]
             for one in captions
         ]
         return pa.table(
             {
-                "caption": [caption.text for caption in captions],
+                "caption": [self.written(caption.text) for caption in captions],
                 "log_prob": pa.array([caption.log_prob for caption in captions], pa.float32()),
                 "alternatives": pa.array(alternatives, CAPTIONED_ROWS.field("alternatives").type),
             }

@@ -152,8 +152,16 @@ class CaptionConfig(Config):
     """Model directory (path or URI), or hf:org/name[@revision]."""
     output: str
     """Directory of the captions (path or URI)."""
-    format: Literal["parquet", "jsonl"] = "parquet"
-    """parquet: files of many rows in captions/. jsonl: one file captions.jsonl, an object per line."""
+    format: Literal["parquet", "jsonl", "csv", "txt", "imagefolder", "xmp"] = "parquet"
+    """parquet: files of many rows in captions/. jsonl, csv: one file, captions.jsonl or captions.csv. txt, xmp: also a
+    file a picture, in a tree txt/ or xmp/ like the pictures'; xmp is what photo programs read. imagefolder: also
+    imagefolder/metadata.jsonl, as the library datasets reads it."""
+    beside: bool = False
+    """Write txt, xmp or metadata.jsonl next to the (local) pictures instead, never over a file that is there."""
+    copy_pictures: bool = False
+    """Also copy the pictures into imagefolder/, which is then whole."""
+    sentences: bool = False
+    """Write captions with a capital and a full stop."""
     contact_sheet: bool = False
     """Also write contact_sheet.html, small pictures with their captions in one file for a browser, and grid.png, the
     first 16 of them."""
@@ -171,6 +179,16 @@ class CaptionConfig(Config):
     cpus_per_captioner: Positive | None = None
     """Threads of one captioning actor on CPU; default: chosen from the cluster."""
     restart: Restart = False
+
+    @model_validator(mode="after")
+    def _form_fits(self) -> "CaptionConfig":
+        if self.beside and self.format not in ("txt", "xmp", "imagefolder"):
+            raise ValueError(f"beside: is for txt, xmp and imagefolder, not for {self.format}")
+        if self.beside and self.copy_pictures:
+            raise ValueError("beside: the pictures are there; leave out copy_pictures")
+        if self.copy_pictures and self.format != "imagefolder":
+            raise ValueError(f"copy_pictures: is for imagefolder, not for {self.format}")
+        return self
 
 
 class VerifyConfig(Config):

@@ -57,8 +57,9 @@ def config(photos: Path, model: str, output: Path, **changes: object) -> Caption
 
 @pytest.fixture(scope="module")
 def parquet(photos: Path, model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a text file a picture besides."""
     output = tmp_path_factory.mktemp("parquet") / "captions"
-    caption_collection(config(photos, model, output))
+    caption_collection(config(photos, model, output, format="txt"))
     return output
 
 
@@ -104,6 +105,8 @@ def test_json_lines_hold_what_parquet_holds(
     assert set(table.column_names) == {*CAPTIONED_ROWS.names, "thumbnail"}
     expected = table.drop_columns("thumbnail").to_pylist()
     assert rows == {row["image_id"]: row for row in expected}
+    texts = {file.stem: file.read_text() for file in (parquet / "txt").iterdir()}
+    assert texts == {str(number): rows[f"{number}.png"]["caption"] + "\n" for number in range(7)}
     good = rows["3.png"]
     captioner = Captioner.load(model, device="cpu")
     found = captioner.caption([picture(3, "PNG", (400, 200))], SEARCHED)[0]
