@@ -38,8 +38,8 @@ class S3Server:
 
     endpoint: str
     faults: list[Fault] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-    """Method and path of each."""
+    tickets: Any = None
+    """``stopping.Tickets``: how many changes may still happen."""
 
     @property
     def address(self) -> dict[str, str]:
@@ -63,8 +63,12 @@ def run_server() -> Iterator[S3Server]:
 
     def answer(environ: dict[str, Any], start_response: Any) -> Any:
         place, method = environ["REQUEST_URI"], environ["REQUEST_METHOD"]
-        found.requests.append(f"{method} {place}")
-        for fault in found.faults:
+        faults = found.faults
+        if found.tickets is not None and not found.tickets.grant(
+            method in ("PUT", "POST", "DELETE")
+        ):
+            faults = [Fault(403, "AccessDenied")]
+        for fault in faults:
             conditions = [
                 name for name in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH") if name in environ
             ]
