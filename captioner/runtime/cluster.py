@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -13,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import ray
+from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from captioner.errors import ConfigError
+from captioner.errors import ConfigError, OutOfReachError
 from captioner.runtime import ray_private
 from captioner.runtime.device import num_cores
 from captioner.runtime.lifeline import Lifeline
@@ -44,6 +47,10 @@ def start_ray() -> None:
     is shown on the dashboard and in logs, so nodes have their own, by role, variable or ``~/.aws/credentials``.
 
     From then on the process ends, with one line and status 75, when that Ray dies.
+
+    Raises:
+        ConfigError: ``RAY_ADDRESS`` is no address, or the cluster wants another token.
+        OutOfReachError: no cluster answers there.
     """
     if ray.is_initialized():
         return
@@ -51,6 +58,7 @@ def start_ray() -> None:
         found = {name: os.environ[name] for name in S3_ADDRESS_VARIABLES if os.environ.get(name)}
         # Ray would refuse what the submitted job's runtime environment sets, too, although it is where we have it from.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+        _knock(address)
         alone = ray_private.alone() if _on_loopback_alone(address) else contextlib.nullcontext()
         with alone, _own_end():
             ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": found})
@@ -90,6 +98,26 @@ def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+def _knock(address: str) -> None:
+    if address == "auto":  # of what runs on this machine
+        return
+    if not re.fullmatch(r"[^/]+:\d+", address):
+        raise ConfigError(f"RAY_ADDRESS: {address!r} is not the host:port of a Ray head")
+    try:
+        answer = ray_private.ask_head(address)
+    except AuthenticationError:  # RAY_AUTH_MODE=token, and no token
+        answer = grpc.StatusCode.UNAUTHENTICATED
+    if answer == grpc.StatusCode.UNAUTHENTICATED:
+        raise ConfigError(
+            f"the Ray cluster at {address} asks for its token: set RAY_AUTH_MODE=token, and have its token in "
+            "RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        )
+    if answer != grpc.StatusCode.OK:
+        raise OutOfReachError(
+            f"no Ray answers at {address}, which RAY_ADDRESS names: start it, correct or unset the variable"
+        )
 
 
 def _on_loopback_alone(address: str) -> bool:

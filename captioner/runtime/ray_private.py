@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import ray
 from ray._private import ray_constants
+from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 from ray._private.internal_api import get_memory_info_reply
 from ray._private.state import state
 
@@ -81,6 +83,23 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def ask_head(address: str) -> grpc.StatusCode:
+    """What a cluster's head answers this process, token and all: OK, UNAUTHENTICATED, or something else where none is.
+
+    ``ray.init`` finds out as well, after minutes, and says so in lines of its own.
+
+    Raises:
+        AuthenticationError: this process shall have a token, and has none.
+    """
+    method = grpc.insecure_channel(address).unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+    try:
+        # A message without fields.
+        method(b"", timeout=10, metadata=get_auth_headers_if_auth_enabled({}).items())
+    except grpc.RpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
 
 
 def start_autoscaling_coordinator() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from captioner.artifacts.output import WORK
 from captioner.features.row_marks import CHECKPOINT
-from tests.head import ROOT
+from tests.head import ROOT, Head
 from tests.processes import command_lines, descendants
 
 IMAGES = 4000
@@ -24,8 +24,8 @@ def _files(output: Path) -> int:
 
 
 def _strike(driver: "subprocess.Popen[bytes]", target: str) -> None:
-    if target == "driver":
-        driver.send_signal(signal.SIGINT)
+    if target.startswith("SIG"):
+        driver.send_signal(signal.Signals[target])
         return
     (victim,) = (
         pid
@@ -39,7 +39,8 @@ def _strike(driver: "subprocess.Popen[bytes]", target: str) -> None:
 @pytest.mark.parametrize(
     ("target", "status", "said"),
     [
-        ("driver", 130, "interrupted; the same command goes on from here"),
+        ("SIGINT", 130, "interrupted; the same command goes on from here"),
+        ("SIGTERM", 143, "interrupted; the same command goes on from here"),
         ("raylet", 75, "error: Ray has died: its raylet on this machine has ended; the same"),
         ("gcs_server", 75, "error: Ray has died: its head at 127.0.0.1:"),
     ],
@@ -81,8 +82,28 @@ def test_an_extraction_that_ends_early_says_why_and_what_is_kept(
     assert [line for line in lines if said in line] == lines[-1:]
     assert "Traceback" not in text
     assert not (output / "manifest.json").exists()
-    if target == "driver":
+    if target.startswith("SIG"):
         (kept,) = re.findall(r"^([\d,]+) of [\d,]+ images are done and kept$", text, re.MULTILINE)
         assert 0 < int(kept.replace(",", "")) < IMAGES
-    else:
-        assert "state-dump" not in text
+    assert "state-dump" not in text
+    assert "Fatal" not in text
+
+
+def test_a_cluster_that_asks_for_its_token_is_one_line(head: Head) -> None:
+    program = (
+        "from captioner.runtime import command_line; from captioner.runtime.cluster import start_ray\n"
+        "from captioner.config import DemoConfig; command_line.run(lambda config: start_ray(), DemoConfig)"
+    )
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    for token in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another"}):
+        ended = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env=own | token | {"RAY_ADDRESS": head.address},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        (line,) = ended.stderr.splitlines()
+        assert "asks for its token: set RAY_AUTH_MODE=token" in line
+        assert ended.returncode == 2

@@ -162,6 +162,33 @@ def test_what_is_wrong_or_out_of_reach_is_one_line(
     assert not storage.exists(f"{bucket}/out/manifest.json")
 
 
+@pytest.mark.parametrize(
+    ("address", "status", "words"),
+    [
+        ("nonsense", WRONG, "'nonsense' is not the host:port of a Ray head"),
+        ("http://127.0.0.1:8265", WRONG, "is not the host:port of a Ray head"),
+        ("127.0.0.1:9", AWAY, "no Ray answers at 127.0.0.1:9"),
+    ],
+)
+def test_an_address_without_a_ray_is_one_line(
+    world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    address: str,
+    status: int,
+    words: str,
+) -> None:
+    monkeypatch.setattr(ray, "init", no_ray)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    arguments = ["evaluate", f"--features={world}/features", f"--model={world}/model"]
+    monkeypatch.setattr("sys.argv", [*arguments, f"--output={world}/out"])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("ray_jobs.evaluate").main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert stop.value.code == status
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_job_that_is_ended_while_it_is_loaded_says_one_line(number: signal.Signals) -> None:
     child = subprocess.Popen(
