@@ -180,10 +180,10 @@ def test_an_address_without_a_ray_is_one_line(
 ) -> None:
     monkeypatch.setattr(ray, "init", no_ray)
     monkeypatch.setenv("RAY_ADDRESS", address)
-    arguments = ["evaluate", f"--features={world}/features", f"--model={world}/model"]
+    arguments = [text.format(world=world) for text in CAPTIONER]
     monkeypatch.setattr("sys.argv", [*arguments, f"--output={world}/out"])
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module("ray_jobs.evaluate").main()
+        importlib.import_module("ray_jobs.caption").main()
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
     assert stop.value.code == status
