@@ -24,6 +24,13 @@ class IdSet:
         self.repeated = int(again.sum())
         """How many ids came again."""
         self._digests = every[np.concatenate([[True], ~again])] if self.repeated else every
+        self._again = np.unique(every[1:][again])
+
+    def came_again(self) -> "IdSet":
+        """Those that came more than once."""
+        found = IdSet()
+        found._digests = self._again
+        return found
 
     def __len__(self) -> int:
         return len(self._digests)

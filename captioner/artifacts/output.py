@@ -46,7 +46,8 @@ CONTENTS = frozenset(
         *(WORK, "features", "captions", "model", "tensorboard", "attention"),
         *("encoder.safetensors", "weights.safetensors", "last.safetensors", "ngrams.safetensors"),
         *("config.json", "vocab.json", "metrics.json", "scores.json", "README.md"),
-        *("history.parquet", "predictions.parquet", "trials.parquet", "captions.jsonl"),
+        *("history.parquet", "predictions.parquet", "trials.parquet", "neighbours.parquet"),
+        *("removed.parquet", "captions.jsonl", "captions.csv", "imagefolder", "txt", "xmp"),
         *("curves.png", "trials.png", "grid.png", "best_and_worst.png", "contact_sheet.html"),
         *("rejects.csv", "captions.csv", "txt", "xmp", "imagefolder", "neighbours.parquet"),
     )

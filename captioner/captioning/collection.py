@@ -13,7 +13,7 @@ from captioner.config import CaptionConfig
 from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.features.extract import describe_counts
 from captioner.features.pipeline import run_pipeline
-from captioner.features.row_marks import count_rows, finish_rows, list_data_files
+from captioner.features.row_marks import count_rows, finish_rows, rewrite_repeated
 from captioner.runtime.cluster import plan_pool, start_ray
 from captioner.sources import open_source
 from captioner.sources.beginning import keep_beginning, tell_change
@@ -76,7 +76,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         run_pipeline(source, output, tables, schema, stage, batch_size=config.batch_size, pool=pool)
         rows = finish_rows(output, tables, total, config.max_reject_fraction)
         counts = count_rows(rows, source.left_out())
-        files = list_data_files(output, tables)
+        files = rewrite_repeated(output, rows)
         sheet = write_contact_sheet(output, files, config) if config.contact_sheet else []
         exports = write_exports(output, files, config)
         files = exports if in_one else [*files, *exports]

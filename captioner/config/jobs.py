@@ -210,6 +210,7 @@ class SearchConfig(Config):
     k: Annotated[Positive, tyro.conf.arg(aliases=["-k"])] = 20
     """How many."""
     limits: ImageLimits = ImageLimits()
+    restart: Restart = False
 
 
 class PushConfig(Config):

@@ -27,7 +27,7 @@ from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.features.encode import EncodeImages
 from captioner.features.leaks import tell_leaks
 from captioner.features.pipeline import run_pipeline
-from captioner.features.row_marks import Rows, count_rows, finish_rows, list_data_files
+from captioner.features.row_marks import Rows, count_rows, finish_rows, write_removed
 from captioner.images.views import view_names
 from captioner.runtime.cluster import PoolPlan, num_gpus, plan_pool, start_ray
 from captioner.runtime.device import choose_compute
@@ -106,7 +106,8 @@ def extract(config: ExtractConfig) -> StoreManifest:
             thumbnails=config.thumbnails,
             counts=counts,
             splits=_count_splits(rows, output, captions),
-            files=[encoder, *list_data_files(output, "features"), *captions],
+            files=[encoder, *rows.files, *captions],
+            removed=write_removed(output, rows),
         )
 
     identity = {

@@ -67,7 +67,7 @@ def find_alike(config: SearchConfig) -> pa.Table:
             features=store.uri, image=config.image, images=len(rows), files=files
         )
 
-    publish_once(place, identity, LikenessManifest, fill)
+    publish_once(place, identity, LikenessManifest, fill, restart=config.restart)
     with storage.open_input(storage.join(storage.absolute(place), NEIGHBOURS)) as file:
         return pq.read_table(file)
 

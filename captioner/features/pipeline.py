@@ -24,7 +24,7 @@ from captioner.artifacts.output import Output
 from captioner.artifacts.tables import FINAL
 from captioner.errors import ImageError, StoreError
 from captioner.features.pace import Pace
-from captioner.features.row_marks import CHECKPOINT, count_done, discard_pending, finished
+from captioner.features.row_marks import CHECKPOINT, count_done, discard_unfinished, finished
 from captioner.features.stage import Stage
 from captioner.runtime.cluster import TASK_CPUS, WRITE_CPUS, PoolPlan
 from captioner.runtime.data_context import data_context
@@ -143,7 +143,7 @@ def run_pipeline(
     filesystem, path = storage.resolve(output.uri(directory))
     _, checkpoint = storage.resolve(output.work(CHECKPOINT))
     total = source.num_images()
-    discard_pending(output, directory)
+    discard_unfinished(output, directory)
     done = finished(output)
     already = len(done)
     if already:

@@ -3,6 +3,7 @@
 from captioner.storage.exclusive import create_exclusively
 from captioner.storage.files import (
     S3_ADDRESS_VARIABLES,
+    DamagedError,
     FileInfo,
     absolute,
     atomic_writer,
@@ -24,6 +25,7 @@ from captioner.storage.files import (
 
 __all__ = [
     "S3_ADDRESS_VARIABLES",
+    "DamagedError",
     "FileInfo",
     "absolute",
     "atomic_writer",

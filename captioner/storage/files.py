@@ -30,6 +30,10 @@ S3_ADDRESS_VARIABLES = (
 )
 
 
+class DamagedError(StoreError):
+    """A file is not what was written."""
+
+
 @dataclass(frozen=True)
 class FileInfo:
     """A file below a listed directory."""
@@ -257,7 +261,8 @@ def reading(uri: str) -> Iterator[None]:
     """What Arrow raises while it reads a table, as ours.
 
     Raises:
-        StoreError: the file is missing or damaged.
+        DamagedError: the file is not what was written.
+        StoreError: it is missing, or access is denied.
         OutOfReachError: the store does not answer.
     """
     try:
@@ -265,7 +270,7 @@ def reading(uri: str) -> Iterator[None]:
     except (OSError, pa.ArrowException) as error:
         if isinstance(error, OSError) and (error.errno or fault_of(error) != Fault.OTHER):
             raise told("read", uri, error) from error
-        raise StoreError(f"{uri} is damaged: {one_line(error)}") from error
+        raise DamagedError(f"{uri} is damaged: {one_line(error)}") from error
 
 
 def read_json(uri: str) -> Any:

@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from captioner import config
 from captioner.config import DecodeConfig, DecodeOverrides
 
 OWN = DecodeConfig(beam_size=4, num_captions=2, length_penalty=1.0, mbr_samples=9)
@@ -40,3 +41,13 @@ def test_every_setting_of_a_search_can_be_asked_for_within_the_same_limits() -> 
 def test_more_captions_than_beams_are_refused_at_once() -> None:
     with pytest.raises(ValidationError, match="num_captions: 5 must be at most beam_size 3"):
         DecodeOverrides(beam_size=3, num_captions=5)
+
+
+def test_every_job_that_publishes_can_restart() -> None:
+    publishing = [
+        value
+        for value in vars(config).values()
+        if isinstance(value, type) and "output" in getattr(value, "model_fields", {})
+    ]
+    assert len(publishing) >= 7
+    assert [value for value in publishing if "restart" not in value.model_fields] == []
