@@ -6,6 +6,7 @@ python -m tests.cluster.store_fuzz --job extract --store s3
 import argparse
 import contextlib
 import hashlib
+import logging
 import random
 import shutil
 import tempfile
@@ -129,7 +130,10 @@ def world(folder: Path) -> Iterator[World]:
         # So that what a stopped run holds is soon free again.
         for name, seconds in {"BEAT": 0.5, "LOOK": 0.2, "STALE": 2.0}.items():
             patch.setattr(lease, name, seconds)
-        start_local_ray(num_cpus=4, include_dashboard=False, log_to_driver=False)
+        start_local_ray(
+            num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
+        )
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         try:
             yield World(folder, server, bucket)
         finally:
@@ -195,7 +199,7 @@ def run_stopped(world: World, job: str, store: str, stops: list[int]) -> tuple[d
                 JOBS[job](config)
             else:
                 # However it fails: as good as killed, for nothing of it reaches the store any more.
-                with contextlib.suppress(BaseException):
+                with contextlib.suppress(Exception, SystemExit):
                     JOBS[job](config)
     found = published(uri)
     changes = tickets.taken
