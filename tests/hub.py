@@ -1,4 +1,4 @@
-"""A server on loopback that speaks as much of the Hugging Face hub's API as models need."""
+"""A server on loopback that speaks as much of the Hugging Face hub's API as models and data sets need."""
 
 import base64
 import hashlib
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_loopback"
 LARGE = (".safetensors", ".png", ".parquet")
@@ -172,27 +172,54 @@ class _Handler(BaseHTTPRequestHandler):
         names = [{"rfilename": name} for name in files]
         self._json({"id": repository, "sha": commit, "siblings": names, "private": False})
 
-    def tree(self, body: bytes, repository: str, revision: str) -> None:
+    def tree(self, body: bytes, repository: str, revision: str, folder: str | None = None) -> None:
+        """What is in a folder, with all that is below its folders where that is asked for."""
         _, files = self.hub.files(repository, revision)
-        self._json(
-            [
-                {
-                    "type": "file",
-                    "path": name,
-                    "size": len(data),
-                    "oid": hashlib.sha1(data).hexdigest(),
-                }
-                for name, data in files.items()
-            ]
-        )
+        deep = "recursive=true" in urlsplit(self.path).query.lower()
+        start = f"{folder}/" if folder else ""
+        found = {}
+        for name, data in files.items():
+            head, _, below = name.removeprefix(start).partition("/")
+            if not name.startswith(start):
+                continue
+            if below:
+                found[f"{start}{head}"] = _folder(f"{start}{head}")
+            if deep or not below:
+                found[name] = _entry(name, data)
+        self._json(list(found.values()), 200 if found or not folder else 404)
+
+    def paths_info(self, body: bytes, repository: str, revision: str) -> None:
+        """Of files, and of the folders that they are in."""
+        _, files = self.hub.files(repository, revision)
+        wanted = parse_qs(body.decode()).get("paths") or json.loads(body)["paths"]
+        found = [_entry(name, files[name]) for name in wanted if name in files]
+        for name in wanted:
+            if any(file.startswith(f"{name}/") for file in files):
+                found.append(_folder(name))
+        self._json(found)
 
     def resolve(self, body: bytes, repository: str, revision: str, path: str) -> None:
         commit, files = self.hub.files(repository, revision)
         if path not in files:
             self._answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
             return
-        tag = hashlib.sha256(files[path]).hexdigest()
-        self._answer(200, files[path], ETag=f'"{tag}"', X_Repo_Commit=commit)
+        data, status, more = files[path], 200, {}
+        tag = hashlib.sha256(data).hexdigest()
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end = int(asked[1]), int(asked[2] or len(data) - 1)
+            more = {"Content_Range": f"bytes {start}-{end}/{len(data)}"}
+            data, status = data[start : end + 1], 206
+        self._answer(status, data, ETag=f'"{tag}"', X_Repo_Commit=commit, **more)
+
+
+def _folder(name: str) -> dict[str, object]:
+    return {"type": "directory", "path": name, "size": 0, "oid": "0" * 40}
+
+
+def _entry(name: str, data: bytes) -> dict[str, object]:
+    return {
+        "type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()
+    }  # fmt: skip
 
 
 _NAME = "([^/]+/[^/]+)"
@@ -207,4 +234,9 @@ _ROUTES = [
     (f"GET /api/models/{_NAME}/revision/([^/]+)", _Handler.info),
     (f"GET /api/models/{_NAME}/tree/([^/]+)", _Handler.tree),
     (f"(?:GET|HEAD) /{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
+    (f"GET /api/datasets/{_NAME}", _Handler.info),
+    (f"GET /api/datasets/{_NAME}/revision/([^/]+)", _Handler.info),
+    (f"GET /api/datasets/{_NAME}/tree/([^/]+)(?:/(.*))?", _Handler.tree),
+    (f"POST /api/datasets/{_NAME}/paths-info/([^/]+)", _Handler.paths_info),
+    (f"(?:GET|HEAD) /datasets/{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
 ]

@@ -90,10 +90,14 @@ class SourceConfig(Config):
     """Column that names each image's split, likewise."""
     id_column: str | None = None
     """Column of ids of your own, unique; default: an image's path, or a Parquet file's and the row's number in it."""
+    subset: str | None = None
+    """Subset (configuration) of a data set of the hub that has several."""
     encoding: str | None = None
     """Encoding of captions files, where no byte-order mark says it; default: UTF-8."""
     missing: Literal["error", "skip"] = "error"
     """Of captioned images that are not there: stop, or go on without them."""
+    partial: bool = False
+    """Take a set of Parquet files or shards as it is, though its names say that it has more."""
     sniff: bool = False
     """Also take files without a suffix that is known here, where their content is a picture's."""
     exclude: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from captioner.sources.place import Place
 KINDS = (
     "shapes",
     "hub",
+    "hf",
     "parquet",
     "folder",
 )

@@ -20,6 +20,9 @@ _CAPTIONS = (
     "captions", "caption", "sentences_raw", "raw", "sentences", "sentence", "comments", "comment", "texts", "text",
     "txt", "descriptions", "description", "alt_text",
 )  # fmt: skip
+NO_CAPTIONS = "none"
+TEXT_FIELDS = ("raw", "caption", "text", "sentence")
+"""Of a record that is a caption."""
 _SPLITS = ("split", "subset", "partition")
 
 
@@ -133,7 +136,7 @@ def texts_of(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
-        for name in ("raw", "caption", "text", "sentence"):
+        for name in TEXT_FIELDS:
             if value.get(name) is not None:
                 return texts_of(value[name])
         return []

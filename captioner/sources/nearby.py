@@ -11,12 +11,12 @@ from captioner import storage
 from captioner.config import SourceConfig
 from captioner.errors import SourceError, StoreError
 from captioner.sources.captions import CaptionFile, decode_text, parse_captions
+from captioner.sources.columns import NO_CAPTIONS
 from captioner.sources.matching import ImageNames
 from captioner.sources.splits import split_in_name
 
 logger = logging.getLogger(__name__)
 
-NO_CAPTIONS = "none"
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 SIDECARS = (".txt", ".caption")
 # Text of other kinds is not looked at beyond this size.

@@ -4,8 +4,9 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from captioner.artifacts.tables import CAPTION_ROWS
 from captioner.config import SourceConfig, Split
 from captioner.errors import SourceError, StoreError
 from captioner.sources.base import Listed
+from captioner.sources.columns import NO_CAPTIONS, texts_of
 from captioner.sources.folder import is_image
 from captioner.sources.outage import RETRY_SECONDS
 from captioner.sources.parquet_files import (
@@ -24,11 +26,11 @@ from captioner.sources.parquet_files import (
     holds_images,
     is_parquet,
     open_files,
-    read_splits,
+    read_column,
 )
 from captioner.sources.parquet_rows import Labels, slices
 from captioner.sources.place import Place, suffix_of
-from captioner.sources.splits import hashed_split, split_in_name
+from captioner.sources.splits import split_in_name, splits_called
 from captioner.sources.tasks import Piece, PieceSource
 from captioner.storage.faults import one_line
 
@@ -85,10 +87,9 @@ def _check_unchanged(place: Place, tables: list[storage.FileInfo]) -> None:
 class ParquetSource:
     """A Parquet file or a directory of them, split by a ``split`` column or by file name.
 
-    An image's id is its split and its row within the split, over the split's files in sorted order
-    (``train-000123`` in ``train-00000-of-00003.parquet``); where a column gives the split, or nothing does, it is
-    ``image-000123``, counted over all files. Rows whose column is null, and files whose name says nothing, have the
-    configured split.
+    An image's id is its file's path without the suffix and its row in it, ``data/train-00000-of-00003/000123``, which
+    no other file's coming or going changes; or what a column of ids says. Rows whose column names no split, and files
+    whose name says nothing, have the configured split; by default they train, where others say theirs.
     """
 
     def __init__(
@@ -111,29 +112,20 @@ class ParquetSource:
             others: files that are not read, by kind.
 
         Raises:
-            SourceError: a file is unreadable, has no image column, differs from the others, names an unknown split,
-                or is missing.
+            SourceError: a file is unreadable, has no image column, or is missing; ids are null or repeated.
         """
         self.uri = uri
         self.name = name or uri
         self.options = options
         self._others = others or {}
         self._single = files is None
-        self._files = open_files(uri, files, captions=captions)
-        columns = self._files[0].columns
-        for file in self._files:
-            if file.columns != columns:
-                raise SourceError(
-                    f"{file.uri}: its columns {file.columns} differ from {self._files[0].path}'s {columns}"
-                )
-        other = options.split
-        if other == "auto":
-            self._other: Split | None = None if columns.captions else "test"
-        else:
-            self._other = other
+        if options.captions not in (None, NO_CAPTIONS):
+            raise SourceError(
+                f"source-options.captions: {uri} holds captions in columns: source-options.caption-columns names them"
+            )
+        self._files = open_files(uri, files, options, captions=captions)
         self._rows_by_split: dict[str, int] = {}
-        by_row = split_column and columns.split is not None
-        self._taken = list(self._take_rows() if by_row else self._take_files())
+        self._taken = list(self._take(split_column))
 
     def identity(self) -> SourceIdentity:
         listing = "".join(f"{file.path}:{file.rows}:{file.size};" for file in self._files)
@@ -141,10 +133,10 @@ class ParquetSource:
         return SourceIdentity(
             kind="parquet",
             uri=self.name,
-            options={"limit": self.options.limit},
+            options={"limit": self.options.limit, "id_column": self.options.id_column},
             listing=digest,
             # They lie in the same files.
-            captions=f"{self.options.split} {digest}",
+            captions=f"{self.options.split} {[file.columns for file in self._files[:1]]} {digest}",
         )
 
     def files(self) -> Iterator[Listed]:
@@ -197,38 +189,69 @@ class ParquetSource:
                     f"{file.uri}: captions cannot be read: {one_line(error)}"
                 ) from error
 
-    def _take_files(self) -> Iterator[tuple[InspectedFile, Labels, int]]:
-        """Each file with its labels and the number of rows read from its beginning; splits by file name."""
-        numbered: dict[Split | None, int] = {}
-        for file in self._files:
-            named = split_in_name(file.path)
-            first = numbered.get(named, 0)
-            numbered[named] = first + file.rows
-            left = file.rows if self.options.limit is None else max(0, self.options.limit - first)
-            labels = Labels(named or "image", first, named or self._other)
-            yield file, labels, min(file.rows, left)
-        self._rows_by_split = {split or "no split": rows for split, rows in numbered.items()}
+    def _take(self, split_column: bool) -> Iterator[tuple[InspectedFile, Labels, int]]:
+        """Each file with its labels, and the number of rows read from its beginning."""
+        ids = self._read_columns("id")
+        self._check_ids(ids)
+        splits = self._read_columns("split" if split_column else None)
+        called = splits_called((name for names in splits for name in names or () if name), self.uri)
+        by_name = [split_in_name(file.path) for file in self._files]
+        other = self.options.split
+        if other == "auto":
+            if not any(file.columns.captions for file in self._files):
+                other = "test"
+            elif any(by_name) or any(called.values()):
+                other = "train"
+        rest: Split | None = None if other == "auto" else other
+        counts: Counter[str] = Counter()
+        for file, own, named, names in zip(self._files, ids, by_name, splits, strict=True):
+            labels = Labels(
+                file.stem, 0, named or rest, None, tuple(map(str, own)) if own else None
+            )
+            limit = self.options.limit
+            if names is None and (labels.split is not None or limit is None):
+                before = counts[labels.split or "no split"]
+                counts[labels.split or "no split"] += file.rows
+                yield (
+                    file,
+                    labels,
+                    file.rows if limit is None else min(file.rows, max(0, limit - before)),
+                )
+                continue
+            column: list[Split | None] = []
+            for row in range(file.rows):
+                name = names[row] if names else None
+                split = (called[name] if name else None) or labels.split_of(row)
+                assert split is not None
+                counts[split] += 1
+                over = limit is not None and counts[split] > limit
+                column.append(None if over else split)
+            while column and column[-1] is None:
+                column.pop()
+            yield file, replace(labels, column=tuple(column)), len(column)
+        self._rows_by_split = dict(counts)
 
-    def _take_rows(self) -> Iterator[tuple[InspectedFile, Labels, int]]:
-        """The same; splits by the rows' own column."""
-        counts: dict[str, int] = {}
-        first = 0
+    def _read_columns(self, what: Literal["split", "id"] | None) -> list[list[str | None] | None]:
+        """A column of each file; None of files that have none."""
+
+        def read(file: InspectedFile) -> list[str | None] | None:
+            name: str | None = getattr(file.columns, what) if what else None
+            return None if name is None else read_column(file, name)
+
         with ThreadPoolExecutor(16) as pool:
-            columns = list(pool.map(read_splits, self._files))
-        for file, column in zip(self._files, columns, strict=True):
-            otherwise = split_in_name(file.path) or self._other
-            labels = Labels("image", first, otherwise)
-            taken: list[Split | None] = []
-            for row, named in enumerate(column):
-                split = named or otherwise or hashed_split(labels.image_id(row))
-                counts[split] = counts.get(split, 0) + 1
-                over = self.options.limit is not None and counts[split] > self.options.limit
-                taken.append(None if over else split)
-            first += file.rows
-            while taken and taken[-1] is None:
-                taken.pop()
-            yield file, Labels(labels.prefix, labels.first, otherwise, tuple(taken)), len(taken)
-        self._rows_by_split = counts
+            return list(pool.map(read, self._files))
+
+    def _check_ids(self, ids: list[list[str | None] | None]) -> None:
+        places: dict[str, str] = {}
+        for file, column in zip(self._files, ids, strict=True):
+            for row, own in enumerate(column or ()):
+                place = f"{file.uri}#{row}"
+                if not own:
+                    raise SourceError(f"source-options.id-column: {place} has no id")
+                if places.setdefault(own, place) != place:
+                    raise SourceError(
+                        f"source-options.id-column: {places[own]} and {place} have the same id {own!r}"
+                    )
 
 
 def _caption_rows(
@@ -237,14 +260,11 @@ def _caption_rows(
     rows: list[dict[str, Any]],
     columns: tuple[str, ...],
 ) -> pa.RecordBatch:
-    """Captions of consecutive rows, each a dictionary with the columns of captions: text or lists of it."""
+    """Captions of consecutive rows, each a dictionary with the columns of captions."""
     found: list[tuple[str, str, str | None, int | None]] = []
     for row in labels.taken(range(first, first + len(rows))):
-        values: list[str | None] = []
-        for name in columns:
-            value = rows[row - first][name]
-            values += value if isinstance(value, list) else [value]
-        texts = [text for text in values if text and text.strip()]
+        values = (text for name in columns for text in texts_of(rows[row - first][name]))
+        texts = [text for text in values if text.strip()]
         head = (labels.image_id(row), str(labels.split_of(row)))
         found += [(*head, text, index) for index, text in enumerate(texts)] or [(*head, None, None)]
     columns_of = zip(*found, strict=True) if found else [[]] * len(CAPTION_ROWS)

@@ -1,6 +1,7 @@
 """What is known of Parquet files before their images are read: sizes, row groups, columns and splits."""
 
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -9,23 +10,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner import storage
-from captioner.config import Split
+from captioner.config import SourceConfig
 from captioner.errors import SourceError, StoreError
-from captioner.sources.splits import split_called
+from captioner.sources.columns import (
+    NO_CAPTIONS,
+    TEXT_FIELDS,
+    find_caption_columns,
+    find_split_column,
+    might_be_captions,
+    named,
+    normal,
+)
 from captioner.storage.faults import one_line
 
-_CAPTION_LISTS = ("captions", "caption", "sentences")
+SUFFIX = ".parquet"
 _SHARD = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(-\w+)?\.parquet", re.I)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns to read; of captions one with lists or several with a text each, or none."""
+    """Columns to read."""
 
     image: str
     captions: tuple[str, ...]
+    """Each with texts, or with lists or records of them; or none."""
     split: str | None
     """Column with the name of each row's split."""
+    id: str | None
+    """Column with the user's own ids."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +57,18 @@ class InspectedFile:
     def rows(self) -> int:
         return sum(self.groups)
 
+    @property
+    def stem(self) -> str:
+        """The path without its suffix, with which the ids of the file's rows begin."""
+        return self.path[: -len(SUFFIX)]
+
 
 def is_parquet(path: str) -> bool:
-    return path.lower().endswith(".parquet")
+    return path.lower().endswith(SUFFIX)
 
 
 def open_files(
-    uri: str, found: list[storage.FileInfo] | None, *, captions: bool = True
+    uri: str, found: list[storage.FileInfo] | None, options: SourceConfig, *, captions: bool = True
 ) -> list[InspectedFile]:
     """Inspect files, in their order, leaving out empty ones.
 
@@ -63,13 +80,16 @@ def open_files(
     """
     if found is None:
         found = [storage.FileInfo(uri, uri.rpartition("/")[2], 0)]
-    else:
+    elif not options.partial:
         _check_shards(uri, [file.path for file in found])
     with ThreadPoolExecutor(16) as pool:
-        opened = pool.map(partial(open_file, captions=captions), found)
+        opened = pool.map(partial(open_file, options=options, captions=captions), found)
         files = [file for file in opened if file.rows]
     if not files:
         raise SourceError(f"{uri}: the Parquet files hold no rows")
+    stems = Counter(file.stem for file in files)
+    if len(stems) < len(files):
+        raise SourceError(f"{uri}: two files are called {stems.most_common(1)[0][0]}{SUFFIX}")
     return files
 
 
@@ -90,11 +110,14 @@ def _check_shards(uri: str, paths: list[str]) -> None:
             for number in range(total):
                 if number not in numbers:
                     raise SourceError(
-                        f"{uri}: {name}-{number:05d}-of-{total:05d}.parquet is missing"
+                        f"{uri}: {name}-{number:05d}-of-{total:05d}.parquet is missing; source-options.partial "
+                        "goes on with what is there"
                     )
 
 
-def open_file(info: storage.FileInfo, *, captions: bool = True) -> InspectedFile:
+def open_file(
+    info: storage.FileInfo, options: SourceConfig, *, captions: bool = True
+) -> InspectedFile:
     """Inspect one file, its columns of captions only if asked to.
 
     Raises:
@@ -109,7 +132,12 @@ def open_file(info: storage.FileInfo, *, captions: bool = True) -> InspectedFile
         raise SourceError(f"{info.uri}: not readable as Parquet: {one_line(error)}") from error
     groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
     return InspectedFile(
-        info.uri, info.path, size, info.mtime, groups, _find_columns(info.uri, schema, captions)
+        info.uri,
+        info.path,
+        size,
+        info.mtime,
+        groups,
+        _find_columns(info.uri, schema, options, captions),
     )
 
 
@@ -123,67 +151,107 @@ def holds_images(info: storage.FileInfo) -> bool:
         return True
 
 
-def read_splits(file: InspectedFile) -> list[Split | None]:
-    """The split that each row of a file with a ``split`` column names, None where it is null.
+def read_column(file: InspectedFile, name: str) -> list[str | None]:
+    """The texts, or numbers as such, in a column of splits or ids; None where it is null.
 
     Raises:
-        SourceError: the column cannot be read, or a split is unknown.
+        SourceError: the column cannot be read.
     """
     try:
         with storage.open_input(file.uri) as handle:
-            column = pq.ParquetFile(handle).read(columns=[file.columns.split])[0]
+            column = pq.ParquetFile(handle).read(columns=[name])[0]
     except (pa.ArrowException, StoreError, OSError) as error:
-        raise SourceError(f"{file.uri}: splits cannot be read: {one_line(error)}") from error
-    splits: dict[str | None, Split | None] = {None: None}
-    for name in column.unique().to_pylist():
-        if name is not None:
-            splits[name] = split_called(name)
-            if splits[name] is None:
+        raise SourceError(f"{file.uri}: column {name} cannot be read: {one_line(error)}") from error
+    return [None if value is None else str(value).strip() for value in column.to_pylist()]
+
+
+def _find_columns(
+    uri: str, schema: pa.Schema, options: SourceConfig, with_captions: bool
+) -> Columns:
+    names = schema.names
+
+    def is_text(name: str) -> bool:
+        return _is_text(schema.field(name).type)
+
+    def fit(name: str) -> bool:
+        return name != image and _holds_text(schema.field(name).type)
+
+    image = _find_image(uri, schema, options)
+    captions: tuple[str, ...] = ()
+    if with_captions and options.captions != NO_CAPTIONS:
+        captions = find_caption_columns(names, options, uri, fit)
+        for name in captions or filter(might_be_captions, names):
+            kind = schema.field(name).type
+            if name != image and not _holds_text(kind):
                 raise SourceError(
-                    f"{file.uri}: column {file.columns.split}: unknown split {name!r}"
+                    f"{uri}: column {name} is {kind}, expected string or a list of strings; source-options.captions "
+                    "none goes on without captions"
                 )
-    return [splits[name] for name in column.to_pylist()]
+    own = options.id_column and named(names, options.id_column, "id-column", uri)
+    return Columns(image, captions, find_split_column(names, options, uri, is_text), own)
 
 
-def _find_columns(uri: str, schema: pa.Schema, with_captions: bool) -> Columns:
+def _find_image(uri: str, schema: pa.Schema, options: SourceConfig) -> str:
     images = [field.name for field in schema if _holds_images(field.type)]
-    if "image" in images:
-        images = ["image"]
-    if len(images) != 1:
+    if options.image_column is not None:
+        column = named(schema.names, options.image_column, "image-column", uri)
+        if column not in images:
+            raise SourceError(
+                f"{uri}: column {column} is {schema.field(column).type}, expected images: binary or "
+                "struct<bytes, path>"
+            )
+        return column
+    usual = [name for name in images if normal(name) == "image"]
+    if len(usual or images) != 1:
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise SourceError(
-            f"{uri}: expected a column 'image' of binary or struct<bytes, path>, or one such column of another "
-            f"name; it has: {columns}"
+            f"{uri}: expected a column 'image' of binary or struct<bytes, path>, one such column of another name, or "
+            f"source-options.image-column; it has: {columns}"
         )
-    numbered = sorted(
-        (name for name in schema.names if re.fullmatch(r"caption_\d+", name)),
-        key=lambda name: int(name.rpartition("_")[2]),
-    )
-    captions = numbered or [name for name in _CAPTION_LISTS if name in schema.names][:1]
-    captions = captions if with_captions else []
-    for name in captions:
-        kind = schema.field(name).type
-        if not _is_text(kind) and not (_is_list(kind) and _is_text(kind.value_type)):
-            raise SourceError(
-                f"{uri}: column {name} is {kind}, expected string or a list of strings"
-            )
-    by_row = "split" in schema.names and _is_text(schema.field("split").type)
-    return Columns(images[0], tuple(captions), "split" if by_row else None)
+    (found,) = usual or images
+    return str(found)
 
 
 def _holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _holds_images(kind.field("bytes").type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+        names = {field.name: field.type for field in kind}
+        if _is_binary(names.get("bytes", pa.null())):
+            return True
+        # As datasets has it where the files lie elsewhere.
+        return "path" in names and set(names) <= {"bytes", "path"}
+    return _is_binary(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    )
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    """Text, or lists of it, or of records with some."""
+    if _is_list(kind):
+        return _holds_text(kind.value_type)
+    if pa.types.is_struct(kind):
+        return any(normal(field.name) in TEXT_FIELDS and _is_text(field.type) for field in kind)
+    return _is_text(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
 
 
 def _is_list(kind: pa.DataType) -> bool:
     return bool(
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        pa.types.is_list(kind)
+        or pa.types.is_large_list(kind)
+        or pa.types.is_fixed_size_list(kind)
+        or pa.types.is_list_view(kind)
+        or pa.types.is_large_list_view(kind)
     )

@@ -1,6 +1,7 @@
 """Reading the images of Parquet files in slices: whole row groups together, or parts of one."""
 
 import math
+import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,18 +31,21 @@ _READ_BUFFER = 4 * 2**20
 
 @dataclass(frozen=True)
 class Labels:
-    """Ids and splits of consecutive rows, which are numbered over several files."""
+    """Ids and splits of consecutive rows of a file."""
 
     prefix: str
+    """What the ids begin with."""
     first: int
     """Number of the first row."""
     split: Split | None
     """Split of all rows; None: by a hash of each id."""
     column: tuple[Split | None, ...] | None = None
     """Split of each row, None for a row that a limit leaves out; instead of ``split``."""
+    ids: tuple[str, ...] | None = None
+    """Id of each row; instead of ``prefix`` and ``first``."""
 
     def image_id(self, row: int) -> str:
-        return f"{self.prefix}-{self.first + row:06d}"
+        return f"{self.prefix}/{self.first + row:06d}" if self.ids is None else self.ids[row]
 
     def split_of(self, row: int) -> Split | None:
         if self.column is not None:
@@ -57,7 +61,8 @@ class Labels:
     def cut(self, rows: range) -> "Labels":
         """The labels of some of the rows, which then begin at 0."""
         column = None if self.column is None else self.column[rows.start : rows.stop]
-        return replace(self, first=self.first + rows.start, column=column)
+        ids = None if self.ids is None else self.ids[rows.start : rows.stop]
+        return replace(self, first=self.first + rows.start, column=column, ids=ids)
 
 
 @dataclass(frozen=True)
@@ -97,18 +102,18 @@ class Slice:
             try:
                 for cells in self.cells(done):
                     outage.over()
-                    yield self._table(done, cells, "no image bytes in the row", FINAL)
+                    yield self._table(done, cells)
                     done += len(cells)
                 return
             except (pa.ArrowException, OSError) as problem:
                 if not outage.wait(problem, self.uri):
                     cells = pa.nulls(len(self.rows) - done, pa.large_binary())
                     why = f"cannot be read: {one_line(problem)}"
-                    yield self._table(done, cells, why, kind_of(problem))
+                    yield self._table(done, cells, (why, kind_of(problem)))
                     return
 
     def cells(self, done: int = 0) -> Iterator[pa.Array]:
-        """The image column of the rows as large_binary, in parts of ``rows_per_table``, without the first ``done``."""
+        """The image column of the rows, in parts of ``rows_per_table``, without the first ``done``."""
         position, end = -self.skip - done, len(self.rows) - done
         with self.filesystem.open_input_file(self.path) as handle:
             file = pq.ParquetFile(handle, buffer_size=_READ_BUFFER, pre_buffer=False)
@@ -118,26 +123,65 @@ class Slice:
                 column = batch.column(0)[max(0, -position) : max(0, end - position)]
                 position += len(batch)
                 if len(column):
-                    if pa.types.is_struct(column.type):
-                        column = pc.struct_field(column, "bytes")
-                    yield column.cast(pa.large_binary())
+                    yield column
                 if position >= end:
                     return
 
-    def _table(self, done: int, cells: pa.Array, error: str, kind: str) -> pa.Table:
+    def _table(self, done: int, cells: pa.Array, failed: tuple[str, str] | None = None) -> pa.Table:
+        """Rows of the column's cells.
+
+        Args:
+            failed: why there are none, and the kind of the error.
+        """
         taken = self.labels.taken(range(done, done + len(cells)))
         if len(taken) < len(cells):
             cells = cells.take(pa.array([row - done for row in taken], pa.int64()))
-        there = cells.is_valid().to_pylist()
+        cells, paths = _parts(cells)
+        errors = [
+            None if there else failed or ("no image bytes in the row", FINAL)
+            for there in cells.is_valid().to_pylist()
+        ]
+        if paths is not None and failed is None:
+            data: list[bytes | None] = cells.to_pylist()
+            for row, path in enumerate(paths.to_pylist()):
+                if data[row] is None and path:
+                    data[row], errors[row] = self._beside(path)
+            cells = pa.array(data, pa.large_binary())
         return source_rows(
             [self.labels.image_id(row) for row in taken],
             [f"{self.uri}#{self.rows[row]}" for row in taken],
             cells,
-            [None if one else error for one in there],
-            [None if one else kind for one in there],
+            [error and error[0] for error in errors],
+            [error and error[1] for error in errors],
             sizes=pc.binary_length(cells),
             mtime=self.mtime,
         )
+
+    def _beside(self, path: str) -> tuple[bytes | None, tuple[str, str] | None]:
+        """A file that a row names instead of holding it; relative names begin where the Parquet file is."""
+        place = posixpath.join(posixpath.dirname(self.path), path)
+        try:
+            with self.filesystem.open_input_file(place) as handle:
+                return handle.read(), None
+        except (pa.ArrowException, OSError) as problem:
+            if kind_of(problem) != FINAL:
+                raise
+            return None, (f"{path} cannot be read: {one_line(problem)}", FINAL)
+
+
+def _parts(cells: pa.Array) -> tuple[pa.Array, pa.Array | None]:
+    """The encoded images of a column as large_binary, and the paths of images that are files, if there are any."""
+    if not pa.types.is_struct(cells.type):
+        if pa.types.is_dictionary(cells.type):
+            cells = cells.dictionary_decode()
+        return cells.cast(pa.large_binary()), None
+    names = {field.name for field in cells.type}
+    paths = pc.struct_field(cells, "path") if "path" in names else None
+    if "bytes" in names:
+        data, _ = _parts(pc.struct_field(cells, "bytes"))
+    else:
+        data = pa.nulls(len(cells), pa.large_binary())
+    return data, paths if data.null_count else None
 
 
 def slices(file: InspectedFile, labels: Labels, rows: int) -> Iterator[Slice]:

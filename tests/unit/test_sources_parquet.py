@@ -13,19 +13,28 @@ from captioner.config import SourceConfig
 from captioner.errors import SourceError
 from captioner.sources import open_source
 from captioner.sources.parquet_rows import BYTES_PER_TABLE, SLICES_PER_GROUP
-from tests.sources import IMAGE, captions_of, picture, read_all, read_uri, write_parquet
+from tests.sources import (
+    IMAGE,
+    captions_of,
+    picture,
+    read_all,
+    read_uri,
+    write_images,
+    write_parquet,
+)
 
 
-def test_parquet_ids_count_the_rows_of_a_split_over_its_files(tmp_path: Path) -> None:
+def test_parquet_ids_are_a_files_path_and_a_row_of_it(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data/train-00000-of-00002.parquet", 250)
     write_parquet(tmp_path / "data/train-00001-of-00002.parquet", 30)
     write_parquet(tmp_path / "data/val-00000-of-00001.parquet", 2)
     source = open_source(str(tmp_path))
     rows = read_all(source)
     assert [row["image_id"] for row in rows] == [
-        *(f"train-{number:06d}" for number in range(280)),
-        "validation-000000",
-        "validation-000001",
+        *(f"data/train-00000-of-00002/{number:06d}" for number in range(250)),
+        *(f"data/train-00001-of-00002/{number:06d}" for number in range(30)),
+        "data/val-00000-of-00001/000000",
+        "data/val-00000-of-00001/000001",
     ]
     for number, name in ((0, "train-00000-of-00002.parquet/0"), (249, "train-00000-of-00002.parquet/249"),
                          (250, "train-00001-of-00002.parquet/0"), (281, "val-00000-of-00001.parquet/1")):  # fmt: skip
@@ -33,7 +42,9 @@ def test_parquet_ids_count_the_rows_of_a_split_over_its_files(tmp_path: Path) ->
         assert read_uri(rows[number]["uri"]) == picture(name)
     captions = captions_of(source)
     assert list(captions) == [row["image_id"] for row in rows]
-    assert captions["train-000250"] == [f"train-00001-of-00002.parquet 0 {k}" for k in range(11)]
+    assert captions["data/train-00001-of-00002/000000"] == [
+        f"train-00001-of-00002.parquet 0 {k}" for k in range(11)
+    ]
 
 
 def test_parquet_limit_takes_the_first_of_each_split(tmp_path: Path) -> None:
@@ -43,8 +54,9 @@ def test_parquet_limit_takes_the_first_of_each_split(tmp_path: Path) -> None:
     source = open_source(str(tmp_path), SourceConfig(limit=140))
     rows = read_all(source)
     assert [row["image_id"] for row in rows] == [
-        *(f"test-{number:06d}" for number in range(5)),
-        *(f"train-{number:06d}" for number in range(140)),
+        *(f"test-00000-of-00001/{number:06d}" for number in range(5)),
+        *(f"train-00000-of-00002/{number:06d}" for number in range(130)),
+        *(f"train-00001-of-00002/{number:06d}" for number in range(10)),
     ]
     assert list(captions_of(source)) == [row["image_id"] for row in rows]
     assert source.identity() != open_source(str(tmp_path)).identity()
@@ -53,8 +65,8 @@ def test_parquet_limit_takes_the_first_of_each_split(tmp_path: Path) -> None:
 def test_parquet_list_column_and_missing_captions(tmp_path: Path) -> None:
     write_parquet(tmp_path / "test.parquet", 4, captions="sentences")
     assert captions_of(open_source(str(tmp_path / "test.parquet"))) == {
-        "test-000001": ["test.parquet 1 0"],
-        "test-000002": ["test.parquet 2 0", "test.parquet 2 1"],
+        "test/000001": ["test.parquet 1 0"],
+        "test/000002": ["test.parquet 2 0", "test.parquet 2 1"],
     }
 
 
@@ -64,8 +76,8 @@ def test_parquet_without_captions_or_split_is_a_test_split(tmp_path: Path) -> No
     source = open_source(str(tmp_path / "photos.parquet"))
     rows = read_all(source)
     assert [(row["image_id"], row["split"], row["bytes"]) for row in rows] == [
-        ("image-000000", "test", b"1"),
-        ("image-000001", "test", None),
+        ("photos/000000", "test", b"1"),
+        ("photos/000001", "test", None),
     ]
     assert [row["error"] for row in rows] == [None, "no image bytes in the row"]
     assert captions_of(source) == {}
@@ -133,7 +145,7 @@ def test_damaged_parquet_pages_are_rows_with_an_error(tmp_path: Path) -> None:
     path.write_bytes(data)
     rows = read_all(source)
     bad = [row for row in rows if row["bytes"] is None]
-    assert [row["image_id"] for row in bad] == [f"test-{number:06d}" for number in range(100)]
+    assert [row["image_id"] for row in bad] == [f"test/{number:06d}" for number in range(100)]
     assert all(row["error"].startswith("cannot be read: ") for row in bad)
     assert all(row["error"] is None for row in rows[100:])
     path.unlink()
@@ -152,22 +164,23 @@ def test_parquet_split_column_decides_before_the_file_name(tmp_path: Path) -> No
     names = ["train", "restval", "val", None, "test", "Train", "train", None]
     texts = pa.array([[f"a {number}"] for number in range(8)])
     write_split_column(tmp_path / "test-00000-of-00001.parquet", names, caption=texts)
+    stem = "test-00000-of-00001"
     source = open_source(str(tmp_path))
     rows = read_all(source)
     assert [row["split"] for row in rows] == [
         "train", "train", "validation", "test", "test", "train", "train", "test",
     ]  # fmt: skip
-    assert [row["image_id"] for row in rows] == [f"image-{number:06d}" for number in range(8)]
+    assert [row["image_id"] for row in rows] == [f"{stem}/{number:06d}" for number in range(8)]
     source = open_source(str(tmp_path), SourceConfig(limit=2))
     rows = read_all(source)
     kept = [0, 1, 2, 3, 4]
-    assert [row["image_id"] for row in rows] == [f"image-{number:06d}" for number in kept]
+    assert [row["image_id"] for row in rows] == [f"{stem}/{number:06d}" for number in kept]
     assert [row["bytes"] for row in rows] == [
         picture(f"test-00000-of-00001.parquet/{number}") for number in kept
     ]
-    assert captions_of(source) == {f"image-{number:06d}": [f"a {number}"] for number in kept}
+    assert captions_of(source) == {f"{stem}/{number:06d}": [f"a {number}"] for number in kept}
     rows = read_all(open_source(str(tmp_path), SourceConfig(limit=1)))
-    assert [row["image_id"] for row in rows] == ["image-000000", "image-000002", "image-000003"]
+    assert [row["image_id"] for row in rows] == [f"{stem}/{number:06d}" for number in (0, 2, 3)]
     assert all(read_uri(row["uri"]) == row["bytes"] for row in rows)
 
 
@@ -176,15 +189,12 @@ def test_parquet_split_column_is_counted_over_all_files(tmp_path: Path) -> None:
     write_split_column(tmp_path / "b.parquet", ["train", None, "test"])
     rows = read_all(open_source(str(tmp_path), SourceConfig(limit=2, split="validation")))
     assert [(row["image_id"], row["split"]) for row in rows] == [
-        ("image-000000", "train"),
-        ("image-000001", "test"),
-        ("image-000002", "train"),
-        ("image-000004", "validation"),
-        ("image-000005", "test"),
+        ("a/000000", "train"),
+        ("a/000001", "test"),
+        ("a/000002", "train"),
+        ("b/000001", "validation"),
+        ("b/000002", "test"),
     ]
-    write_split_column(tmp_path / "b.parquet", ["train", "unseen", "test"])
-    with pytest.raises(SourceError, match=r"b.parquet: column split: unknown split 'unseen'"):
-        open_source(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +202,7 @@ def test_parquet_split_column_is_counted_over_all_files(tmp_path: Path) -> None:
     [
         (
             ["train-00000-of-00003", "train-00002-of-00003"],
-            "train-00001-of-00003.parquet is missing",
+            "train-00001-of-00003.parquet is missing; source-options.partial goes on",
         ),
         (
             ["train-00000-of-00001", "train-00000-of-00002"],
@@ -207,6 +217,7 @@ def test_incomplete_parquet_sets_are_refused(
         write_parquet(tmp_path / f"{name}.parquet", 1)
     with pytest.raises(SourceError, match=message):
         open_source(str(tmp_path))
+    assert len(read_all(open_source(str(tmp_path), SourceConfig(partial=True)))) == 2
 
 
 @pytest.mark.parametrize(
@@ -227,16 +238,144 @@ def test_unfit_parquet_columns_are_named(
         open_source(str(tmp_path))
 
 
-def test_parquet_files_of_different_columns_are_refused(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "test.parquet", 2)
-    write_parquet(tmp_path / "train.parquet", 2, captions="caption")
-    with pytest.raises(
-        SourceError, match=r"train.parquet: its columns .* differ from test.parquet"
-    ):
-        open_source(str(tmp_path))
+def test_each_parquet_file_has_columns_of_its_own(tmp_path: Path) -> None:
+    """Texts in one, lists in another, records in a third, none in the last."""
+    write_parquet(tmp_path / "test.parquet", 2, captions=None)
+    write_parquet(tmp_path / "train.parquet", 2, captions="captions")
+    images = pa.array([b"1", b"2"])
+    records = pa.array([[{"raw": "A", "sentid": 1}, {"raw": "B", "sentid": 2}], None])
+    pq.write_table(pa.table({"image": images, "sentences": records}), tmp_path / "val.parquet")
+    pq.write_table(pa.table({"picture": images, "text": ["C", " "]}), tmp_path / "dev.parquet")
+    source = open_source(str(tmp_path))
+    assert captions_of(source) == {
+        "dev/000000": ["C"], "train/000001": ["train.parquet 1 0"], "val/000000": ["A", "B"],
+    }  # fmt: skip
+    assert Counter(row["split"] for row in read_all(source)) == {
+        "test": 2, "train": 2, "validation": 4,
+    }  # fmt: skip
     (tmp_path / "train.parquet").write_bytes(b"PAR1 cut")
     with pytest.raises(SourceError, match=r"train.parquet: not readable as Parquet"):
         open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.binary_view(),
+        pa.large_binary(),
+        pa.dictionary(pa.int32(), pa.binary()),
+        pa.struct([("path", pa.string()), ("bytes", pa.binary_view())]),
+    ],
+    ids=str,
+)
+def test_any_type_of_images_and_texts_is_read(tmp_path: Path, kind: pa.DataType) -> None:
+    data = [picture("a"), picture("b"), None]
+    if pa.types.is_struct(kind):
+        images = pa.StructArray.from_arrays(
+            [pa.nulls(3, pa.string()), pa.array(data, pa.binary()).cast(pa.binary_view())],
+            ["path", "bytes"],
+        )
+    else:
+        images = pa.array(data, pa.binary())
+        images = images.dictionary_encode() if pa.types.is_dictionary(kind) else images.cast(kind)
+    texts = pa.array(["A", "B", "C"]).cast(pa.string_view())
+    pq.write_table(pa.table({"image": images, "caption": texts}), tmp_path / "x.parquet")
+    assert open_file(tmp_path, "image").type == images.type
+    source = open_source(str(tmp_path), SourceConfig(split="train"))
+    rows = read_all(source)
+    assert [row["bytes"] for row in rows] == data
+    assert rows[2]["error"] == "no image bytes in the row"
+    assert list(captions_of(source).values()) == [["A"], ["B"], ["C"]]
+
+
+def open_file(folder: Path, column: str) -> pa.Field:
+    return pq.read_schema(folder / "x.parquet").field(column)
+
+
+def test_rows_may_name_files_beside_the_table(tmp_path: Path) -> None:
+    write_images(tmp_path / "elsewhere", "b.dat")
+    (tmp_path / "set/images").mkdir(parents=True)
+    (tmp_path / "set/images/a.dat").write_bytes(picture("a"))
+    paths = ["images/a.dat", str(tmp_path / "elsewhere/b.dat"), "images/gone.dat", None, "x"]
+    cells = [{"bytes": None, "path": path} for path in paths]
+    cells[4]["bytes"] = picture("inside")  # type: ignore[typeddict-item]
+    write = {"image": pa.array(cells, IMAGE), "caption": ["A"] * 5}
+    pq.write_table(pa.table(write), tmp_path / "set/x.parquet")
+    rows = read_all(open_source(str(tmp_path / "set")))
+    assert [row["bytes"] for row in rows] == [
+        picture("a"), picture("b.dat"), None, None, picture("inside"),
+    ]  # fmt: skip
+    assert [row["error"] for row in rows][2:] == [
+        "images/gone.dat cannot be read: No such file or directory",
+        "no image bytes in the row",
+        None,
+    ]
+    alone = pa.array([{"path": path} for path in paths], pa.struct([("path", pa.string())]))
+    pq.write_table(pa.table({"image": alone}), tmp_path / "set/x.parquet")
+    rows = read_all(open_source(str(tmp_path / "set")))
+    assert [row["bytes"] for row in rows][:2] == [picture("a"), picture("b.dat")]
+
+
+def test_columns_of_parquet_are_named_by_flags(tmp_path: Path) -> None:
+    table = {
+        "left": [b"1", b"2"], "right": [b"3", b"4"], "alt": ["A", "B"], "title": [["C"], ["D", "E"]],
+        "fold": ["dev", "test"], "sku": [17, 18],
+    }  # fmt: skip
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    options: dict[str, Any] = {
+        "image_column": "right", "caption_columns": ["title", "alt"], "split_column": "fold", "id_column": "sku",
+    }  # fmt: skip
+    source = open_source(str(tmp_path), SourceConfig(**options))
+    assert captions_of(source) == {"17": ["C", "A"], "18": ["D", "E", "B"]}
+    assert [(row["image_id"], row["split"], row["bytes"]) for row in read_all(source)] == [
+        ("17", "validation", b"3"),
+        ("18", "test", b"4"),
+    ]
+    for flag, wrong, told in (
+        ("image_column", "alt", "column alt is string, expected images"),
+        (
+            "caption_columns",
+            ["none"],
+            "no column 'none', which source-options.caption-columns names",
+        ),
+        ("caption_columns", ["sku"], "column sku is int64, expected string"),
+        ("split_column", "none", "no column 'none', which source-options.split-column names"),
+        ("id_column", "none", "no column 'none', which source-options.id-column names"),
+        ("id_column", "one", "x.parquet#0 and .*x.parquet#1 have the same id 'a'"),
+        ("captions", "some.csv", "holds captions in columns: source-options.caption-columns"),
+    ):
+        pq.write_table(pa.table(table | {"one": ["a", "a"]}), tmp_path / "x.parquet")
+        with pytest.raises(SourceError, match=told):
+            open_source(str(tmp_path), SourceConfig(**options | {flag: wrong}))
+    without = SourceConfig(image_column="left", captions="none")
+    assert captions_of(open_source(str(tmp_path), without)) == {}
+
+
+def test_parquet_ids_stay_whatever_comes_and_goes(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "b.parquet", 3)
+    before = {row["image_id"]: row["bytes"] for row in read_all(open_source(str(tmp_path)))}
+    write_parquet(tmp_path / "a.parquet", 2)
+    write_parquet(tmp_path / "b/c.parquet", 2)
+    after = {row["image_id"]: row["bytes"] for row in read_all(open_source(str(tmp_path)))}
+    assert after.items() > before.items()
+    alone = read_all(open_source(str(tmp_path / "b.parquet")))
+    assert {row["image_id"]: row["bytes"] for row in alone} == before
+
+
+def test_splits_that_are_none_of_three_train_where_others_do(tmp_path: Path) -> None:
+    """By file names and by a column; what is not called one must not join a published test split."""
+    for name in ("train-00000-of-00001", "test-00000-of-00001", "unlabeled-00000-of-00001"):
+        write_parquet(tmp_path / f"{name}.parquet", 2)
+    rows = read_all(open_source(str(tmp_path)))
+    assert Counter(row["split"] for row in rows) == {"train": 4, "test": 2}
+    for path in tmp_path.iterdir():
+        path.unlink()
+    texts = pa.array([["A"]] * 3)
+    write_split_column(tmp_path / "x.parquet", ["test", "unlabeled", None], caption=texts)
+    rows = read_all(open_source(str(tmp_path)))
+    assert [row["split"] for row in rows] == ["test", "train", "train"]
+    rows = read_all(open_source(str(tmp_path), SourceConfig(split="validation")))
+    assert [row["split"] for row in rows] == ["test", "validation", "validation"]
 
 
 def test_parquet_images_alone_are_read_whatever_the_captions_are(tmp_path: Path) -> None:
@@ -254,13 +393,16 @@ def test_real_flickr8k(shared: Path) -> None:
     source = open_source(str(shared / "data/flickr8k"))
     assert source.num_images() == 7000
     captions = captions_of(source)
-    assert Counter(name.rpartition("-")[0] for name in captions) == {
+    assert Counter(name.partition("-")[0] for name in captions) == {
         "train": 6000,
         "validation": 1000,
     }
     assert sum(map(len, captions.values())) == 35_000
     assert all(len(texts) == 5 for texts in captions.values())
-    assert captions["train-000000"][0] == "A black dog is running after a white dog in the snow ."
+    assert (
+        captions["train-00000-of-00003/000000"][0]
+        == "A black dog is running after a white dog in the snow ."
+    )
     tasks = source.images().get_read_tasks(1)
     rows = next(iter(tasks[0]())).to_pylist()
     assert all(row["bytes"].startswith(b"\xff\xd8") for row in rows)

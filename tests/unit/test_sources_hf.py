@@ -1,0 +1,151 @@
+"""Data sets that ``datasets`` reads: of the hub, which is a server on loopback, and of folders."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import constants
+
+from captioner.config import SourceConfig
+from captioner.errors import OutOfReachError, SourceError
+from captioner.sources import open_source
+from tests.cases import encoded
+from tests.hub import Hub, serve_hub
+from tests.sources import IMAGE, captions_of, picture, read_all, write_images
+
+ROOT = Path(__file__).resolve().parents[2]
+# In a process of its own: the hub's client takes the hub's address from the environment when it is imported.
+READ = """
+import json, sys
+from captioner.config import SourceConfig
+from captioner.errors import CaptionerError
+from captioner.sources import open_source
+from tests.sources import captions_of, read_all
+try:
+    source = open_source(sys.argv[1], SourceConfig.model_validate_json(sys.argv[2]))
+    rows = [[row["image_id"], row["split"], row["bytes"].decode()] for row in read_all(source)]
+    print(json.dumps([rows, list(captions_of(source).values()), source.identity().uri]))
+except CaptionerError as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
+def read(spec: str, hub: Hub, home: Path, **options: Any) -> Any:
+    environment = os.environ | hub.environment | {"HF_HOME": str(home)}
+    done = subprocess.run(
+        [sys.executable, "-c", READ, spec, json.dumps(options)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def table(split: str, rows: int, **columns: Any) -> bytes:
+    images = [{"bytes": picture(f"{split} {number}"), "path": None} for number in range(rows)]
+    texts = [f"{split} {number}" for number in range(rows)]
+    file = io.BytesIO()
+    pq.write_table(pa.table({"image": pa.array(images, IMAGE), "text": texts} | columns), file)
+    return file.getvalue()
+
+
+def test_a_data_set_of_the_hub_is_fetched_once(tmp_path: Path) -> None:
+    files = {
+        "data/train-00000-of-00001.parquet": table("train", 3),
+        "data/validation-00000-of-00001.parquet": table("validation", 2),
+        "data/unlabeled-00000-of-00001.parquet": table("unlabeled", 1),
+    }
+    with serve_hub() as hub:
+        hub.commits["org/name"] = {}
+        commit = hub.commit("org/name", files)
+        rows, captions, uri = read("hf:org/name", hub, tmp_path)
+        assert uri == f"hf:org/name@{commit}"
+        assert [(row[1], row[2]) for row in rows] == [
+            ("train", "bytes of train 0"), ("train", "bytes of train 1"), ("train", "bytes of train 2"),
+            # Of a split that is none of three, where others are.
+            ("train", "bytes of unlabeled 0"),
+            ("validation", "bytes of validation 0"), ("validation", "bytes of validation 1"),
+        ]  # fmt: skip
+        assert [[row[2].removeprefix("bytes of ")] for row in rows] == captions
+        # What is there is neither fetched nor asked for again.
+        hub.commit("org/name", {"data/train-00000-of-00001.parquet": table("train", 1)})
+        hub.failing = True
+        before = len(hub.requests)
+        assert read("hf:org/name", hub, tmp_path) == [rows, captions, uri]
+        assert len(hub.requests) == before
+        kind, told = read("hf:org/other", hub, tmp_path)
+        assert kind == "OutOfReachError"
+        assert "the hub cannot be reached" in told
+        hub.failing = False
+        for spec in ("hf:org/absent", "hf:org/name@v9", "hf:nothing", "hf:a b/c"):
+            kind, told = read(spec, hub, tmp_path)
+            assert kind == "SourceError"
+            assert told.startswith(f"{spec}: ")
+            assert "\n" not in told
+        rows, _, uri = read(f"hf:org/name@{commit}", hub, tmp_path, limit=1)
+        assert uri == f"hf:org/name@{commit}"
+        assert len(rows) == 2
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_folders_that_datasets_reads(tmp_path: Path, home: Path) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    write_images(tmp_path / "folder", "train/a.jpg", "test/b.jpg")
+    for name, split in (("a", "train"), ("b", "test")):
+        (tmp_path / f"folder/{split}/{name}.jpg").write_bytes(encoded("JPEG"))
+        line = json.dumps({"file_name": f"{name}.jpg", "text": f"caption of {name}"})
+        (tmp_path / f"folder/{split}/metadata.jsonl").write_text(line)
+    cache = str(tmp_path / "cache")
+    loaded = datasets.load_dataset(str(tmp_path / "folder"), cache_dir=cache)
+    loaded.save_to_disk(tmp_path / "saved")
+    loaded["train"].save_to_disk(tmp_path / "one")
+    # As Trainer's caches are: Arrow files and nothing else.
+    (tmp_path / "arrow").mkdir()
+    for split in ("train", "test"):
+        (file,) = (tmp_path / "saved" / split).glob("*.arrow")
+        (tmp_path / "arrow" / f"{split}.arrow").write_bytes(file.read_bytes())
+    for spec, splits in (
+        (f"hf:{tmp_path}/folder", ["test", "train"]),
+        (f"{tmp_path}/saved", ["test", "train"]),
+        (f"hf:{tmp_path}/saved", ["test", "train"]),
+        (f"{tmp_path}/arrow", ["test", "train"]),
+        (f"{tmp_path}/one", ["train"]),
+    ):
+        source = open_source(spec)
+        rows = read_all(source)
+        assert [row["split"] for row in rows] == splits
+        assert all(row["bytes"] == encoded("JPEG") for row in rows)
+        expected = {"test": ["caption of b"], "train": ["caption of a"]}
+        assert list(captions_of(source).values()) == [expected[split] for split in splits]
+    # A folder that has changed is another.
+    (tmp_path / "folder/train/metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "New"}')
+    texts = captions_of(open_source(f"hf:{tmp_path}/folder"))
+    assert ["New"] in texts.values()
+
+
+def test_what_datasets_cannot_read_is_one_line(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="empty: datasets cannot read it") as raised:
+        open_source(f"hf:{tmp_path}/empty")
+    assert "\n" not in str(raised.value)
+    with pytest.raises(OutOfReachError, match="hf:org/name: not in .* cannot be reached"):
+        open_source("hf:org/name")
+    assert not [path for path in home.rglob("*") if path.is_file()]
+    with pytest.raises(SourceError, match="expected hf:org/name"):
+        open_source("hf:org/name/more", SourceConfig())
