@@ -1,13 +1,18 @@
 """Sources of images and captions, opened by name, path or URI with ``open_source``."""
 
+import logging
 from importlib import import_module
 
+from captioner import storage
 from captioner.config import ImageLimits, SourceConfig
 from captioner.errors import SourceError
 from captioner.sources.base import Source
 from captioner.sources.place import Place
 
-# Modules with an ``open_place``, which gives the source, or None for a place of another kind. The first takes it.
+logger = logging.getLogger(__name__)
+
+# Modules with an ``open_place``, which gives the source, or None for a place of another kind. The first takes it. Each
+# names the settings that it reads in ``OPTIONS``.
 KINDS = (
     "shapes",
     "hub",
@@ -15,6 +20,7 @@ KINDS = (
     "parquet",
     "folder",
 )
+_BUILT_IN = ("shapes", "hub")
 
 
 def open_source(
@@ -28,21 +34,38 @@ def open_source(
     """The source that ``spec`` names.
 
     Args:
-        spec: ``shapes``, ``flickr8k``, ``flickr30k``, or a path or URI of a folder of images, a single image, or
-            Parquet files.
+        spec: ``shapes``, ``flickr8k``, ``flickr30k``, ``hf:org/name``, or a path or URI of a folder of images, a single
+            image, or Parquet files.
         limits: files over its byte limit are not read at all.
         captions: False passes over captions, and splits in files beside the images, whatever is wrong with them.
         output: where the run writes that the source is opened for. One that goes on has the images that it began with,
             whatever has come or gone since, and the captions and splits of today.
 
     Raises:
-        SourceError: nothing is there, or it holds neither images nor Parquet files, or captions contradict the images.
+        SourceError: nothing is there, or it holds neither images nor Parquet files; captions contradict the images; a
+            setting says nothing to a source of its kind.
     """
     place = Place(spec, options or SourceConfig(), limits or ImageLimits(), captions, output)
     for kind in KINDS:
-        source: Source | None = import_module(f"{__name__}.{kind}").open_place(place)
-        if source is not None:
-            return source
+        module = import_module(f"{__name__}.{kind}")
+        source: Source | None = module.open_place(place)
+        if source is None:
+            continue
+        for option, default in SourceConfig():
+            if option not in module.OPTIONS and getattr(place.options, option) != default:
+                raise SourceError(
+                    f"source-options.{option.replace('_', '-')} says nothing to a source of this kind: {spec}"
+                )
+        if (
+            "/" not in spec
+            and not spec.startswith("hf:")
+            and kind in _BUILT_IN
+            and storage.exists(spec)
+        ):
+            logger.warning(
+                "%s is the data set of that name; what lies here under it is ./%s", spec, spec
+            )
+        return source
     left_out = ", ".join(f"{count} {kind}" for kind, count in place.left_out.items())
     raise SourceError(
         f"{spec}: no images and no Parquet files" + (f" ({left_out})" if left_out else "")

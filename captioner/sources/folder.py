@@ -33,6 +33,22 @@ from captioner.storage.faults import one_line
 MOST_ROWS_PER_PIECE = 64
 LEAST_ROWS_PER_PIECE = 8
 _CAPTIONS_PER_BATCH = 10_000
+OPTIONS = frozenset(
+    (
+        "captions",
+        "image_column",
+        "caption_columns",
+        "split_column",
+        "id_column",
+        "encoding",
+        "missing",
+        "sniff",
+        "exclude",
+        "split",
+        "limit",
+    )
+)
+"""Settings of ``SourceConfig`` that say something here."""
 
 
 def open_place(place: Place) -> "FolderSource | None":

@@ -43,6 +43,19 @@ _NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _ROWS_PER_GROUP = 64
 _FILE_BYTES = 2**29
 _SAVED = ("dataset_dict.json", "state.json")
+OPTIONS = frozenset(
+    (
+        "captions",
+        "image_column",
+        "caption_columns",
+        "split_column",
+        "id_column",
+        "subset",
+        "split",
+        "limit",
+    )
+)
+"""Settings of ``SourceConfig`` that say something here."""
 
 
 def open_place(place: Place) -> ParquetSource | None:

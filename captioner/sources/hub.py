@@ -26,6 +26,9 @@ from captioner.sources.place import Place
 
 logger = logging.getLogger(__name__)
 
+OPTIONS = frozenset(("captions", "caption_columns", "id_column", "limit"))
+"""Settings of ``SourceConfig`` that say something here."""
+
 
 @dataclass(frozen=True)
 class Repository:

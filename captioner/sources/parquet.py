@@ -35,6 +35,20 @@ from captioner.sources.tasks import Piece, PieceSource
 from captioner.storage.faults import one_line
 
 _ROWS_PER_BATCH = 10_000
+OPTIONS = frozenset(
+    (
+        "captions",
+        "image_column",
+        "caption_columns",
+        "split_column",
+        "id_column",
+        "partial",
+        "exclude",
+        "split",
+        "limit",
+    )
+)
+"""Settings of ``SourceConfig`` that say something here."""
 
 
 def open_place(place: Place) -> "ParquetSource | None":

@@ -19,6 +19,8 @@ ROWS_PER_PIECE = 100
 _BYTES_PER_IMAGE = 3_000
 # Part of the identity: raised when the same seed draws other pictures or says other things about them.
 _VERSION = 1
+OPTIONS = frozenset(("limit", "shapes"))
+"""Settings of ``SourceConfig`` that say something here."""
 
 
 def open_place(place: Place) -> "ShapesSource | None":

@@ -192,3 +192,30 @@ def test_keys_that_no_path_can_name_are_counted(bucket: str) -> None:
     rows = {row["image_id"]: row["bytes"] for row in read_all(source)}
     assert rows == {name: picture(name) for name in ("a.jpg", "x/y/e f+%20#?.jpg")}
     assert source.left_out() == {"key with //": 3, "key with . or ..": 1}
+
+
+def test_a_setting_that_says_nothing_to_a_source_is_refused(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", "a.jpg")
+    write_parquet(tmp_path / "tables/x.parquet", 1)
+    for spec, options, flag in (
+        ("shapes", SourceConfig(captions="x.csv"), "captions"),
+        ("shapes", SourceConfig(exclude=("*.jpg",)), "exclude"),
+        (str(tmp_path / "tables"), SourceConfig(encoding="latin-1"), "encoding"),
+        (str(tmp_path / "tables"), SourceConfig(missing="skip"), "missing"),
+        (str(tmp_path / "images"), SourceConfig(subset="en"), "subset"),
+        (str(tmp_path / "images"), SourceConfig(partial=True), "partial"),
+    ):
+        with pytest.raises(SourceError, match=f"source-options.{flag} says nothing to .*: {spec}$"):
+            open_source(spec, options)
+
+
+def test_a_folder_of_a_data_sets_name_is_not_passed_over_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_source("shapes").num_images() == 2800
+    assert "./shapes" not in caplog.text
+    write_images(tmp_path, "shapes/a.jpg")
+    assert open_source("shapes").num_images() == 2800
+    assert "what lies here under it is ./shapes" in caplog.text
+    assert open_source("./shapes").num_images() == 1
