@@ -38,7 +38,7 @@ class ImageLimits(Config):
     """Largest encoded image, in bytes."""
     max_pixels: Positive = 64_000_000
     """Largest width x height, in pixels, read from the header."""
-    max_memory: Positive = 768 * 2**20
+    max_load_bytes: Positive = 768 * 2**20
     """Most memory that loading may take, in bytes, estimated from the header: some 8 to 17 a pixel, by format."""
 
 

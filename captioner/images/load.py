@@ -4,6 +4,8 @@ import io
 import math
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -52,6 +54,8 @@ _BYTES_PER_PIXEL = {
     "AVIF": 14,
     "HEIF": 10,
 }
+# Whose headers are read in Python, without a decoder.
+_PLAIN_HEADERS = frozenset(("JPEG", "PNG", "GIF", "BMP", "TIFF"))
 # Of a progressive JPEG all coefficients, two bytes each, whatever the scale it is decoded at.
 _BYTES_PER_COEFFICIENT = 2
 
@@ -146,7 +150,47 @@ def load_image(
         ImageTooLargeError: over the byte limit, or by its header over that of pixels or memory, before any is decoded.
         ImageError: empty, truncated or damaged.
     """
-    limits = limits or ImageLimits()
+    with _opened(data, fit, limits or ImageLimits(), thumbnail) as (image, _):
+        try:
+            image.load()
+            turn = _TURNS.get(_orientation(image))
+            width, height = image.size
+            lying, upright = fit, (width, height)
+            if turn in _SWAPPING:
+                lying, upright = fit.turned(), (height, width)
+            rows, columns = lying.size
+            box = lying.box(width, height)
+            left, top, right, bottom = fit.box(*upright)
+            pixels = _reduce(image, (columns, rows), box, _FILTERS[fit.filter], turn)
+            small = _thumbnail(image, turn) if thumbnail else None
+        except (ImageError, MemoryError):
+            raise
+        except Exception as error:
+            raise ImageError(f"truncated or damaged {image.format} data") from error
+    wide, high = upright
+    return Loaded(np.asarray(pixels), small, (left / wide, top / high, right / wide, bottom / high))
+
+
+def loading_bytes(data: bytes, fit: Fit, limits: ImageLimits) -> int:
+    """Memory that loading takes, about, for what shares it among pictures. A header that only a decoder can read, in
+    native code that allocates, counts for all that the limits allow.
+
+    Raises:
+        ImageError: as ``load_image``, for what its header tells.
+    """
+    name = _format_name(data)
+    if name is not None and name not in _PLAIN_HEADERS:
+        return limits.max_load_bytes
+    with _opened(data, fit, limits, False) as (_, memory):
+        return memory
+
+
+@contextmanager
+def _opened(
+    data: bytes, fit: Fit, limits: ImageLimits, thumbnail: bool
+) -> Iterator[tuple[Image.Image, int]]:
+    """The picture by its header, within the limits, and the memory that loading it takes; its decoder knows how far to
+    reduce it."""
     if not data:
         raise ImageError("empty file")
     if len(data) > limits.max_bytes:
@@ -165,9 +209,7 @@ def load_image(
         raise ImageTooLargeError("more pixels than Pillow decodes") from error
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # of whatever kind: what damaged files make Pillow raise is no finite list
+    except Exception as error:  # what damaged files make Pillow raise is no finite list
         raise ImageError(f"damaged {name} header") from error
     with image:
         width, height = image.size
@@ -178,27 +220,13 @@ def load_image(
         try:
             _draft(image, fit, thumbnail)
             memory = _memory(name, image, width * height)
-            if memory > limits.max_memory:
-                raise ImageTooLargeError(
-                    f"{width}x{height} pixels of {name} take {memory:,} bytes, over the limit of {limits.max_memory:,}"
-                )
-            image.load()
-            turn = _TURNS.get(_orientation(image))
-            width, height = image.size
-            lying, upright = fit, (width, height)
-            if turn in _SWAPPING:
-                lying, upright = fit.turned(), (height, width)
-            rows, columns = lying.size
-            box = lying.box(width, height)
-            left, top, right, bottom = fit.box(*upright)
-            pixels = _reduce(image, (columns, rows), box, _FILTERS[fit.filter], turn)
-            small = _thumbnail(image, turn) if thumbnail else None
-        except (ImageError, MemoryError):
-            raise
         except Exception as error:
-            raise ImageError(f"truncated or damaged {name} data") from error
-    wide, high = upright
-    return Loaded(np.asarray(pixels), small, (left / wide, top / high, right / wide, bottom / high))
+            raise ImageError(f"damaged {name} header") from error
+        if memory > limits.max_load_bytes:
+            raise ImageTooLargeError(
+                f"{width}x{height} pixels of {name} take {memory:,} bytes, over the limit of {limits.max_load_bytes:,}"
+            )
+        yield image, memory
 
 
 def _draft(image: Image.Image, fit: Fit, thumbnail: bool) -> None:

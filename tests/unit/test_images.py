@@ -540,7 +540,7 @@ def test_png_with_a_broken_ancillary_chunk_loads_and_with_a_broken_picture_does_
 def test_memory_is_bounded_by_format() -> None:
     """Of the same pixels a WebP takes twice the memory of a PNG, and a JPEG that is drafted next to none."""
     large = Image.new("RGB", (2000, 2000))
-    limits = ImageLimits(max_memory=50_000_000)
+    limits = ImageLimits(max_load_bytes=50_000_000)
     for kind, options, fine in (
         ("JPEG", {}, True),
         ("PNG", {}, True),
@@ -555,4 +555,4 @@ def test_memory_is_bounded_by_format() -> None:
             with pytest.raises(ImageTooLargeError, match=f"2000x2000 pixels of {kind} take 6|5"):
                 load(data, limits)
     with pytest.raises(ImageTooLargeError, match="2000x2000 pixels of JPEG take"):
-        load(encode(large, "JPEG", progressive=True), ImageLimits(max_memory=20_000_000))
+        load(encode(large, "JPEG", progressive=True), ImageLimits(max_load_bytes=20_000_000))
