@@ -24,6 +24,7 @@ from captioner.config import DecodeConfig, DecodeOverrides, DecoderConfig, TextC
 from captioner.decoders import build_decoder
 from captioner.decoders.base import Decoder
 from captioner.decoding.cider import NGramFrequencies
+from captioner.decoding.constraint import Constraint
 from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.errors import ConfigError, ModelError, StoreError
 from captioner.text import Vocabulary
@@ -76,7 +77,9 @@ class ModelDirectory:
             ConfigError: the model cannot be searched like that.
         """
         decode = asked.over(self.record.decode)
-        check_search(decode, ngrams=any(entry.path == NGRAMS for entry in self.manifest.files))
+        vocabulary = Vocabulary.from_json(self.read(VOCABULARY))
+        ngrams = any(entry.path == NGRAMS for entry in self.manifest.files)
+        check_search(decode, vocabulary, ngrams=ngrams)
         return decode
 
     def entry(self, path: str) -> FileEntry:
@@ -121,19 +124,21 @@ class LoadedModel:
         return self.directory.record
 
 
-def check_search(decode: DecodeConfig, *, ngrams: bool) -> None:
-    """
+def check_search(decode: DecodeConfig, vocabulary: Vocabulary, *, ngrams: bool) -> Constraint:
+    """What a search forces and forbids, in the words of the model.
+
     Args:
         ngrams: whether the model has them.
 
     Raises:
-        ConfigError: the search ranks by n-grams, which the model does not have.
+        ConfigError: the search ranks by n-grams, which the model does not have, or begins with words it does not know.
     """
     if decode.mbr_samples and not ngrams:
         raise ConfigError(
             f"decode.mbr_samples: {decode.mbr_samples} asked of a model without n-grams to rank captions by: "
             "leave it out, or train the model with --decode.mbr-samples"
         )
+    return Constraint.of(decode, vocabulary)
 
 
 def pack_weights(decoder: nn.Module) -> bytes:

@@ -196,16 +196,16 @@ class Captioner:
         """Caption images given by their features (float32, on any device).
 
         Raises:
-            ConfigError: the search ranks by n-grams, which the model does not have.
+            ConfigError: as ``check_search``.
         """
         features = {name: tensor.to(self.device) for name, tensor in features.items()}
         decode = decode or self.model.record.decode
         decoder, ngrams = self.model.decoder, self.model.ngrams
-        check_search(decode, ngrams=ngrams is not None)
+        constraint = check_search(decode, self.model.vocabulary, ngrams=ngrams is not None)
         if decode.mbr_samples and ngrams is not None:
-            found = search_mbr(decoder, features, decode, ngrams)
+            found = search_mbr(decoder, features, decode, ngrams, constraint)
         else:
-            found = search(decoder, features, decode)
+            found = search(decoder, features, decode, constraint)
         return [Caption(tuple(self._candidate(one) for one in image)) for image in found]
 
     def _candidate(self, hypothesis: Hypothesis) -> Candidate:

@@ -24,6 +24,10 @@ class DecodeConfig(Config):
     """Scores are divided by length ** penalty; 0 ranks by plain log-probability."""
     no_repeat_ngram: Annotated[int, Field(ge=0, le=10)] = 0
     """Forbid any n-gram of this size from occurring twice in a caption; 0 allows repeats."""
+    prefix: Annotated[str, Field(max_length=1000)] = ""
+    """What every caption begins with, such as "a photo of"; its words must be known to the model."""
+    forbid: Annotated[str, Field(max_length=1000)] = ""
+    """Words that no caption has after its prefix, separated by commas."""
     mbr_samples: Annotated[int, Field(ge=0, le=1000)] = 0
     """Minimum-Bayes-risk decoding: captions sampled per image, against which candidates are compared; 0: beam search
     alone."""
@@ -41,6 +45,11 @@ class DecodeConfig(Config):
     def _captions_fit_beam(self) -> "DecodeConfig":
         _check_fit(self.num_captions, self.beam_size)
         return self
+
+    @property
+    def work(self) -> int:
+        """What the search for one picture may take: words, of every beam for every caption and of every sample."""
+        return self.max_length * (self.beam_size * self.num_captions + self.mbr_samples)
 
 
 def optional(model: type[BaseModel], *names: str) -> Callable[[type[Model]], type[Model]]:
@@ -68,7 +77,7 @@ class DecodeOverrides(Config):
 
     if TYPE_CHECKING:
 
-        def __init__(self, **settings: float | None) -> None: ...
+        def __init__(self, **settings: float | str | None) -> None: ...
 
     @model_validator(mode="after")
     def _captions_fit_beam(self) -> "DecodeOverrides":

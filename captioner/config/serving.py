@@ -2,9 +2,10 @@
 
 import re
 from typing import Annotated, Literal
+from urllib.parse import unquote
 
 import tyro
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from captioner.config.decoding import DecodeOverrides
 from captioner.config.parts import Config, ImageLimits, Positive
@@ -12,7 +13,10 @@ from captioner.config.parts import Config, ImageLimits, Positive
 Seconds = Annotated[float, Field(gt=0.0)]
 ImageType = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "heic"]
 
-_NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<uri>.+)")
+# NAME=URI. A path may have an = of its own: what has a slash before it is a name where a whole URI follows.
+_NAMED = re.compile(
+    r"(?P<name>[^=/]+|(?![/.~]|\w+:/)[^=]+(?==(?:[/.~]|\w+:)))=(?P<uri>.+)", re.DOTALL
+)
 
 
 class Served(Config):
@@ -24,6 +28,16 @@ class Served(Config):
     """Address to listen on. The default is this machine alone; 0.0.0.0 opens the service to the network."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
+    certificate: str | None = None
+    """Certificate chain for HTTPS, a PEM file on the machine that listens; with key."""
+    key: str | None = None
+    """Private key of the certificate, a PEM file without a pass phrase."""
+
+    @model_validator(mode="after")
+    def _certificate_has_a_key(self) -> "Served":
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate: HTTPS takes certificate and key")
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Served":
@@ -46,8 +60,8 @@ class Served(Config):
             last = uri.rstrip("/").rpartition("/")[2]
             # hf:org/name@revision
             last = last.partition("@")[0] if uri.startswith("hf:") else last
-            name = match["name"] if match else last
-            found.append((re.sub(r"[^\w.-]", "_", name) or "model", uri))
+            last = unquote(last) if uri.startswith("file:") else last
+            found.append((match["name"] if match else last or "model", uri))
         return found
 
 
@@ -59,11 +73,20 @@ class UploadBounds(Config):
     max_uploads: Positive = 256
     """Requests that one HTTP replica works on at once; beyond it clients get 503."""
     max_upload_bytes: Positive = 512 * 2**20
-    """Bytes of request bodies that one HTTP replica holds at once; beyond it clients get 503."""
+    """Bytes of request bodies that a process of the service holds at once, whose memory they may take twice; beyond it
+    clients get 503."""
+    max_header_bytes: Annotated[int, Field(ge=1024)] = 32 * 2**10
+    """Largest request line and headers, in bytes; beyond it clients get 431."""
+    max_connections: Positive = 2048
+    """Connections to one HTTP proxy at once; beyond it clients get 503."""
+    max_connections_per_address: Positive = 512
+    """The same from one address. Behind a load balancer, which has one address, as many as max_connections."""
     upload_timeout_s: Seconds = 20.0
     """Longest time a client may take to send its request, in seconds."""
     retry_after_s: Positive = 1
-    """What clients that get 503 are told to wait, in seconds."""
+    """What clients that get 503 are told to wait at least, in seconds."""
+    access_log: bool = False
+    """Also log a line for every request: its id, method, path, status and time; no token, no file name."""
 
 
 class ServeConfig(UploadBounds, Served):
@@ -71,6 +94,8 @@ class ServeConfig(UploadBounds, Served):
 
     decode: DecodeOverrides = DecodeOverrides()
     """What a request that says nothing else gets, over each model's own search."""
+    decode_of: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """The same for one of several models: MODEL.SETTING=VALUE, such as small.beam-size=1; repeat the flag for more."""
     limits: ImageLimits = ImageLimits(max_bytes=16 * 2**20)
     types: Annotated[tuple[ImageType, ...], Field(min_length=1)] = (
         "jpeg",
@@ -81,11 +106,17 @@ class ServeConfig(UploadBounds, Served):
     )
     """Accepted image types, recognised by content; heic takes the extra heif."""
     max_images: Positive = 16
-    """Most images in one request."""
+    """Most images in one request; beyond it clients get 422."""
+    max_cost: Positive = 200_000
+    """Most that the search of one request may take: images x longest caption in words x (beams x captions + samples);
+    beyond it clients get 422."""
+    max_loading_bytes: Positive = 2**30
+    """Memory that a model replica takes for loading images at once, in bytes; others wait, or get 503."""
     request_timeout_s: Seconds = 30.0
-    """Longest time to the answer once a request is complete, in seconds; then the client gets 503."""
+    """Longest time to the answer once a request is complete, in seconds. Who could not be answered in it gets 503 at
+    once, and when to come back."""
     max_queued: Positive = 128
-    """Requests that wait for a model replica, per HTTP replica; beyond it clients get 503."""
+    """Requests that a model replica holds, waiting or under way; beyond it clients get 503."""
     max_batch_size: Positive = 32
     """Most images in one forward pass."""
     min_replicas: Positive = 1
@@ -105,6 +136,44 @@ class ServeConfig(UploadBounds, Served):
     token_file: str | None = None
     """File with accepted bearer tokens, one a line (path or URI). The variable CAPTIONER_TOKENS may hold them instead.
     With tokens, only /healthz is open to clients without one."""
+
+    @model_validator(mode="after")
+    def _decodes_are_of_models(self) -> "ServeConfig":
+        for name in self.models:
+            self.search_of(name)
+        for text in self.decode_of:
+            if not any(text.startswith(f"{name}.") for name in self.models):
+                known = ", ".join(self.models)
+                raise ValueError(
+                    f"decode_of: {text!r} is not MODEL.SETTING=VALUE of one of {known}"
+                )
+        return self
+
+    def search_of(self, model: str) -> DecodeOverrides:
+        """What requests to a model get that say nothing else, over its own search.
+
+        Raises:
+            ValueError: a setting does not exist, or its value is not allowed.
+        """
+        own = {}
+        for text in self.decode_of:
+            # Of two models, one called as the other's beginning, the longer one is meant.
+            name = max(
+                (one for one in self.models if text.startswith(f"{one}.")), key=len, default=""
+            )
+            if name == model:
+                setting, equals, value = text[len(name) + 1 :].partition("=")
+                if not equals:
+                    raise ValueError(f"decode_of: {text!r} is not MODEL.SETTING=VALUE")
+                own[setting.replace("-", "_")] = value
+        try:
+            return DecodeOverrides.model_validate(self.decode.model_dump(exclude_none=True) | own)
+        except ValidationError as error:
+            [first, *_] = error.errors()
+            place = ".".join(map(str, first["loc"]))
+            raise ValueError(
+                f"decode_of: {model}.{place}: {first['msg']} (got {first['input']!r})"
+            ) from None
 
     @model_validator(mode="after")
     def _replicas_in_order(self) -> "ServeConfig":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from captioner.config import DecodeConfig
 from captioner.decoders.base import Decoder, Features, State
+from captioner.decoding.constraint import FREE, Constraint
 from captioner.text import END, PAD, START, UNK
 
 
@@ -31,7 +32,9 @@ class Hypothesis:
 
 
 @torch.inference_mode()
-def search(decoder: Decoder, features: Features, config: DecodeConfig) -> list[list[Hypothesis]]:
+def search(
+    decoder: Decoder, features: Features, config: DecodeConfig, constraint: Constraint = FREE
+) -> list[list[Hypothesis]]:
     """The ``num_captions`` best captions of every image, best first.
 
     A beam that reaches ``<end>`` leaves the beam and is kept aside. An image is done, and leaves the batch, when
@@ -42,12 +45,13 @@ def search(decoder: Decoder, features: Features, config: DecodeConfig) -> list[l
     Args:
         decoder: in evaluation mode.
         features: columns of B images, float32, on the decoder's device.
+        constraint: that of ``config``.
     """
     column = next(iter(features.values()))
     if not len(column):
         return []
     state = decoder.start(features)
-    beams = _Beams(len(column), config)
+    beams = _Beams(len(column), config, constraint)
     tokens = torch.full((len(column),), START, device=column.device)
     for length in range(config.max_length + 1):
         logits, state, attention = decoder.step(tokens, state)
@@ -88,8 +92,10 @@ def _select(state: State, image_state: frozenset[str], chosen: _Chosen) -> State
 class _Beams:
     """Living beams of the images that are not done, and the finished captions of all images."""
 
-    def __init__(self, images: int, config: DecodeConfig):
-        self.config = config
+    def __init__(self, images: int, config: DecodeConfig, constraint: Constraint):
+        self.config, self.constraint = config, constraint
+        self.never = [PAD, START, UNK, *constraint.forbidden]
+        self.place = 0  # words that the living beams have
         self.live = list(range(images))  # images still searched, in the order of the batch
         self.width = 1  # beams per image: one before the first word
         self.scores: Tensor | None = None  # log-probabilities [images, K]
@@ -106,12 +112,15 @@ class _Beams:
             what lives on; None when all images are done.
         """
         images, beams, vocabulary = len(self.live), self.config.beam_size, log_probs.shape[-1]
-        log_probs[:, [PAD, START, UNK]] = -torch.inf
-        self._forbid_repeats(log_probs)
-        if force_end:
-            ended = log_probs[:, END].clone()
+        only = END if force_end else self.constraint.forced(self.place)
+        self.place += 1
+        if only is None:
+            log_probs[:, self.never] = -torch.inf
+            self._forbid_repeats(log_probs)
+        else:
+            kept = log_probs[:, only].clone()
             log_probs[:] = -torch.inf
-            log_probs[:, END] = ended
+            log_probs[:, only] = kept
         if self.scores is None:
             self.scores = log_probs.new_zeros(images, 1)
         totals = log_probs.add_(self.scores.reshape(-1, 1)).reshape(images, -1)

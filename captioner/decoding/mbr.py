@@ -17,6 +17,7 @@ from captioner.decoders.base import Decoder, Features, start_captions
 from captioner.decoders.ensemble import members_of
 from captioner.decoding.beam import Hypothesis, normalized, search
 from captioner.decoding.cider import NGramFrequencies
+from captioner.decoding.constraint import FREE, Constraint
 from captioner.decoding.sampling import sample
 from captioner.text import END, PAD, START
 
@@ -29,7 +30,11 @@ Caption = tuple[int, ...]
 
 @torch.inference_mode()
 def search_mbr(
-    decoder: Decoder, features: Features, config: DecodeConfig, frequencies: NGramFrequencies
+    decoder: Decoder,
+    features: Features,
+    config: DecodeConfig,
+    frequencies: NGramFrequencies,
+    constraint: Constraint = FREE,
 ) -> list[list[Hypothesis]]:
     """The ``num_captions`` best captions of every image, best first.
 
@@ -42,10 +47,11 @@ def search_mbr(
         decoder: in evaluation mode.
         features: columns of B images, float32, on the decoder's device.
         frequencies: of the captions the decoder was trained on.
+        constraint: that of ``config``.
     """
     every = config.model_copy(update={"num_captions": config.beam_size})
-    beams = search(decoder, features, every)
-    samples = _draw(decoder, features, config)
+    beams = search(decoder, features, every, constraint)
+    samples = _draw(decoder, features, config, constraint)
     utilities = [
         expected_utilities([_finished(one) for one in found], drawn, frequencies)
         for found, drawn in zip(beams, samples, strict=True)
@@ -158,7 +164,9 @@ def _score(
     ]
 
 
-def _draw(decoder: Decoder, features: Features, config: DecodeConfig) -> list[list[Caption]]:
+def _draw(
+    decoder: Decoder, features: Features, config: DecodeConfig, constraint: Constraint
+) -> list[list[Caption]]:
     """Samples of every image."""
     images = len(next(iter(features.values())))
     members = members_of(decoder)
@@ -176,6 +184,7 @@ def _draw(decoder: Decoder, features: Features, config: DecodeConfig) -> list[li
                 config.max_length,
                 temperature=config.mbr_temperature,
                 noise=noise,
+                constraint=constraint,
             )
             for row, caption in enumerate(tokens[:, 1:].tolist()):
                 drawn[start + row // each].append(tuple(word for word in caption if word != PAD))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from captioner.decoders.base import Decoder, Features, start_captions
+from captioner.decoding.constraint import FREE, Constraint
 from captioner.text import END, PAD, START, UNK
 
 
@@ -15,6 +16,7 @@ def sample(
     *,
     temperature: float = 1.0,
     noise: torch.Generator | None = None,
+    constraint: Constraint = FREE,
 ) -> tuple[Tensor, Tensor]:
     """Sample ``count`` captions for each image.
 
@@ -24,6 +26,7 @@ def sample(
         temperature: what the logits are divided by.
         noise: a generator on the CPU whose numbers all images share, so that the samples of one depend neither on
             the others nor on the device; default: torch's own, and every image has its own numbers.
+        constraint: what the samples begin with and do not contain.
 
     Returns:
         int64 [N * count, T], ``<start>`` first, ``<end>`` last where the caption came to its end, ``<pad>`` after it;
@@ -35,10 +38,13 @@ def sample(
     last = torch.full((images * count,), START, device=device)
     open_ended = torch.ones_like(last, dtype=torch.bool)
     words, found = [last], []
-    impossible = torch.tensor([PAD, START, UNK], device=device)
-    for _ in range(max_length + 1):
+    impossible = torch.tensor([PAD, START, UNK, *constraint.forbidden], device=device)
+    for place in range(max_length + 1):
         logits, state, _ = decoder.step(last, state)
-        logits = (logits.float() / temperature).index_fill(1, impossible, -torch.inf)
+        logits = logits.float() / temperature
+        forced = constraint.forced(place)
+        if forced is None:
+            logits = logits.index_fill(1, impossible, -torch.inf)
         log_probs = torch.log_softmax(logits, dim=-1)
         with torch.no_grad():
             # The largest of log-probabilities plus Gumbel noise is a draw from them.
@@ -48,6 +54,8 @@ def sample(
                 shared = torch.empty(count, log_probs.shape[1]).exponential_(generator=noise)
                 numbers = shared.to(device).repeat(images, 1)
             drawn = (log_probs - numbers.log_()).argmax(dim=-1)
+            if forced is not None:
+                drawn = torch.full_like(drawn, forced)
         words.append(torch.where(open_ended, drawn, PAD))
         found.append(log_probs.gather(1, drawn.unsqueeze(1)).squeeze(1) * open_ended)
         # A finished caption goes on with <end>, which no decoder minds, as its words are not used.

@@ -15,6 +15,9 @@ from captioner.runtime.cluster import beside_driver
 
 logger = logging.getLogger(__name__)
 
+IMAGES = ("images_total", "Images handled")
+REJECTED_IMAGES = ("rejected_images_total", "Images rejected")
+
 
 class Ticker:
     """Context manager that calls ``tick`` every ``seconds``, on a thread of its own, and once more at the end."""
@@ -50,8 +53,9 @@ class Counter:
     def __init__(self) -> None:
         self.done = 0
         self.rejected = 0
-        self._images = metrics.Counter("captioner_images_total", "Images handled")
-        self._refused = metrics.Counter("captioner_rejected_images_total", "Images rejected")
+        self._images, self._refused = (
+            metrics.Counter(f"captioner_{name}", text) for name, text in (IMAGES, REJECTED_IMAGES)
+        )
 
     def add(self, done: int, rejected: int) -> None:
         self.done += done

@@ -65,7 +65,8 @@ _EVERYWHERE = (
     ErrorCode.OVERLOADED,
 )
 _UNHEALTHY = {"model": Health, "description": "A model does not caption (yet)"}
-_OF_UPLOADS = (400, 413, 415, 422)
+_OF_UPLOADS = (400, 413, 415, 422, 503)
+_OTHERS = (ErrorCode.BAD_REQUEST, ErrorCode.NO_METRICS)
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
 _BODY = {
     "required": True,
@@ -127,24 +128,22 @@ def create_app(
         redoc_url=None,
         responses=_errors(*_EVERYWHERE),
     )
-    paths: set[str] = set()
-
-    def observe_known(path: str, method: str, status: int, seconds: float) -> None:
-        # A client must not be able to make labels.
-        known = method if method in ("GET", "POST") else "other"
-        observe(path if path in paths else "other", known, status, seconds)
-
-    app.add_middleware(Guard, settings=guard, reject=reject, observe=observe_known)
+    app.add_middleware(Guard, settings=guard, reject=reject, observe=observe)
 
     async def answer_error(request: Request, error: Exception) -> Response:
         if isinstance(error, RequestValidationError):
             error = bad_parameter(error.errors())
-        elif isinstance(error, HTTPException):
+        headers = {}
+        if isinstance(error, HTTPException):
+            if allow := (error.headers or {}).get("Allow"):
+                # The Guard answers HEAD by what GET would get.
+                headers["allow"] = ", ".join(
+                    sorted({*allow.split(", "), *["HEAD"] * ("GET" in allow)})
+                )
             error = RequestError.of_status(error.status_code)
         assert isinstance(error, RequestError)
-        if error.status not in (404, 405):
-            reject(error.code.code)
-        return JSONResponse(error.body(), error.status)
+        reject(error.code.code)
+        return JSONResponse(error.body(), error.status, headers | error.headers())
 
     kinds: tuple[type[Exception], ...] = (RequestError, RequestValidationError, HTTPException)
     for kind in kinds:
@@ -157,7 +156,10 @@ def create_app(
         openapi_extra={"requestBody": _BODY},
         responses={
             200: {"content": {"application/json": {"example": _EXAMPLE}}},
-            **_errors(*_EVERYWHERE, *(one for one in ErrorCode if one.status in _OF_UPLOADS)),
+            **_errors(
+                *_EVERYWHERE,
+                *(one for one in ErrorCode if one.status in _OF_UPLOADS and one not in _OTHERS),
+            ),
         },
     )
     async def captions(
@@ -173,6 +175,12 @@ def create_app(
             decode = upload.parameters.decode(service.cards[model].decode)
         except ValidationError as error:
             raise bad_parameter(error.errors()) from None
+        cost = len(upload.images) * decode.work
+        if cost > config.max_cost:
+            problem = (
+                f"the search takes {cost} steps, over the limit of {config.max_cost} (max_cost)"
+            )
+            raise RequestError(ErrorCode.TOO_COSTLY, problem)
         answer = await service.caption(model, upload, decode)
         # Built as that type already: FastAPI need not check it a second time.
         return Response(answer.model_dump_json(), media_type="application/json")
@@ -201,7 +209,6 @@ def create_app(
     for path, (name, media_type) in _PAGE.items():
         page = Response((files / name).read_bytes(), media_type=media_type)
         app.routes.append(Route(path, page, methods=["GET"]))
-    paths.update(_PAGE, app.openapi()["paths"], [str(app.openapi_url)])
     return app
 
 

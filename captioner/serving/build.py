@@ -1,14 +1,18 @@
 """From a ``ServeConfig`` to a Ray Serve application."""
 
+import hashlib
 import math
+import os
+import re
 
 from ray import serve
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
 from captioner.artifacts.model_directory import ModelDirectory, open_model
 from captioner.config import DecodeConfig, ServeConfig
 from captioner.decoders import decoder_class
+from captioner.errors import ConfigError
 from captioner.runtime.cluster import num_cpus, num_gpus
 from captioner.serving.guard import GuardSettings
 from captioner.serving.ingress import CaptionApi
@@ -16,7 +20,8 @@ from captioner.serving.messages import EncoderCard, ModelCard
 from captioner.serving.replica import CaptionModel
 
 # A line per request costs more than it tells: the metrics count them.
-_QUIET = LoggingConfig(enable_access_log=False)
+_QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+_UNBOUNDED = 100_000
 
 
 def build_app(args: ServeConfig) -> serve.Application:
@@ -25,21 +30,54 @@ def build_app(args: ServeConfig) -> serve.Application:
     Needs a running Ray. ``serve deploy`` calls it with the ``args`` of its file.
 
     Raises:
+        ConfigError, ModelError: as ``application``.
+    """
+    return application(args, CaptionModel)
+
+
+def application(args: ServeConfig, kind: type[CaptionModel]) -> serve.Application:
+    """``build_app`` with replicas of another class.
+
+    Raises:
         ModelError: a model directory is unusable.
         ConfigError: the token file cannot be used.
     """
     cards = describe_models(args)
-    model = model_deployment(args)
+    model = model_deployment(args, kind)
     handles = {
-        name: model.options(name=f"model-{name}").bind(
-            name, open_model(uri).uri, args.limits, args.max_batch_size, args.threads
-        )
+        name: model.options(name=deployment_name(name)).bind(name, open_model(uri).uri, args)
         for name, uri in args.models.items()
     }
     return api_deployment(args).bind(args, GuardSettings.of(args), cards, handles)
 
 
-def model_deployment(config: ServeConfig) -> serve.Deployment:
+def _refuse_ha_proxy() -> None:
+    """Ray Serve's other proxy would listen on all interfaces whatever the host, and answer some paths before our Guard.
+
+    Raises:
+        ConfigError: it is asked for.
+    """
+    for name in (
+        "RAY_SERVE_ENABLE_HA_PROXY",
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED",
+    ):
+        if os.environ.get(name, "0") not in ("", "0"):
+            raise ConfigError(f"{name}: the service cannot be guarded behind that proxy; unset it")
+
+
+def deployment_name(model: str) -> str:
+    """What Ray Serve knows a model by, whatever it is called: Ray wants ASCII in the tags of its metrics, and makes
+    names of log files and actors of it. A plain name stays readable."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "_", model)[:40]
+    if plain == model:
+        return f"model-{model}"
+    return f"model-{plain}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+
+
+def model_deployment(
+    config: ServeConfig, kind: type[CaptionModel] = CaptionModel
+) -> serve.Deployment:
     """Scaling and bounds of the replicas of a model, each model's alike.
 
     By default a replica reserves so little that each can stand beside its successor while a new version starts.
@@ -50,7 +88,7 @@ def model_deployment(config: ServeConfig) -> serve.Deployment:
     if cpus is None:
         share = num_cpus() / (2 * len(config.models) * config.max_replicas)
         cpus = min(1.0, math.floor(100 * share) / 100)
-    return serve.deployment(CaptionModel).options(
+    return serve.deployment(kind).options(
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         autoscaling_config=AutoscalingConfig(
             min_replicas=config.min_replicas,
@@ -60,9 +98,8 @@ def model_deployment(config: ServeConfig) -> serve.Deployment:
             downscale_delay_s=120,
             look_back_period_s=15,
         ),
-        # While one batch runs, the pictures of the next are loaded.
-        max_ongoing_requests=2 * config.max_batch_size,
-        max_queued_requests=config.max_queued,
+        # Its own queue refuses what is too much, and knows better what that is; health is asked for through here, too.
+        max_ongoing_requests=_UNBOUNDED,
         graceful_shutdown_timeout_s=config.request_timeout_s + 5,
         max_surge_percent=100,
         max_constructor_retry_count=3,
@@ -76,10 +113,8 @@ def api_deployment(config: ServeConfig) -> serve.Deployment:
         name="api",
         num_replicas=config.http_replicas,
         ray_actor_options={"num_cpus": 0},
-        # Beyond its own bounds on uploads, which answer with 503, pages and lists still get through.
-        max_ongoing_requests=2 * config.max_uploads,
-        max_queued_requests=config.max_uploads,
-        backpressure_config=BackpressureConfig(retry_after_s=config.retry_after_s),
+        # Its Guard answers what is too much with 503, and lets health through.
+        max_ongoing_requests=_UNBOUNDED,
         graceful_shutdown_timeout_s=config.upload_timeout_s + config.request_timeout_s + 5,
         max_surge_percent=100,
         logging_config=_QUIET,
@@ -91,12 +126,13 @@ def describe_models(config: ServeConfig) -> dict[str, ModelCard]:
 
     Raises:
         ModelError: a model directory is unusable.
-        ConfigError: a model cannot be searched as asked.
+        ConfigError: a model cannot be searched as asked, or Ray Serve is set to a proxy that cannot be guarded.
     """
+    _refuse_ha_proxy()
     models = {name: open_model(uri) for name, uri in config.models.items()}
     default = next(iter(models))
     return {
-        name: _card(name, model, model.search(config.decode), name == default)
+        name: _card(name, model, model.search(config.search_of(name)), name == default)
         for name, model in models.items()
     }
 

@@ -1,5 +1,6 @@
 """The one table of what clients are told when something is wrong: status, code, text and advice."""
 
+import math
 from enum import Enum
 from typing import Any
 
@@ -13,6 +14,7 @@ class ErrorCode(Enum):
     NO_IMAGE = 400, "no image in the request", "send its bytes, or a multipart form with files"
     NOT_AN_IMAGE = 400, "not an image", "send JPEG, PNG, WEBP, GIF, AVIF"
     BAD_FORM = 400, "the multipart form is damaged", "send one part for every image"
+    BAD_REQUEST = 400, "this is no HTTP request", "send HTTP/1.1"
     UNAUTHORIZED = 401, "no valid token", "send Authorization: Bearer TOKEN"
     NOT_FOUND = 404, "no such path", "/openapi.json lists them"
     METHOD_NOT_ALLOWED = 405, "this path does not take that method", "see /openapi.json"
@@ -20,14 +22,25 @@ class ErrorCode(Enum):
     TIMEOUT = 408, "no answer in time", "try again"
     REQUEST_TOO_LARGE = 413, "the request is too large", "send fewer or smaller images"
     IMAGE_TOO_LARGE = 413, "20000000 bytes, over the limit of 16777216", "send a smaller picture"
-    TOO_MANY_IMAGES = 413, "20 images, over the limit of 16", "send fewer at once"
     TYPE_NOT_ALLOWED = 415, "images of type bmp are not accepted", "send JPEG, PNG, WEBP, GIF, AVIF"
     BAD_PARAMETER = 422, "beam_size: Input should be greater than or equal to 1 (got '0')", ""
+    TOO_MANY_IMAGES = 422, "20 images, over the limit of 16 (max_images)", "send fewer at once"
+    TOO_COSTLY = (
+        422,
+        "the search takes 600000 steps, over the limit of 200000 (max_cost)",
+        "ask for fewer images, beams, captions or words",
+    )
+    HEADERS_TOO_LARGE = 431, "the headers are too large", "send less than 32768 bytes of them"
     ERROR = 500, "the request failed", "try again"
     OVERLOADED = (
         503,
         "the service is busy or starting",
         "try again after the seconds in Retry-After",
+    )
+    REPLICA_LOST = (
+        503,
+        "the process that loaded these images ended",
+        "send them again once, one image a request",
     )
     NO_METRICS = 503, "the metrics of Ray's nodes cannot be read", "try again"
 
@@ -42,13 +55,22 @@ class ErrorCode(Enum):
 class RequestError(Exception):
     """A request that gets an error for an answer; replicas of a model return it to the API's."""
 
-    def __init__(self, code: ErrorCode, problem: str = "", advice: str = "", status: int = 0):
+    def __init__(
+        self,
+        code: ErrorCode,
+        problem: str = "",
+        advice: str = "",
+        status: int = 0,
+        retry_after_s: float = 0.0,
+    ):
         """
         Args:
             problem: what is wrong, advice: what to do, status: of HTTP; default: as the table has them.
+            retry_after_s: with 503, when there will be room; default: as the settings say.
         """
-        super().__init__(code, problem, advice, status)  # all of them, or it could not be pickled
-        self.code, self.status = code, status or code.status
+        # All of them, or it could not be pickled.
+        super().__init__(code, problem, advice, status, retry_after_s)
+        self.code, self.status, self.retry_after_s = code, status or code.status, retry_after_s
         self._problem, self._advice = problem or code.problem, advice or code.advice
 
     @classmethod
@@ -70,6 +92,10 @@ class RequestError(Exception):
     def body(self) -> dict[str, Any]:
         """As in ``ErrorResponse``."""
         return {"error": {"code": self.code.code, "message": str(self)}}
+
+    def headers(self) -> dict[str, str]:
+        """``Retry-After`` where it is known when to come back."""
+        return {"retry-after": str(math.ceil(self.retry_after_s))} if self.retry_after_s > 0 else {}
 
 
 _OF_STATUS = {

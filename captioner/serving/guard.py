@@ -1,9 +1,16 @@
-"""What stands between the network and the API: tokens, bounds on what clients may hold, security headers."""
+"""What stands between the network and the API: tokens, bounds on what clients may hold, security headers.
+
+Every request is counted once, and logged where that is asked for, by the outermost Guard that it passes.
+"""
 
 import asyncio
 import json
+import logging
+import sys
 import time
 from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -11,7 +18,14 @@ from captioner.config import ServeConfig, UploadBounds
 from captioner.serving.errors import ErrorCode, RequestError
 from captioner.serving.tokens import authorized, digest_tokens, read_tokens
 
+logger = logging.getLogger(__name__)
+access_logger = logging.getLogger("captioner.access")
+
 HEALTH_PATHS = ("/healthz", "/-/healthz")
+PATHS = frozenset(
+    ("/", "/app.css", "/app.js", "/v1/captions", "/v1/models", "/metrics", "/openapi.json", "/-/routes", *HEALTH_PATHS)
+)  # fmt: skip
+"""Those that the service has. Clients make no labels of metrics and no words of logs."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -25,13 +39,19 @@ HEADERS = {
 }
 # Set by clients they would switch off Ray Serve's own time limit and its watch for clients that leave.
 _STRIPPED = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
-_ATTEMPTS = 4
+# A request whose replica of the API died is sent once more.
+_ATTEMPTS = 2
+# In the scope that a proxy hands to the API, where no client can put it.
+_COUNTED = "captioner.counted"
+_DRAIN, _DRAINED = "drain", "drained"
 
 
 class GuardSettings(UploadBounds):
     """Bounds of a ``Guard``. It holds digests of tokens, never the tokens."""
 
     token_digests: tuple[str, ...] = ()
+    drain_folder: str | None = None
+    """Where ``drain`` asks for the service's end, for Guards of the same machine."""
 
     @classmethod
     def of(cls, config: ServeConfig) -> "GuardSettings":
@@ -41,6 +61,19 @@ class GuardSettings(UploadBounds):
         """
         bounds = config.model_dump(include=set(UploadBounds.model_fields))
         return cls(token_digests=digest_tokens(read_tokens(config.token_file)), **bounds)
+
+
+def drain(folder: Path, stop: Callable[[float], bool], timeout_s: float) -> None:
+    """Have the Guard that watches ``folder`` refuse what comes, and wait until what is under way is answered.
+
+    Args:
+        stop: sleeps so many seconds, and says whether to wait no longer.
+    """
+    (folder / _DRAIN).touch()
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end and not (folder / _DRAINED).exists():
+        if stop(0.1):
+            return
 
 
 class _ClientGone(Exception):
@@ -60,16 +93,23 @@ class Guard:
         app: ASGIApp,
         settings: GuardSettings,
         reject: Callable[[str], None],
-        observe: Callable[[str, str, int, float], None] | None = None,
+        observe: Callable[[str, str, int, float], None],
     ):
         """
         Args:
-            reject: called with the error code of every request turned away here.
-            observe: called with path, method, status and seconds of every request.
+            reject: called with the code of every error that is answered here.
+            observe: called with path, method, status and seconds of every request that no Guard before has counted.
         """
         self.app, self.settings = app, settings
         self._reject, self._observe = reject, observe
         self._uploads = self._bytes = 0
+        self._draining = False
+        if settings.access_log and not access_logger.handlers:
+            access_logger.addHandler(logging.StreamHandler(sys.stderr))
+            access_logger.setLevel(logging.INFO)
+            access_logger.propagate = False
+        if settings.drain_folder is not None:
+            self._watch = asyncio.create_task(self._await_drain(Path(settings.drain_folder)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -79,18 +119,38 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        reply = _Reply(send, self.settings.retry_after_s)
-        try:
-            await self._admit(scope, receive, reply)
-        finally:
-            if self._observe is not None and reply.status:
-                seconds = time.perf_counter() - started
-                self._observe(scope["path"], scope["method"], reply.status, seconds)
-
-    async def _admit(self, scope: Scope, receive: Receive, reply: "_Reply") -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
+        reply = _Reply(send, self.settings.retry_after_s, self._reject, headers)
+        outermost = _COUNTED not in scope
+        inner = {**scope, _COUNTED: True}
+        if scope["method"] == "HEAD":  # servers leave out the body
+            inner["method"] = "GET"
+        try:
+            await self._admit(inner, headers, receive, reply)
+        except Exception:
+            # Nobody behind answered, so this does, and the log has what happened.
+            logger.exception("request %s failed", reply.request_id)
+            if not reply.status:
+                await reply.error(RequestError(ErrorCode.ERROR))
+        finally:
+            if outermost and reply.status:
+                self._count(scope, reply, time.perf_counter() - started)
+
+    def _count(self, scope: Scope, reply: "_Reply", seconds: float) -> None:
+        path = scope["path"] if scope["path"] in PATHS else "other"
+        method = scope["method"] if scope["method"] in ("GET", "HEAD", "POST") else "other"
+        self._observe(path, method, reply.status, seconds)
+        if self.settings.access_log:
+            access_logger.info(
+                "%s %s %s %d %.0f ms", reply.request_id, method, path, reply.status, 1e3 * seconds
+            )
+
+    async def _admit(
+        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, reply: "_Reply"
+    ) -> None:
         problem = self._refusal(scope["path"], headers)
-        admitted = problem is None
+        # Health takes no place of a request's, and is asked for when there is none left, too.
+        admitted = problem is None and scope["path"] not in HEALTH_PATHS
         self._uploads += admitted
         pieces: list[bytes] = []
         try:
@@ -98,11 +158,10 @@ class Guard:
             if problem is None:
                 # A single one, as a proxy hands it on, is not copied.
                 pieces[:] = [b"".join(pieces)]
-                await self._forward(scope, pieces[0], receive, reply)
+                await self._forward(scope, pieces, receive, reply)
                 return
-            self._reject(problem.code)
             extra = {} if problem is not ErrorCode.UNAUTHORIZED else _challenge(headers)
-            await reply.error(RequestError(problem), extra, close=not complete)
+            await reply.error(RequestError(problem), extra, close=self._draining or not complete)
         except _ClientGone:
             pass
         finally:
@@ -112,8 +171,12 @@ class Guard:
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ErrorCode | None:
         """Why a request is turned away by its headers alone."""
         settings = self.settings
-        if settings.token_digests and path not in HEALTH_PATHS:
-            given = headers.get(b"authorization", b"").decode("latin-1")
+        if self._draining:
+            return ErrorCode.OVERLOADED
+        if path in HEALTH_PATHS:
+            return None
+        if settings.token_digests:
+            given = headers.get(b"authorization", b"")
             if not authorized(given, settings.token_digests):
                 return ErrorCode.UNAUTHORIZED
         if self._uploads >= settings.max_uploads or self._bytes >= settings.max_upload_bytes:
@@ -122,6 +185,14 @@ class Guard:
         if length.isdigit() and int(length) > settings.max_request_bytes:
             return ErrorCode.REQUEST_TOO_LARGE
         return None
+
+    async def _await_drain(self, folder: Path) -> None:
+        while not (folder / _DRAIN).exists():
+            await asyncio.sleep(0.2)
+        self._draining = True
+        while self._uploads:
+            await asyncio.sleep(0.05)
+        (folder / _DRAINED).touch()
 
     async def _read(
         self,
@@ -170,7 +241,9 @@ class Guard:
         self._bytes -= sum(map(len, pieces))
         pieces.clear()
 
-    async def _forward(self, scope: Scope, body: bytes, receive: Receive, reply: "_Reply") -> None:
+    async def _forward(
+        self, scope: Scope, pieces: list[bytes], receive: Receive, reply: "_Reply"
+    ) -> None:
         scope = dict(scope)
         scope["headers"] = [
             (name, value) for name, value in scope["headers"] if name.lower() not in _STRIPPED
@@ -184,7 +257,7 @@ class Guard:
                 nonlocal sent, gone
                 if not sent:
                     sent = True
-                    return {"type": "http.request", "body": body, "more_body": False}
+                    return {"type": "http.request", "body": pieces[0], "more_body": False}
                 message = await receive()
                 gone |= message["type"] == "http.disconnect"
                 return message
@@ -198,15 +271,21 @@ class Guard:
                 return
             # Ray Serve's proxy returns without an answer when a replica died with the request.
             await asyncio.sleep(0.1 * 2**attempt)
-        self._reject(ErrorCode.OVERLOADED.code)
         await reply.error(RequestError(ErrorCode.OVERLOADED))
 
 
 class _Reply:
     """``send`` with our headers, and with JSON in place of other errors, such as those of Ray Serve's proxy."""
 
-    def __init__(self, send: Send, retry_after_s: int):
-        self._send, self._retry_after = send, retry_after_s
+    def __init__(
+        self,
+        send: Send,
+        retry_after_s: int,
+        reject: Callable[[str], None],
+        headers: dict[bytes, bytes],
+    ):
+        self._send, self._retry_after, self._reject = send, retry_after_s, reject
+        self.request_id = headers.get(b"x-request-id", b"").decode("ascii", "replace")[:64]
         self.status = 0
         self._replaced = False
 
@@ -231,6 +310,7 @@ class _Reply:
     ) -> None:
         """Answer with an error. With ``close`` the connection ends: what the client still sends is not read."""
         self.status = error.status
+        self._reject(error.code.code)
         body = json.dumps(error.body()).encode()
         headers = {
             b"content-type": b"application/json",
@@ -248,6 +328,15 @@ class _Reply:
         if status == 503:
             ours[b"retry-after"] = str(self._retry_after).encode()
         return list((ours | headers).items())
+
+
+def raw_answer(error: RequestError) -> bytes:
+    """An error as it goes over a connection that is closed behind it, before there was a request."""
+    body = json.dumps(error.body()).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}  # fmt: skip
+    lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in (HEADERS | headers | error.headers()).items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 def _challenge(headers: dict[bytes, bytes]) -> dict[bytes, bytes]:

@@ -14,9 +14,9 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-@optional(DecodeConfig, "beam_size", "num_captions", "max_length")
+@optional(DecodeConfig)
 class CaptionParameters(Message):
-    """What a request may ask for; everything else is as the model's card says."""
+    """What a request may ask for; what it leaves out is as the model's card says."""
 
     model: Annotated[str | None, Field(examples=[None])] = None
     """Name of the model, as /v1/models lists them; default: its first."""

@@ -1,25 +1,26 @@
 """One model's deployment: loads images on threads and batches them for the model, which runs on one of its own."""
 
-import asyncio
-import logging
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from captioner.artifacts.model_directory import check_search
 from captioner.captioning.captioner import Candidate, Caption, Captioner
-from captioner.config import DecodeConfig, ImageLimits
-from captioner.errors import CaptionerError, ImageError, ImageTooLargeError, ImageTypeError
-from captioner.images.load import Loaded, load_image
-from captioner.runtime.device import num_cores, prepare_device
-from captioner.serving.batcher import Batcher
+from captioner.config import DecodeConfig, ServeConfig
+from captioner.errors import CaptionerError, ConfigError
+from captioner.images.load import Loaded
+from captioner.runtime.device import prepare_device
+from captioner.serving import metrics
 from captioner.serving.errors import ErrorCode, RequestError
+from captioner.serving.loader import Loader
 from captioner.serving.messages import (
     Alternative,
     CaptionResponse,
@@ -27,13 +28,12 @@ from captioner.serving.messages import (
     Timing,
     WordAttention,
 )
-from captioner.serving.metrics import observe_batch
+from captioner.serving.queue import ModelQueue, Ran, Work
 
-logger = logging.getLogger(__name__)
-
-# Warm-up and health: a picture that exercises the whole path.
+# Warm-up: a picture that exercises the whole path.
 PROBE_DECODE = DecodeConfig(beam_size=1, max_length=5)
-_MAX_LOADERS = 8
+# A model that has made no step for so long is replaced; a batch makes one at every word.
+_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -45,78 +45,95 @@ class _Item:
 class CaptionModel:
     """A replica of one model. Ready once it has captioned a picture."""
 
-    def __init__(
-        self, name: str, uri: str, limits: ImageLimits, max_batch_size: int, threads: int | None
-    ):
-        self._name, self._limits = name, limits
-        self._captioner = Captioner.load(uri, prepare_device(threads=threads))
+    def __init__(self, name: str, uri: str, config: ServeConfig):
+        self._name = name
+        self._captioner = Captioner.load(uri, prepare_device(threads=config.threads))
         self._version = self._captioner.model.directory.version[:12]
-        self._batcher = Batcher(self._run, max_batch_size)
-        self._loaders = ThreadPoolExecutor(min(_MAX_LOADERS, num_cores()), "load")
-        self._fit = self._captioner.model.record.encoder.spec.fit
-        self._probe_picture = _picture()
-        pixels = load_image(self._probe_picture, self._fit, limits).pixels
-        for size in {1, max_batch_size}:  # memory and kernels of both extremes
-            self._run([_Item(pixels, PROBE_DECODE)] * size)
-        self._run([_Item(pixels, self._captioner.model.record.decode)])
+        self._queue: ModelQueue[_Item, Caption] = ModelQueue(
+            self._run,
+            max_batch_size=config.max_batch_size,
+            max_requests=config.max_queued,
+            max_bytes=config.max_upload_bytes,
+            timeout_s=config.request_timeout_s,
+        )
+        fit = self._captioner.model.record.encoder.spec.fit
+        self._loader = Loader(fit, config.limits, config.max_loading_bytes)
+        for module in self._captioner.model.decoder.modules():
+            # Every step of a search ends in it.
+            if isinstance(output := getattr(module, "output", None), torch.nn.Module):
+                output.register_forward_pre_hook(lambda *_: self._queue.step())
+        self._warm_up(config.max_batch_size)
 
     async def caption(
-        self, images: list[bytes], names: list[str | None], decode: DecodeConfig, attention: bool
-    ) -> CaptionResponse | RequestError:
-        """Caption the images of one request; one that is refused is returned as its error."""
-        loop = asyncio.get_running_loop()
-        started = time.perf_counter()
-        loaded = await asyncio.gather(
-            *(loop.run_in_executor(self._loaders, self._load, data) for data in images)
-        )
-        good: list[Loaded] = []
-        for position, found in enumerate(loaded):
-            if isinstance(found, RequestError):
-                return found.of_image(position, names)
-            good.append(found)
-        ready = time.perf_counter()
-        answers = await asyncio.gather(
-            *(self._batcher.submit(_Item(one.pixels, decode)) for one in good)
-        )
-        began = [when for _, when, _ in answers]
-        return CaptionResponse(
+        self,
+        images: list[bytes],
+        names: list[str | None],
+        decode: DecodeConfig,
+        attention: bool,
+        seconds: float,
+    ) -> AsyncIterator[CaptionResponse | RequestError | None]:
+        """Caption the images of one request within so many seconds.
+
+        Yields:
+            None once they are loaded; then the answer, or the error with which the request is refused.
+        """
+        model = self._captioner.model
+        try:
+            check_search(decode, model.vocabulary, ngrams=model.ngrams is not None)
+        except ConfigError as error:
+            yield RequestError(ErrorCode.BAD_PARAMETER, str(error))
+            return
+        started = time.monotonic()
+        deadline = started + seconds
+        one = Work(1, decode.work)
+        work = Work(len(images), len(images) * decode.work)
+        size = sum(map(len, images))
+        ready_s = self._loader.seconds(len(images))
+        try:
+            with self._queue.admit(work, size, deadline, ready_s):
+                good = await self._loader.load_all(images, names, deadline)
+                ready = time.monotonic()
+                yield None
+                answers = await self._queue.submit(
+                    [_Item(found.pixels, decode) for found in good], one, deadline
+                )
+        except RequestError as error:
+            yield error
+            return
+        began = max(answer.began for answer in answers)
+        metrics.observe(metrics.LOAD, self._name, ready - started)
+        metrics.observe(metrics.QUEUE, self._name, max(0.0, began - ready))
+        yield CaptionResponse(
             model=self._name,
             version=self._version,
             captions=[
-                _message(caption, name, one, attention)
-                for (caption, _, _), name, one in zip(answers, names, good, strict=True)
+                _message(answer.result, name, found, attention)
+                for answer, name, found in zip(answers, names, good, strict=True)
             ],
             timing=Timing(
                 load_ms=round(1e3 * (ready - started), 2),
-                wait_ms=round(1e3 * max(0.0, max(began) - ready), 2),
-                model_ms=round(1e3 * (time.perf_counter() - max(began)), 2),
-                batch_size=max(size for _, _, size in answers),
+                wait_ms=round(1e3 * max(0.0, began - ready), 2),
+                model_ms=round(1e3 * (time.monotonic() - began), 2),
+                batch_size=max(answer.batch_size for answer in answers),
             ),
         )
 
-    async def probe(self) -> None:
-        """Caption a small picture, as a request would be."""
-        found = await self.caption([self._probe_picture], [None], PROBE_DECODE, False)
-        if isinstance(found, RequestError):
-            raise CaptionerError(str(found))
+    async def health(self) -> str:
+        """``ok``, or why this replica does not caption. It never waits for what the model works on."""
+        return self._queue.trouble(_PATIENCE_S) or "ok"
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica that raises or does not return."""
-        await self.probe()
+        if (trouble := self._queue.trouble(_PATIENCE_S)) is not None:
+            raise CaptionerError(trouble)
 
-    def _load(self, data: bytes) -> Loaded | RequestError:
-        try:
-            return load_image(data, self._fit, self._limits)
-        except ImageTooLargeError as error:
-            return RequestError(ErrorCode.IMAGE_TOO_LARGE, str(error))
-        except ImageTypeError as error:
-            return RequestError(ErrorCode.TYPE_NOT_ALLOWED, str(error))
-        except ImageError as error:
-            return RequestError(ErrorCode.NOT_AN_IMAGE, str(error), "send an intact picture")
-
-    def _run(self, items: list[_Item]) -> list[Caption]:
+    def _run(self, items: list[_Item]) -> Ran[Caption]:
         """One forward pass for all; the search once for each of the configurations asked for."""
+        started = time.monotonic()
         features = self._captioner.encode(np.stack([item.pixels for item in items]))
+        if self._captioner.device.type == "cuda":
+            torch.cuda.synchronize()
+        encoded = time.monotonic()
         found: list[Caption | None] = [None] * len(items)
         for decode in {item.decode for item in items}:
             places = [place for place, item in enumerate(items) if item.decode == decode]
@@ -125,8 +142,23 @@ class CaptionModel:
                 places, self._captioner.caption_features(chosen, decode), strict=True
             ):
                 found[place] = caption
-        observe_batch(self._name, len(items))
-        return [caption for caption in found if caption is not None]
+        captions = [caption for caption in found if caption is not None]
+        ran = Ran(captions, encoded - started, time.monotonic() - encoded)
+        metrics.observe(metrics.BATCH_SIZE, self._name, len(items))
+        metrics.observe(metrics.ENCODER, self._name, ran.encoder_s)
+        metrics.observe(metrics.DECODER, self._name, ran.decoder_s)
+        return ran
+
+    def _warm_up(self, max_batch_size: int) -> None:
+        """Memory and kernels of both extremes, and the pace of the usual search."""
+        found = self._loader.load(_picture(), time.monotonic() + _PATIENCE_S)
+        if isinstance(found, RequestError):
+            raise CaptionerError(str(found))
+        pixels = found.pixels
+        for size in {1, max_batch_size}:
+            self._run([_Item(pixels, PROBE_DECODE)] * size)
+        own = self._captioner.model.record.decode
+        self._queue.note(Work(1, own.work), self._run([_Item(pixels, own)]))
 
 
 def _message(caption: Caption, name: str | None, picture: Loaded, attention: bool) -> ImageCaption:

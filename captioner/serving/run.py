@@ -4,7 +4,10 @@ import logging
 import os
 import signal
 import socket
+import ssl
+import tempfile
 import threading
+from pathlib import Path
 
 import ray
 from ray import serve
@@ -15,16 +18,18 @@ from captioner.config import ServeConfig
 from captioner.errors import ConfigError, ModelError
 from captioner.runtime.cluster import start_ray
 from captioner.serving import proxy
-from captioner.serving.build import build_app, describe_models
-from captioner.serving.guard import GuardSettings
+from captioner.serving.build import application, describe_models
+from captioner.serving.guard import GuardSettings, drain
+from captioner.serving.replica import CaptionModel
 
 logger = logging.getLogger(__name__)
 
 APP = "captioner"
 
 
-def serve_models(config: ServeConfig) -> None:
-    """Serve until SIGINT or SIGTERM; on a cluster that ``RAY_ADDRESS`` names, deploy and return.
+def serve_models(config: ServeConfig, kind: type[CaptionModel] = CaptionModel) -> None:
+    """Serve until SIGINT or SIGTERM, and then until what is under way is answered; a second one ends it at once. On a
+    cluster that ``RAY_ADDRESS`` names, deploy and return.
 
     On such a cluster a second call replaces the models of the first one by one, without a failed request.
 
@@ -34,32 +39,41 @@ def serve_models(config: ServeConfig) -> None:
     """
     describe_models(config)
     guard = GuardSettings.of(config)
-    joined = bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
-    if not joined:
-        _check_port(config.host, config.port)
+    if os.environ.get("RAY_ADDRESS") or ray.is_initialized():
+        start_ray()
+        deploy(config, kind)
+        logger.info("serving %s at %s", ", ".join(config.models), url(config))
+        return
+    _check_certificate(config)
+    _check_port(config.host, config.port)
+    with tempfile.TemporaryDirectory(prefix="captioner-") as folder:
         # Read by Ray Serve's proxies, which inherit the environment of the Ray started here.
         os.environ[proxy.CALLBACK] = proxy.CALLBACK_PATH
-        os.environ[proxy.SETTINGS] = guard.model_dump_json()
-    start_ray()
-    if not joined and config.host not in ("127.0.0.1", "localhost", "::1"):
-        tokens = "with" if guard.token_digests else "WITHOUT"
-        logger.warning("listening on %s: open to the network, %s tokens", config.host, tokens)
-    stop = threading.Event()
-    if not joined:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-    try:
-        deploy(config)
-        logger.info("serving %s at %s", ", ".join(config.models), url(config))
-        if not joined:
-            stop.wait()
-    finally:
-        if not joined:
+        watched = guard.model_copy(update={"drain_folder": folder})
+        os.environ[proxy.SETTINGS] = watched.model_dump_json()
+        start_ray()
+        if config.host not in ("127.0.0.1", "localhost", "::1"):
+            tokens = "with" if guard.token_digests else "WITHOUT"
+            logger.warning("listening on %s: open to the network, %s tokens", config.host, tokens)
+        try:
+            deploy(config, kind)
+            signals = [threading.Event(), threading.Event()]
+
+            def stop(*_: object) -> None:
+                signals[signals[0].is_set()].set()
+
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, stop)
+            logger.info("serving %s at %s", ", ".join(config.models), url(config))
+            signals[0].wait()
+            logger.info("answering what is under way")
+            drain(Path(folder), signals[1].wait, config.request_timeout_s + 5)
+        finally:
             serve.shutdown()
             ray.shutdown()
 
 
-def deploy(config: ServeConfig) -> None:
+def deploy(config: ServeConfig, kind: type[CaptionModel] = CaptionModel) -> None:
     """Start the application on the connected Ray, or replace the one that runs there; returns when it is ready.
 
     Raises:
@@ -74,18 +88,31 @@ def deploy(config: ServeConfig) -> None:
             # The Guard's limits come first; this one is for an API replica that hangs.
             request_timeout_s=config.upload_timeout_s + config.request_timeout_s + 10,
             keep_alive_timeout_s=30,
+            ssl_keyfile=config.key,
+            ssl_certfile=config.certificate,
         ),
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
     try:
-        serve.run(build_app(config), name=APP, route_prefix="/")
+        serve.run(application(config, kind), name=APP, route_prefix="/")
     except RuntimeError as error:
         raise ModelError(f"the service does not start: {error}") from error
 
 
 def url(config: ServeConfig) -> str:
     host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"http://{host}:{config.port}"
+    return f"{'https' if config.certificate else 'http'}://{host}:{config.port}"
+
+
+def _check_certificate(config: ServeConfig) -> None:
+    if config.certificate is None:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(config.certificate, config.key, password=lambda: "")
+    except OSError as error:  # ssl's own errors are such
+        reason = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+        raise ConfigError(f"--certificate, --key: they cannot be used: {reason}") from None
 
 
 def _check_port(host: str, port: int) -> None:

@@ -5,7 +5,7 @@ import binascii
 import hashlib
 import hmac
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from captioner import storage
 from captioner.errors import ConfigError
@@ -14,40 +14,61 @@ TOKENS = "CAPTIONER_TOKENS"
 
 
 def read_tokens(token_file: str | None) -> list[str]:
-    """Accepted tokens from ``CAPTIONER_TOKENS`` and from the file (path or URI); white space separates them.
+    """Accepted tokens from ``CAPTIONER_TOKENS`` and from the file (path or URI), one a line; ``#`` begins a comment.
 
     Raises:
-        ConfigError: either holds no token, or the file is not text.
+        ConfigError: either holds no token, or a line that is none, or the file is not text.
         StoreError: the file cannot be read.
     """
     texts = {TOKENS: os.environ[TOKENS]} if TOKENS in os.environ else {}
     if token_file is not None:
         try:
-            texts["token_file"] = storage.read_bytes(token_file).decode()
+            texts["token_file"] = storage.read_bytes(token_file).decode("utf-8-sig")
         except UnicodeDecodeError:
-            raise ConfigError(f"token_file: {token_file} is not text") from None
+            raise ConfigError(f"token_file: {token_file} is not text (UTF-8)") from None
+    found = []
     for name, text in texts.items():
-        if not text.split():
+        tokens = list(_lines(name, text))
+        if not tokens:
             # An empty variable is a mistake that would leave the service open.
             raise ConfigError(f"{name}: there is no token in it")
-    return " ".join(texts.values()).split()
+        found += tokens
+    return found
+
+
+def _lines(name: str, text: str) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), 1):
+        token = line.strip()
+        if not token or token.startswith("#"):
+            continue
+        # The line itself is a secret, which no message repeats.
+        if len(token.split()) > 1:
+            raise ConfigError(
+                f"{name}: line {number} has several words; a token is one, a comment begins with #"
+            )
+        if not token.isprintable():
+            raise ConfigError(f"{name}: line {number} has a character that nobody can send")
+        yield token
 
 
 def digest_tokens(tokens: Iterable[str]) -> tuple[str, ...]:
     return tuple(hashlib.sha256(token.encode()).hexdigest() for token in tokens)
 
 
-def authorized(header: str, digests: Iterable[str]) -> bool:
-    """Whether an ``Authorization`` header carries a known token: as a bearer, or as the password browsers ask for."""
-    scheme, _, value = header.partition(" ")
+def authorized(header: bytes, digests: Iterable[str]) -> bool:
+    """Whether an ``Authorization`` header carries a known token: as a bearer, or as the password browsers ask for.
+
+    Bytes are compared: a token with letters beyond ASCII is sent in UTF-8, as curl and browsers do.
+    """
+    scheme, _, value = header.partition(b" ")
     value = value.strip()
-    if scheme.lower() == "basic":
+    if scheme.lower() == b"basic":
         try:
-            value = base64.b64decode(value, validate=True).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
+            value = base64.b64decode(value, validate=True).partition(b":")[2]
+        except binascii.Error:
             return False
-    elif scheme.lower() != "bearer":
+    elif scheme.lower() != b"bearer":
         return False
-    digest = hashlib.sha256(value.encode()).hexdigest()
+    digest = hashlib.sha256(value).hexdigest()
     # A list: all of them are compared, so that the time says nothing about which.
     return any([hmac.compare_digest(digest, known) for known in digests])

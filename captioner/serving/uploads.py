@@ -1,8 +1,10 @@
 """The images and parameters of a request, checked as far as that goes without loading them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
@@ -27,6 +29,11 @@ _OTHER_TYPES = {
     "XML": (0, b"<?xml"),
     "PDF": (0, b"%PDF-"),
 }
+
+_EXTENDED_NAME = re.compile(
+    rb"(?i);\s*filename\*\s*=\s*(?P<charset>[\w-]+)'[^';]*'(?P<name>[^;\s\"]*)"
+)
+_FILE_NAME = re.compile(rb'(?i);\s*filename\*?\s*=\s*("(?:\\.|[^"\\])*"|[^;]*)')
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ async def read_upload(
             if isinstance(value, UploadFile):
                 images.append(await value.read())
                 names.append(value.filename or None)
+                await value.close()  # it holds the same bytes
             else:
                 fields[field] = value
         parameters = _merge(parameters, fields)
@@ -64,7 +72,7 @@ async def read_upload(
     if not images:
         raise RequestError(ErrorCode.NO_IMAGE)
     if len(images) > config.max_images:
-        problem = f"{len(images)} images, over the limit of {config.max_images}"
+        problem = f"{len(images)} images, over the limit of {config.max_images} (max_images)"
         raise RequestError(ErrorCode.TOO_MANY_IMAGES, problem)
     for position, data in enumerate(images):
         try:
@@ -74,8 +82,24 @@ async def read_upload(
     return Upload(images, names, parameters)
 
 
+class _FormParser(MultiPartParser):
+    """Also takes names of files as ``filename*`` has them (RFC 5987), which go before the plain ones."""
+
+    def on_headers_finished(self) -> None:
+        part = self._current_part
+        if found := _EXTENDED_NAME.search(part.content_disposition or b""):
+            try:
+                name = unquote(found["name"].decode("ascii"), found["charset"].decode("ascii"))
+            except (LookupError, UnicodeDecodeError):
+                raise MultiPartException("filename* is damaged") from None
+            plain = re.sub(r'["\\\x00-\x1f]', "_", name).encode(self._charset or "utf-8", "replace")
+            rest = _FILE_NAME.sub(b"", part.content_disposition or b"")
+            part.content_disposition = rest + b'; filename="%s"' % plain
+        super().on_headers_finished()
+
+
 async def _parse(request: Request, config: ServeConfig) -> list[tuple[str, UploadFile | str]]:
-    parser = MultiPartParser(
+    parser = _FormParser(
         request.headers, request.stream(), max_files=1000, max_fields=100, max_part_size=2**16
     )
     # The body is in memory already and its size bounded: no detour by files on disk.

@@ -1,5 +1,6 @@
 """``python -m ray_jobs.serve`` as a person starts it: its own Ray, tokens from a file, a clean end."""
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,11 +22,13 @@ def test_service_starts_asks_for_its_token_and_stops(
 ) -> None:
     tokens = tmp_path / "tokens"
     tokens.write_text("secret\n")
+    name = "modèle ü #1?%20'\""
+    model = shutil.copytree(models["v1"], tmp_path / "odd dir" / name)
     port = free_port()
     log = tmp_path / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ray_jobs.serve", "--model", models["v1"], "--port", str(port),
+            [sys.executable, "-m", "ray_jobs.serve", "--model", str(model), "--port", str(port),
              "--token-file", str(tokens)],
             cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -37,11 +40,15 @@ def test_service_starts_asks_for_its_token_and_stops(
         assert httpx.get(f"{service.url}/-/routes").status_code == 401
         headers = {"authorization": "Bearer secret"}
         models_found = httpx.get(f"{service.url}/v1/models", headers=headers).json()["models"]
-        assert [one["name"] for one in models_found] == ["v1"]
+        assert [one["name"] for one in models_found] == [name]
         good = httpx.post(
-            f"{service.url}/v1/captions", content=picture(0), headers=headers, timeout=30
+            f"{service.url}/v1/captions",
+            params={"model": name},
+            content=picture(0),
+            headers=headers,
+            timeout=30,
         )
-        assert good.status_code == 200
+        assert (good.status_code, good.json()["model"]) == (200, name)
         assert listening(process.pid, port) == {"127.0.0.1"}
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
@@ -49,7 +56,8 @@ def test_service_starts_asks_for_its_token_and_stops(
         process.kill()
         text = log.read_text()
         print(text)  # shown where the test fails
-    assert f"serving v1 at http://127.0.0.1:{port}" in text
+    assert f"serving {name} at http://127.0.0.1:{port}" in text
+    assert "UnicodeEncodeError" not in text
     assert "secret" not in text
     with pytest.raises(httpx.ConnectError):
         httpx.get(service.url)

@@ -206,7 +206,7 @@ def test_more_than_fits_the_queue_gets_503_and_a_time_to_come_back(service: Serv
     assert statuses[200] >= 24
     for status, body, retry_after in answers:
         if status == 503:
-            assert retry_after == 1
+            assert retry_after >= 1
             assert body["error"]["code"] == "overloaded"
     assert service.caption(PICTURES[0]).status_code == 200
 

@@ -7,11 +7,13 @@ import pytest
 
 from captioner.config import DecodeConfig
 from captioner.serving.errors import ErrorCode, RequestError
+from captioner.serving.guard import PATHS
 from captioner.serving.messages import CaptionResponse
 from tests.api import SEARCHES, Client
 from tests.pictures import picture
 
 PICTURE = picture(0)
+PROXIES = {"/-/routes", "/-/healthz"}
 
 
 def test_raw_image_is_captioned_by_the_default_model() -> None:
@@ -149,11 +151,34 @@ def test_damaged_form_is_400() -> None:
         assert answer.status_code == 400, answer.text
 
 
-def test_too_many_images_are_413() -> None:
+def test_too_many_images_are_422() -> None:
     files = [("image", (f"{n}.jpg", PICTURE)) for n in range(4)]
     answer = Client(max_images=3).post(files=files)
-    assert answer.status_code == 413
-    assert "limit of 3" in answer.json()["error"]["message"]
+    assert answer.status_code == 422
+    assert "limit of 3 (max_images)" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("images", "query", "status"),
+    [
+        (1, "beam_size=8&num_captions=4&max_length=30", 200),
+        (2, "beam_size=8&num_captions=4&max_length=30", 422),
+        (1, "beam_size=8&num_captions=4&max_length=31", 422),
+        (1, "beam_size=8&num_captions=5&max_length=30", 422),
+        (10, "", 200),
+    ],
+)
+def test_search_that_costs_too_much_is_422_and_names_the_limit(
+    images: int, query: str, status: int
+) -> None:
+    client = Client(max_cost=30 * 8 * 4)
+    files = [("image", (f"{n}.jpg", PICTURE)) for n in range(images)]
+    answer = client.post(f"/v1/captions?{query}", files=files)
+    assert answer.status_code == status
+    if status == 422:
+        assert not client.service.asked
+        assert answer.json()["error"]["code"] == "too_costly"
+        assert "over the limit of 960 (max_cost)" in answer.json()["error"]["message"]
 
 
 def test_other_paths_and_methods_answer_in_json() -> None:
@@ -164,11 +189,51 @@ def test_other_paths_and_methods_answer_in_json() -> None:
     assert answer.status_code == 405
     assert answer.json()["error"]["code"] == "method_not_allowed"
     # Labels of the metrics: clients cannot make more of them.
+    assert {route.path for route in client.app.routes} | PROXIES == PATHS
     assert client.ask("MADE", "/openapi.json").status_code == 405
     assert client.observed == [
         ("other", "GET", 404), ("other", "GET", 404), ("/v1/captions", "GET", 405),
         ("/openapi.json", "other", 405),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("disposition", "name"),
+    [
+        (b"filename*=UTF-8''na%C3%AFve%20%22dog%22.jpg", "na\u00efve _dog_.jpg"),
+        (b"filename=\"dog.jpg\"; filename*=iso-8859-1'en'%E9t%E9.jpg", "\u00e9t\u00e9.jpg"),
+        (b"FileName*=utf-8''a.jpg; filename=b.jpg", "a.jpg"),
+        (b'filename="a;filename*=b.jpg"', "a;filename*=b.jpg"),
+    ],
+)
+def test_files_may_be_named_as_rfc_5987_has_it(disposition: bytes, name: str) -> None:
+    head = b"--x\r\nContent-Disposition: form-data; name=image; " + disposition
+    content = head + b"\r\n\r\n" + PICTURE + b"\r\n--x--\r\n"
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    answer = Client().post(content=content, headers=kind)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["captions"][0]["name"] == name
+
+
+def test_damaged_name_of_a_file_is_400() -> None:
+    head = b"--x\r\nContent-Disposition: form-data; name=image; filename*=klingon''%41"
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    answer = Client().post(content=head + b"\r\n\r\nx\r\n--x--\r\n", headers=kind)
+    assert answer.json()["error"]["code"] == "bad_form"
+
+
+def test_head_is_get_without_a_body_and_405_says_what_is_allowed() -> None:
+    client = Client()
+    for path in ("/", "/app.js", "/healthz", "/v1/models", "/metrics", "/openapi.json"):
+        head, get = client.ask("HEAD", path), client.ask("GET", path)
+        assert (head.status_code, get.status_code) == (200, 200)
+        assert head.headers["content-length"] == get.headers["content-length"]
+        refused = client.ask("DELETE", path)
+        assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD")
+    assert client.ask("HEAD", "/nothing").status_code == 404
+    refused = client.ask("HEAD", "/v1/captions")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert ("/", "HEAD", 200) in client.observed
 
 
 def test_models_health_and_metrics() -> None:
@@ -189,7 +254,7 @@ def test_openapi_describes_answers_and_errors_with_examples() -> None:
     post = document["paths"]["/v1/captions"]["post"]
     assert {"200", "400", "401", "408", "413", "415", "422", "503"} == post["responses"].keys()
     parameters = {parameter["name"]: parameter["schema"] for parameter in post["parameters"]}
-    assert parameters.keys() == {"model", "beam_size", "num_captions", "max_length", "attention"}
+    assert parameters.keys() == {"model", "attention", *DecodeConfig.model_fields}
     beams = DecodeConfig.model_json_schema()["properties"]["beam_size"]
     assert parameters["beam_size"]["anyOf"][0]["maximum"] == beams["maximum"]
     assert parameters["beam_size"]["description"] == beams["description"]

@@ -11,19 +11,20 @@ from captioner.serving.messages import ErrorResponse
 from tests.api import Client
 
 CONTRACT = {
-    400: {"no_image", "not_an_image", "bad_form"},
+    400: {"no_image", "not_an_image", "bad_form", "bad_request"},
     401: {"unauthorized"},
     404: {"not_found"},
     405: {"method_not_allowed"},
     408: {"upload_timeout", "timeout"},
-    413: {"request_too_large", "image_too_large", "too_many_images"},
+    413: {"request_too_large", "image_too_large"},
     415: {"type_not_allowed"},
-    422: {"bad_parameter"},
+    422: {"bad_parameter", "too_many_images", "too_costly"},
+    431: {"headers_too_large"},
     500: {"error"},
-    503: {"overloaded", "no_metrics"},
+    503: {"overloaded", "replica_lost", "no_metrics"},
 }
-# Of paths and methods that the document does not have, and of faults.
-UNDOCUMENTED = {"not_found", "method_not_allowed", "error"}
+# Of paths and methods that the document does not have, of what is no request, and of faults.
+UNDOCUMENTED = {"not_found", "method_not_allowed", "bad_request", "headers_too_large", "error"}
 SOURCES = sorted(Path(inspect.getfile(serving)).parent.glob("*.py"))
 
 

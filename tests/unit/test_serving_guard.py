@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,7 +13,7 @@ import pytest
 
 from captioner.config import ServeConfig
 from captioner.errors import ConfigError
-from captioner.serving.guard import HEADERS, Guard, GuardSettings
+from captioner.serving.guard import HEADERS, Guard, GuardSettings, access_logger, drain
 from captioner.serving.tokens import TOKENS, digest_tokens, read_tokens
 from tests.api import Client, with_http
 from tests.pictures import picture
@@ -50,11 +52,17 @@ def test_without_a_token_only_health_is_open(header: str) -> None:
 
 @pytest.mark.parametrize(
     "header",
-    ["Bearer right", "bearer also", "Basic " + base64.b64encode(b"me:right").decode()],
+    [
+        "Bearer right",
+        "bearer also",
+        "Basic " + base64.b64encode(b"me:right").decode(),
+        "Bearer zwölf",
+        "Basic " + base64.b64encode("me:zwölf".encode()).decode(),
+    ],
 )
 def test_any_of_the_tokens_opens_everything(header: str) -> None:
-    client = Client(guard={"token_digests": digest_tokens(["right", "also"])})
-    headers = {"authorization": header}
+    client = Client(guard={"token_digests": digest_tokens(["right", "also", "zwölf"])})
+    headers = {"authorization": header.encode()}
     assert client.post(content=PICTURE, headers=headers).status_code == 200
     assert client.ask("GET", "/v1/models", headers=headers).status_code == 200
 
@@ -69,17 +77,43 @@ def test_tokens_come_from_variable_and_file(monkeypatch: Any, tmp_path: Any) -> 
     monkeypatch.delenv(TOKENS, raising=False)
     assert read_tokens(None) == []
     file = tmp_path / "tokens"
-    file.write_text("one\ntwo\n")
+    file.write_text(
+        "\ufeffone  \r\n# tokens of the team, not one of them\n\n\ttwo \n  # four\nzwölf\n"
+    )
     monkeypatch.setenv(TOKENS, "three")
-    assert sorted(read_tokens(str(file))) == ["one", "three", "two"]
+    assert read_tokens(str(file)) == ["three", "one", "two", "zwölf"]
     config = ServeConfig(model=("x",), token_file=str(file))
-    assert "one" not in GuardSettings.of(config).model_dump_json()
-    file.write_text(" \n")
-    with pytest.raises(ConfigError, match="token_file: there is no token"):
+    assert "zwölf" not in GuardSettings.of(config).model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (" \n# nothing\n", "token_file: there is no token"),
+        ("alice\nalice 8f3c9e\n", "token_file: line 2 has several words"),
+        ("ali\0ce", "token_file: line 1 has a character that nobody can send"),
+    ],
+)
+def test_file_that_holds_no_tokens_is_refused_and_none_of_it_told(
+    tmp_path: Any, text: str, message: str
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
         read_tokens(str(file))
-    monkeypatch.setenv(TOKENS, "")
-    with pytest.raises(ConfigError, match=TOKENS):
-        read_tokens(None)
+    assert "alice" not in str(error.value)
+
+
+def test_variable_is_read_as_the_file_is(monkeypatch: Any, tmp_path: Any) -> None:
+    for text in ("", " # nothing", "one two"):
+        monkeypatch.setenv(TOKENS, text)
+        with pytest.raises(ConfigError, match=TOKENS):
+            read_tokens(None)
+    monkeypatch.setenv(TOKENS, "one\ntwo")
+    assert read_tokens(None) == ["one", "two"]
+    (tmp_path / "tokens").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is not text"):
+        read_tokens(str(tmp_path / "tokens"))
 
 
 def test_request_over_the_limit_is_413_and_not_kept() -> None:
@@ -196,7 +230,7 @@ def test_bytes_held_are_bounded() -> None:
 def through_guard(app: Any, **request: Any) -> tuple[httpx.Response, Counter[str]]:
     rejected: Counter[str] = Counter()
     settings = GuardSettings(max_request_bytes=1000, retry_after_s=7)
-    guard = Guard(app, settings, reject=lambda code: rejected.update([code]))
+    guard = Guard(app, settings, lambda code: rejected.update([code]), lambda *_: None)
     return with_http(guard, lambda http: http.post("/", **request)), rejected
 
 
@@ -209,14 +243,14 @@ async def respond(send: Any, status: int, body: bytes, kind: bytes) -> None:
 def test_request_whose_replica_died_is_repeated_with_its_body() -> None:
     bodies = []
 
-    async def dies_twice(scope: Any, receive: Any, send: Any) -> None:
+    async def dies_once(scope: Any, receive: Any, send: Any) -> None:
         bodies.append((await receive())["body"])
-        if len(bodies) == 3:
+        if len(bodies) == 2:
             await respond(send, 200, b"{}", b"application/json")
 
-    answer, rejected = through_guard(dies_twice, content=b"picture")
+    answer, rejected = through_guard(dies_once, content=b"picture")
     assert answer.status_code == 200
-    assert bodies == [b"picture"] * 3
+    assert bodies == [b"picture"] * 2
     assert not rejected
 
 
@@ -250,3 +284,104 @@ def test_headers_that_switch_off_time_limits_are_taken_away() -> None:
     through_guard(app, headers=headers)
     assert seen[b"a"] == b"b"
     assert not {name for name in seen if name.startswith(b"x-request")}
+
+
+def test_health_is_answered_whatever_else_there_is_to_do() -> None:
+    client = Client(guard={"max_uploads": 1, "max_upload_bytes": 10})
+
+    async def run(http: httpx.AsyncClient) -> list[int]:
+        body = Trickle(bytes(20))
+        holder = asyncio.create_task(http.post("/v1/captions", content=body))
+        await body.began.wait()
+        answers = [await http.get(path) for path in ("/healthz", "/v1/models", "/healthz")]
+        body.stopped.set()
+        await holder
+        return [one.status_code for one in answers]
+
+    assert with_http(client.app, run) == [200, 503, 200]
+
+
+def test_fault_is_a_500_that_is_counted_once_and_logged_with_its_id(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    client = Client()
+
+    async def fail(*_: Any) -> Any:
+        raise ZeroDivisionError("in the middle")
+
+    client.service.caption = fail  # type: ignore[method-assign]
+    answer = client.post(content=PICTURE, headers={"x-request-id": "seven"})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "error"
+    assert client.observed == [("/v1/captions", "POST", 500)]
+    assert client.rejected == {"error": 1}
+    assert "request seven failed" in caplog.text
+    assert "ZeroDivisionError: in the middle" in caplog.text
+
+
+def test_request_is_counted_by_the_first_guard_that_it_passes() -> None:
+    observed: Counter[tuple[str, str, int]] = Counter()
+    rejected: Counter[str] = Counter()
+    inside = Client()
+    outside = Guard(
+        inside.app,
+        GuardSettings(max_request_bytes=50_000, token_digests=digest_tokens(["right"])),
+        lambda code: rejected.update([code]),
+        lambda path, method, status, _: observed.update([(path, method, status)]),
+    )
+
+    async def run(http: httpx.AsyncClient) -> None:
+        asked = [("right", PICTURE), ("wrong", PICTURE), ("right", b"x"), ("right", bytes(60_000))]
+        for token, content in asked:
+            headers = {"authorization": f"Bearer {token}"}
+            await http.post("/v1/captions", content=content, headers=headers)
+        await http.get("/secret/path", headers={"authorization": "Bearer right"})
+
+    with_http(outside, run)
+    statuses = {200: 1, 401: 1, 400: 1, 413: 1}
+    expected = {("/v1/captions", "POST", status): n for status, n in statuses.items()}
+    assert observed == expected | {("other", "GET", 404): 1}
+    assert not inside.observed
+    assert rejected + inside.rejected == {
+        "unauthorized": 1, "not_an_image": 1, "request_too_large": 1, "not_found": 1,
+    }  # fmt: skip
+
+
+def test_access_log_has_a_line_a_request_without_tokens_or_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access_logger, "handlers", [])
+    client = Client(guard={"access_log": True, "token_digests": digest_tokens(["secret"])})
+    headers = {"authorization": "Bearer secret", "x-request-id": "seven"}
+    client.post(
+        "/v1/captions?model=first", files={"image": ("patient.jpg", PICTURE)}, headers=headers
+    )
+    client.ask("GET", "/patient.jpg?token=secret", headers=headers)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[:4] for line in lines] == [
+        ["seven", "POST", "/v1/captions", "200"], ["seven", "GET", "other", "404"],
+    ]  # fmt: skip
+    assert not [line for line in lines if "patient" in line or "secret" in line]
+
+
+def test_end_waits_for_what_is_under_way_and_lets_nothing_in(tmp_path: Path) -> None:
+    async def main() -> tuple[int, int, int, bool]:
+        client = Client(guard={"drain_folder": str(tmp_path)})
+        transport = httpx.ASGITransport(client.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            before = await http.get("/healthz")
+            body = Trickle()
+            under_way = asyncio.create_task(http.post("/v1/captions", content=body))
+            await body.began.wait()
+            ended = asyncio.create_task(
+                asyncio.to_thread(drain, tmp_path, lambda seconds: bool(time.sleep(seconds)), 20)
+            )
+            await asyncio.sleep(0.5)
+            refused = await http.post("/v1/captions", content=PICTURE)
+            assert refused.headers["connection"] == "close"
+            waited = not ended.done()
+            body.stopped.set()
+            await ended
+            return before.status_code, refused.status_code, (await under_way).status_code, waited
+
+    assert asyncio.run(main()) == (200, 503, 400, True)

@@ -1,10 +1,16 @@
 """What Ray Serve's HTTP proxies get from us before they start their server."""
 
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import uvicorn
 
+from captioner.serving import proxy
 from captioner.serving.guard import Guard, GuardSettings
 from captioner.serving.proxy import SETTINGS, BoundedProtocol, middlewares
 from captioner.serving.tokens import TOKENS
@@ -17,13 +23,21 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TOKENS, raising=False)
 
 
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    found: Counter[str] = Counter()
+    monkeypatch.setattr(proxy, "count_rejected", lambda code: found.update([code]))
+    monkeypatch.setattr(proxy, "count_request", lambda *_: None)
+    return found
+
+
 def test_servers_made_afterwards_cut_off_slow_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SETTINGS, GuardSettings(upload_timeout_s=7).model_dump_json())
     middlewares()
     config = uvicorn.Config(lambda: None, factory=True, log_config=None)  # as Ray Serve makes it
     config.load()
     assert config.http_protocol_class is BoundedProtocol
-    assert BoundedProtocol.seconds == 7
+    assert BoundedProtocol.settings.upload_timeout_s == 7
 
 
 @pytest.mark.parametrize("variable", [SETTINGS, TOKENS])
@@ -37,3 +51,143 @@ def test_tokens_come_from_the_environment_of_the_node(
     kept: Any = one.kwargs["settings"]
     assert len(kept.token_digests) == 1
     assert "secret" not in kept.token_digests
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the number of bytes that came."""
+    size, more = 0, True
+    while more:
+        message = await receive()
+        size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"x", b"y")]})
+    await send({"type": "http.response.body", "body": b"got %d" % size})
+
+
+@asynccontextmanager
+async def listening(**bounds: Any) -> AsyncIterator[int]:
+    """The port of a server like Ray Serve's, of our protocol."""
+    BoundedProtocol.settings = GuardSettings(**bounds)
+    BoundedProtocol.addresses.clear()
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{proxy.__name__}:{BoundedProtocol.__name__}"
+    config = uvicorn.Config(
+        lambda: app, factory=True, port=0, log_config=None, access_log=False, lifespan="off"
+    )
+    server = uvicorn.Server(config)
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    task = asyncio.create_task(server._serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = server.force_exit = True
+    await task
+
+
+async def say(port: int, *pieces: bytes) -> bytes:
+    """All that comes back until the connection ends, or nothing comes for a while."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+    except ConnectionError:
+        pass
+    found = b""
+    try:
+        while piece := await asyncio.wait_for(reader.read(65536), 0.7):
+            found += piece
+    except (ConnectionError, TimeoutError):
+        pass
+    writer.close()
+    return found
+
+
+def run(talk: Callable[[int], Awaitable[None]], **bounds: Any) -> None:
+    async def main() -> None:
+        async with listening(**bounds) as port:
+            await talk(port)
+
+    asyncio.run(main())
+
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [GET + b"X: " + bytes([97]) * 3000 + b"\r\n\r\n"],
+        [GET, *(b"X%d: y\r\n" % number for number in range(500)), b"\r\n"],
+        [GET + b"X: ", *[bytes([97]) * 1000] * 4],
+        [b"GET /" + bytes([97]) * 3000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"],
+    ],
+    ids=["one", "many", "endless", "path"],
+)
+def test_headers_over_the_limit_get_431_and_are_not_kept(
+    pieces: list[bytes], counted: Counter[str]
+) -> None:
+    async def talk(port: int) -> None:
+        answer = await say(port, *pieces)
+        if answer:  # what is still on its way may take the answer with it
+            assert answer.startswith(b"HTTP/1.1 431 ")
+            body = json.loads(answer.partition(b"\r\n\r\n")[2])
+            assert body["error"]["code"] == "headers_too_large"
+        assert counted == {"headers_too_large": 1}
+        assert b"got 0" in await say(port, GET + b"\r\n")
+
+    run(talk, max_header_bytes=2048)
+
+
+def test_bodies_are_no_headers_and_trailers_are(counted: Counter[str]) -> None:
+    async def talk(port: int) -> None:
+        chunk = b"2710\r\n" + bytes(10_000) + b"\r\n"
+        assert b"got 50000" in await say(port, POST, *[chunk] * 5, b"0\r\n\r\n")
+        assert not counted
+        await say(port, POST, chunk, b"0\r\n", *[b"X: " + bytes([97]) * 1000 + b"\r\n"] * 8)
+        assert counted == {"headers_too_large": 1}
+
+    run(talk, max_header_bytes=2048)
+
+
+def test_connections_are_bounded_and_their_places_free_again(counted: Counter[str]) -> None:
+    async def talk(port: int) -> None:
+        for _ in range(2):
+            held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+            await asyncio.sleep(0.1)
+            refused = await say(port)
+            assert refused.startswith(b"HTTP/1.1 503 ")
+            assert b"retry-after: 1\r\n" in refused
+            for _, writer in held:
+                writer.close()
+            await asyncio.sleep(0.1)
+            assert b"got 0" in await say(port, GET + b"\r\n")
+        assert counted == {"overloaded": 2}
+
+    run(talk, max_connections_per_address=3)
+    counted.clear()
+    run(talk, max_connections=3)
+
+
+def test_web_sockets_take_no_connection_out_of_the_bounds(counted: Counter[str]) -> None:
+    upgrade = (
+        b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+
+    async def talk(port: int) -> None:
+        for _ in range(5):
+            assert b" 101 " not in await say(port, GET + upgrade)
+        await asyncio.sleep(0.1)
+        assert BoundedProtocol.addresses.total() == 0
+
+    run(talk, max_connections=2)
+
+
+def test_what_is_no_request_is_told_in_json(counted: Counter[str]) -> None:
+    async def talk(port: int) -> None:
+        answer = await say(port, b"\x16\x03\x01 this is TLS\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "bad_request"
+
+    run(talk)

@@ -23,6 +23,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
         (["--model", "{model}", "--port", "{taken}"], {}, "Address already in use"),
         (["--model", "{model}", "--token-file", "{tmp}/absent"], {}, "cannot read"),
         (["--model", "{model}"], {"CAPTIONER_TOKENS": ""}, "CAPTIONER_TOKENS: there is no token"),
+        (
+            ["--model", "{model}", "--key", "x"],
+            {},
+            "--certificate: HTTPS takes certificate and key",
+        ),
+        (
+            ["--model", "{model}", "--key", "{tmp}/x", "--certificate", "{tmp}/x"],
+            {},
+            "No such file",
+        ),
+        (["--model", "{model}"], {"RAY_SERVE_ENABLE_HA_PROXY": "1"}, "RAY_SERVE_ENABLE_HA_PROXY"),
         (["--model", "a={model}", "--model", "a={model}"], {}, "two are called 'a'"),
         (["--model", "{model}", "--token", "secret"], {}, "--token"),
     ],
