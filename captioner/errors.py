@@ -62,3 +62,8 @@ class ImageTypeError(ImageError):
 
 class ImageTooLargeError(ImageError):
     """More bytes or pixels than the limits allow."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, or its kind where it says nothing, in one line of at most 300 characters, the end of it."""
+    return (" ".join(str(error).split()) or type(error).__name__)[-300:]

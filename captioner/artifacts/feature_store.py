@@ -1,11 +1,10 @@
 """Reads a published feature store: features of the pictures of a split, in the order of their ids, and captions."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -167,32 +166,31 @@ class FeatureStore:
         ids: list[str] = self._locate(split)[0].to_pylist()
         return ids
 
-    def load(self, split: str, columns: Sequence[str], folder: Path | None = None) -> FeatureTable:
-        """Load columns of all good images of a split, ordered by image id.
-
-        Args:
-            folder: where to put them into files that are mapped to memory; None: in memory.
+    def load(self, split: str, columns: Sequence[str]) -> FeatureTable:
+        """Load columns of all good images of a split into memory, ordered by image id.
 
         Raises:
             StoreError: the split or a column is missing, or the files are not those of the manifest.
         """
         self.require(split, columns, captions=False)
-        ids, _, chunk = self._locate(split)
+        ids = self.image_ids(split)
         arrays: dict[str, np.ndarray[Any, Any]] = {}
         for name in columns:
-            shape, dtype = self._layout(name)
-            arrays[name] = (
-                np.empty((len(ids), *shape), dtype)
-                if folder is None
-                else np.lib.format.open_memmap(
-                    folder / f"{split}-{name}.npy", "w+", dtype, (len(ids), *shape)
-                )
-            )
-        # Filled batch by batch: a grid is large, and a second copy of it would not fit beside the first.
-        for places, found in chunk.batches(columns):
+            shape, dtype = self.layout(name)
+            arrays[name] = np.empty((len(ids), *shape), dtype)
+        self.fill(split, arrays)
+        return FeatureTable(ids, arrays)
+
+    def fill(self, split: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Read columns of all good images of a split into arrays [N, ...] of their ``layout``, ordered by image id.
+
+        Raises:
+            StoreError: the files are not those of the manifest.
+        """
+        # Batch by batch: a grid is large, and a second copy of it would not fit beside the first.
+        for places, found in self._locate(split)[-1].batches(list(arrays)):
             for name, values in found.items():
                 arrays[name][places] = values
-        return FeatureTable(ids.to_pylist(), arrays)
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The rows of all images that count, rejected ones too, as they lie in the files, some at a time.
@@ -272,7 +270,7 @@ class FeatureStore:
 
     def column_bytes(self, column: str) -> int:
         """Bytes of one image in a feature column."""
-        shape, dtype = self._layout(column)
+        shape, dtype = self.layout(column)
         return int(np.prod(shape)) * np.dtype(dtype).itemsize
 
     def thumbnails(self, ids: Sequence[str]) -> dict[str, bytes]:
@@ -417,7 +415,7 @@ class FeatureStore:
         with storage.reading(uri), storage.open_input(uri) as handle:
             return pq.read_table(handle, columns=columns, page_checksum_verification=True)
 
-    def _layout(self, column: str) -> tuple[tuple[int, ...], type]:
+    def layout(self, column: str) -> tuple[tuple[int, ...], type]:
         """Shape and dtype of one image's values in a feature column of any view."""
         kind = column.partition("_")[0]
         dtype = np.float32 if kind == "pooled" else np.float16

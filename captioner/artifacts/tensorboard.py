@@ -10,14 +10,20 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from captioner import storage
 from captioner.artifacts.manifests import FileEntry
 from captioner.artifacts.output import Output
 
 
 @contextmanager
-def event_file(output: Output, name: str, files: list[FileEntry]) -> Iterator[SummaryWriter]:
+def event_file(
+    output: Output, name: str, files: list[FileEntry], *, run: str = ""
+) -> Iterator[SummaryWriter]:
     """Write ``tensorboard/events.out.tfevents.NAME`` of ``output`` when the block ends without an error, and add it to
     ``files``.
+
+    Args:
+        run: the folder in ``tensorboard`` that it lies in, where there are several runs.
 
     torch names files by clock and host, so publishing again after a kill would add a second one with the same points.
     """
@@ -25,7 +31,11 @@ def event_file(output: Output, name: str, files: list[FileEntry]) -> Iterator[Su
         with SummaryWriter(folder) as writer:
             yield writer
         (file,) = Path(folder).iterdir()
-        files.append(output.write(f"tensorboard/events.out.tfevents.{name}", file.read_bytes()))
+        files.append(
+            output.write(
+                storage.join("tensorboard", run, f"events.out.tfevents.{name}"), file.read_bytes()
+            )
+        )
 
 
 def add_picture(writer: SummaryWriter, tag: str, png: bytes) -> None:

@@ -21,6 +21,7 @@ from captioner.config.parts import (
     SourceConfig,
     Split,
     TextConfig,
+    check_gpu_share,
 )
 
 
@@ -68,6 +69,9 @@ class TrainConfig(Config):
     """Most passes over the train captions."""
     global_batch: Positive = 64
     """Captions per optimizer step, over all workers together."""
+    gradient_accumulation: Positive = 1
+    """Passes that a worker makes for one optimizer step, each over its part of the worker's captions: less memory for
+    the same gradient."""
     patience: Positive | None = 5
     """Stop after this many epochs without a better validation loss; None trains all epochs."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -91,7 +95,7 @@ class TrainConfig(Config):
     """Data-parallel workers (DDP), each with one GPU where the cluster has any. Two numbers: as many as the cluster has
     room for, at least the first, at most the second, adjusted while training."""
     gpus_per_worker: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of a GPU for each worker, where the cluster has any."""
+    """Share of a GPU for the worker, where the cluster has any; below 1 runs of one worker share GPUs."""
     threads_per_worker: Positive | None = None
     """Threads of one worker on CPU; default: the node's cores, shared between the run's workers on it."""
     ingest: Literal["auto", "resident", "streaming"] = "auto"
@@ -102,6 +106,9 @@ class TrainConfig(Config):
     processor multiplies it; on a CPU it wants AVX512."""
     seed: Seed = 0
     """Seed of weights, dropout and the order of captions."""
+    checkpoint_minutes: Annotated[float, Field(gt=0.0)] = 10.0
+    """Most minutes of an epoch between two checkpoints, from which a run continues; there is one after every epoch,
+    too."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Worker failures survived by restarting from the last checkpoint."""
     restart: Restart = False
@@ -111,6 +118,7 @@ class TrainConfig(Config):
         low, high = self.worker_range
         if low > high:
             raise ValueError(f"num_workers: the first of {low} {high} must not be the larger")
+        check_gpu_share("gpus_per_worker", self.gpus_per_worker, high)
         return self
 
     @property

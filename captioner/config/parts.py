@@ -31,6 +31,19 @@ class Config(BaseModel):
     )
 
 
+def check_gpu_share(name: str, share: float, workers: int) -> None:
+    """Refuse part of a GPU for each of several workers of one run: NCCL wants a GPU of its own for every one of them.
+
+    Raises:
+        ValueError: of the setting ``name``.
+    """
+    if share < 1 and workers > 1:
+        raise ValueError(
+            f"{name}: {share:g} puts several of {workers} workers on one GPU, and workers of one run cannot share any; "
+            "it must be 1, or the workers 1"
+        )
+
+
 class ImageLimits(Config):
     """What is refused before a single pixel is loaded."""
 

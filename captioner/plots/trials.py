@@ -12,7 +12,12 @@ from captioner.plots.render import DPI, dress, font, to_png
 
 BEST = "#d1603d"
 # Colour and mark.
-STATUSES = {"finished": ("#3b6fb6", "o"), "stopped": ("#9aa5b1", "x"), "failed": ("#8b1e3f", "X")}
+STATUSES = {
+    "finished": ("#3b6fb6", "o"),
+    "stopped": ("#9aa5b1", "x"),
+    "failed": ("#8b1e3f", "X"),
+    "unfinished": ("#b08d2f", "s"),
+}
 COLUMNS = 4
 # Most numbers that stand side by side as choices; more are a range.
 CHOICES = 6
@@ -29,7 +34,7 @@ class Trial(Protocol):
 
     @property
     def status(self) -> str:
-        """finished, stopped or failed."""
+        """A key of ``STATUSES``."""
 
     @property
     def curve(self) -> Sequence[tuple[int, float]]:
@@ -68,7 +73,10 @@ def plot_trials(trials: Sequence[Trial], best: int, metric: str, *, largest: boo
         curves.plot(*np.reshape(trial.curve, (-1, 2)).T, ".-", color=color)
         curves.plot(*np.reshape(trial.curve[-1:], (-1, 2)).T, mark, color=color, markersize=8)
     curves.plot([], [], "o-", color=BEST, label=f"best: trial {best}")
+    there = {trial.status for trial in trials}
     for status, (color, mark) in STATUSES.items():
+        if status not in there:
+            continue
         curves.plot([], [], mark, color=color, linestyle="-", label=status)
     curves.legend(prop=font(9), frameon=False, ncols=4)
     curves.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -156,6 +156,25 @@ def num_cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 0))
 
 
+def worker_slots(gpus_per_worker: float = 1.0) -> int:
+    """Training workers that the cluster has room for: with GPUs as many as each GPU has such shares, else one a CPU.
+
+    A GPU's rest is not another's: of 0.4 of a GPU each two GPUs hold four workers, not five.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not num_gpus():
+        return sum(int(node.get("CPU", 0)) for node in nodes)
+    each = int(1 / gpus_per_worker + 1e-6)
+    return sum(min(int(node.get("GPU", 0)) * each, int(node.get("CPU", 0))) for node in nodes)
+
+
+def driver_resource() -> str:
+    """The resource of the driver's node alone: what asks for a little of it is placed there."""
+    own = ray.get_runtime_context().get_node_id()
+    (address,) = [node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == own]
+    return f"node:{address}"
+
+
 def beside_driver() -> NodeAffinitySchedulingStrategy:
     """Where an actor lives that only serves the driver: no other node's loss should take it."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)

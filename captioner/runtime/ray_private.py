@@ -8,6 +8,7 @@ then no longer holds.
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ if TYPE_CHECKING:  # ray.data takes seconds, which not everyone who starts Ray n
     from ray.data import DataContext
     from ray.data.checkpoint import CheckpointConfig
 
-# A resource of the head alone: what asks for a little of it is placed there.
-HEAD = "node:__internal_head__"
+# Ray Train's list of a run's checkpoints, in the run's folder.
+CHECKPOINTS = "checkpoint_manager_snapshot.json"
 # How the mark of a file ends, in a checkpoint of Ray Data's, until the file is complete.
 PENDING = ".pending.parquet"
 # Of a Ray that a job starts for itself. Its processes inherit them.
@@ -204,3 +205,14 @@ def checkpoint_config(**settings: Any) -> "CheckpointConfig":
             return None, 0
 
     return CheckpointConfig(**settings, checkpoint_manager_cls=NoFilter)
+
+
+def latest_checkpoint(listed: bytes) -> str | None:
+    """The name of a training's last checkpoint, by Ray Train's list. In public only a ``Result`` tells it, which says
+    on the screen that it looks.
+
+    Raises:
+        ValueError: it is no such list.
+    """
+    latest = json.loads(listed)["latest_checkpoint_result"]
+    return None if latest is None else str(latest["checkpoint_dir_name"])

@@ -16,7 +16,7 @@ from captioner.config import TextConfig, TrainConfig
 from captioner.decoders.base import Features
 from captioner.errors import StoreError
 from captioner.text import PAD, START, Vocabulary, clean
-from captioner.training.plan import Indices, Plan, caption_units
+from captioner.training.plan import Indices, Plan, caption_units, first_captions
 
 Reader = Callable[[list[Indices]], Iterator[Features]]
 """Features (float32) of each batch of images, given as their rows in the split in the order of ids."""
@@ -39,6 +39,21 @@ class Batch:
         """The batch with its tensors on a device."""
         features = {name: column.to(device) for name, column in self.features.items()}
         return replace(self, features=features, tokens=self.tokens.to(device))
+
+    def split(self, parts: int) -> list["Batch"]:
+        """The batch in at most so many parts of whole images."""
+        images, captions = self.captions.shape
+        size = -(-images // parts)
+        features = {name: torch.split(column, size) for name, column in self.features.items()}
+        return [
+            replace(
+                self,
+                features={name: pieces[number] for name, pieces in features.items()},
+                tokens=tokens,
+                captions=self.captions[number * size : (number + 1) * size],
+            )
+            for number, tokens in enumerate(torch.split(self.tokens, size * captions))
+        ]
 
 
 class CaptionData:
@@ -113,8 +128,18 @@ class CaptionData:
 
 
 @dataclass(frozen=True)
+class Done:
+    """Steps of an epoch that are over."""
+
+    steps: int
+    workers: int
+    """Who shared them."""
+
+
+@dataclass(frozen=True)
 class Pass:
-    """One worker's batches of one pass over a split; every worker has the same number of them."""
+    """One worker's batches of one pass over a split, or of the rest of one; every worker has the same number of
+    them."""
 
     data: CaptionData
     plan: Plan
@@ -147,6 +172,7 @@ class Pass:
 def units_of(
     data: CaptionData, config: TrainConfig, images: int | None = None
 ) -> tuple[Indices, int]:
-    """Units of a pass, and captions in a global batch."""
-    units = caption_units(data.image_rows, grouped=config.group_captions or images is not None)
-    return units, config.global_batch if images is None else images * units.shape[1]
+    """Units of a pass, and captions in a global batch: with ``images``, so many of them by their first captions."""
+    if images is not None:
+        return first_captions(data.image_rows), images
+    return caption_units(data.image_rows, grouped=config.group_captions), config.global_batch

@@ -30,29 +30,46 @@ class EpochRecord(Record):
     """Share of those seconds in which the first worker waited for its batches."""
 
 
+class Interval:
+    """Says when so many seconds have gone by, again and again."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.start()
+
+    def start(self) -> None:
+        """Count from now."""
+        self._since = time.monotonic()
+
+    def over(self) -> bool:
+        """Whether they have gone by since this was last true or ``start`` was called."""
+        over = time.monotonic() - self._since >= self.seconds
+        if over:
+            self.start()
+        return over
+
+
 class Stopwatch:
     """Iterates over batches and measures how long that took, and how much of it went by in waiting for them."""
 
-    def __init__(self, batches: Iterator[Batch]):
+    def __init__(self, batches: Iterator[Batch], seconds: float = 0.0, waited: float = 0.0):
+        """
+        Args:
+            seconds: that went by before, in the part of the epoch that is over.
+            waited: how much of them.
+        """
         self.batches = batches
-        self.seconds = self.waited = 0.0
-        self._started = self._ticked = time.perf_counter()
+        self.seconds, self.waited = seconds, waited
+        self._before = seconds
+        self._started = time.perf_counter()
 
     @property
     def elapsed(self) -> float:
-        """Seconds since iteration began."""
-        return time.perf_counter() - self._started
-
-    def tick(self, seconds: float) -> bool:
-        """Whether so many seconds have gone by since this last was true, or since iteration began."""
-        now = time.perf_counter()
-        due = now - self._ticked >= seconds
-        if due:
-            self._ticked = now
-        return due
+        """Seconds of the epoch so far."""
+        return self._before + time.perf_counter() - self._started
 
     def __iter__(self) -> Iterator[Batch]:
-        started = self._started = self._ticked = time.perf_counter()
+        self._started = time.perf_counter()
         while True:
             before = time.perf_counter()
             batch = next(self.batches, None)
@@ -60,7 +77,7 @@ class Stopwatch:
             if batch is None:
                 break
             yield batch
-        self.seconds = time.perf_counter() - started
+        self.seconds = self.elapsed
 
 
 def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord:

@@ -3,9 +3,10 @@
 Both give batches of the same form from the same plan.
 """
 
+import hashlib
 import os
 import tempfile
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -17,8 +18,9 @@ from captioner.decoders.base import Decoder, Standardize
 from captioner.encoders.spec import Column
 from captioner.images.views import view_names
 from captioner.text import Vocabulary
-from captioner.training.data import CaptionData, Pass
+from captioner.training.data import CaptionData, Done, Pass
 from captioner.training.resident import Resident
+from captioner.training.shared import shared_array
 from captioner.training.streaming import Streaming
 from captioner.training.views import by_view, stored_columns
 
@@ -28,15 +30,19 @@ class Ingest(Protocol):
 
     data: CaptionData
 
-    def epoch(self, number: int) -> Pass:
+    def epoch(self, number: int, done: Sequence[Done] = ()) -> Pass:
         """Every caption once, in an order drawn from the seed and this number, counted from 0. Of each image one of its
-        views, sampled uniformly."""
+        views, sampled uniformly.
+
+        Args:
+            done: what is over of the epoch, in order; the pass has the rest.
+        """
 
     def ordered(self, *, images: int | None = None) -> Pass:
         """Every caption once, always in the same order, with the image itself: for validation.
 
         Args:
-            images: take so many images in a step, with all captions of each; None: ``global_batch`` captions.
+            images: take so many images in a step, each with its first caption alone; None: ``global_batch`` captions.
         """
 
     def statistics(self, column: Column) -> tuple[Tensor, Tensor]:
@@ -52,16 +58,14 @@ def open_split(
     *,
     rank: int,
     workers: int,
-    neighbours: int,
     memory: int,
 ) -> Ingest:
     """A split by the ingest that ``config.ingest`` asks for.
 
-    ``auto``: in memory what takes at most half of this worker's part of it, in a mapped file what fits on the disk
-    with as much to spare, else streamed.
+    ``auto``: in memory what takes at most half of the node's, in a file on the disk what leaves as much of it free,
+    else streamed. What is at hand is there once, for all workers of a node, those of other runs included.
 
     Args:
-        neighbours: workers on this node.
         memory: bytes that this node, or its container, has in all.
 
     Raises:
@@ -71,24 +75,27 @@ def open_split(
     others = view_names(config.mirrored, config.crops) if split == "train" else ()
     views = ("", *others)
     stored = stored_columns(columns, views)
-    size = store.manifest.splits[split].images * sum(map(store.column_bytes, stored))
-    fits = size <= memory // 2 // neighbours
-    if config.ingest == "streaming":
+    images = store.manifest.splits[split].images
+    size = images * sum(map(store.column_bytes, stored))
+    on_disk = size > memory // 2
+    disk = os.statvfs(tempfile.gettempdir())
+    if config.ingest == "streaming" or (
+        config.ingest == "auto" and on_disk and 2 * size > disk.f_bavail * disk.f_frsize
+    ):
         return Streaming(data, store, split, columns, views, config, rank, workers)
-    folder = None
-    if not fits:
-        folder = Path(tempfile.mkdtemp(prefix="captioner-"))
-        disk = os.statvfs(folder)
-        if config.ingest == "auto" and 2 * size * neighbours > disk.f_bavail * disk.f_frsize:
-            folder.rmdir()
-            return Streaming(data, store, split, columns, views, config, rank, workers)
-    table = store.load(split, stored, folder)
-    if folder is not None:
-        # The mapping keeps the files alive until this process ends, whichever way it ends.
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
-    tensors = {name: torch.from_numpy(column) for name, column in table.columns.items()}
+    described = f"{store.uri}\n{store.manifest.model_dump_json()}"
+    content = hashlib.sha256(described.encode()).hexdigest()[:32]
+    tensors: dict[str, Tensor] = {}
+    for name in stored:
+        shape, dtype = store.layout(name)
+        column = shared_array(
+            f"{content}-{split}-{name}",
+            (images, *shape),
+            dtype,
+            lambda array, name=name: store.fill(split, {name: array}),  # type: ignore[misc]
+            on_disk=on_disk,
+        )
+        tensors[name] = torch.from_numpy(column)
     return Resident(data, by_view(tensors, columns, views), config, rank, workers)
 
 

@@ -14,12 +14,18 @@ import numpy as np
 # little padding, while the order across windows stays random.
 WINDOW = 40
 
+# What it costs to read and project a picture once more, in captions.
+_PICTURE = 4
+
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 Plan = list[list[Indices]]
 
 
 def caption_units(image_rows: Indices, *, grouped: bool) -> Indices:
-    """Units of a split [U, K]: each caption alone, or, ``grouped``, the captions of each image together.
+    """Units of a split [U, K]: each caption alone, or, ``grouped``, captions of an image together.
+
+    K is what keeps the work least, of padding and of pictures that come more than once: an image with more captions
+    than that makes several units, so that one with many does not widen all others.
 
     Args:
         image_rows: int64 [N], each caption's image.
@@ -28,10 +34,29 @@ def caption_units(image_rows: Indices, *, grouped: bool) -> Indices:
         return np.arange(len(image_rows))[:, None]
     order = np.argsort(image_rows, kind="stable")
     _, first, counts = np.unique(image_rows[order], return_index=True, return_counts=True)
-    units = np.full((len(first), int(counts.max())), -1)
+    width = _group_width(counts)
     within = np.arange(len(order)) - np.repeat(first, counts)
-    units[np.repeat(np.arange(len(first)), counts), within] = order
+    parts = -(-counts // width)
+    units = np.full((int(parts.sum()), width), -1)
+    start = np.repeat(np.cumsum(parts) - parts, counts)
+    units[start + within // width, within % width] = order
     return units
+
+
+def _group_width(counts: Indices) -> int:
+    """Captions of a unit, where images have so many each, for the least work."""
+    images = np.bincount(counts)
+    sizes = np.flatnonzero(images)
+    work = [
+        int((images[sizes] * -(-sizes // width)).sum()) * (width + _PICTURE)
+        for width in range(1, len(images))
+    ]
+    return 1 + int(np.argmin(work))
+
+
+def first_captions(image_rows: Indices) -> Indices:
+    """A unit for each image [I, 1]: its first caption."""
+    return np.unique(image_rows, return_index=True)[1][:, None]
 
 
 def unit_lengths(units: Indices, lengths: Indices) -> Indices:
@@ -52,22 +77,20 @@ def epoch_plan(
         epoch: counted from 0; decides the order together with ``seed``.
     """
     generator = np.random.default_rng((seed, epoch))
-    per_batch = max(1, global_batch // units.shape[1])
     keys = unit_lengths(units, lengths)
     shuffled = generator.permutation(len(units))
-    batches = []
-    for start in range(0, len(shuffled), WINDOW * per_batch):
-        window = shuffled[start : start + WINDOW * per_batch]
-        batches += _by_length(window, keys, per_batch)
-    chosen = [units[batches[position]] for position in generator.permutation(len(batches))]
-    return [[batch[rank::workers] for rank in range(workers)] for batch in chosen]
+    batches: list[Indices] = []
+    for window in _cut(units, shuffled, WINDOW * global_batch):
+        batches += _by_length(units, window, keys, global_batch)
+    chosen = [batches[position] for position in generator.permutation(len(batches))]
+    return [_dealt(units[batch], workers) for batch in chosen]
 
 
 def sequential_plan(units: Indices, lengths: Indices, global_batch: int, workers: int) -> Plan:
     """Steps of a validation pass: by length, always the same."""
-    per_batch = max(1, global_batch // units.shape[1])
-    batches = _by_length(np.arange(len(units)), unit_lengths(units, lengths), per_batch)
-    return [[units[batch][rank::workers] for rank in range(workers)] for batch in batches]
+    keys = unit_lengths(units, lengths)
+    batches = _by_length(units, np.arange(len(units)), keys, global_batch)
+    return [_dealt(units[batch], workers) for batch in batches]
 
 
 def streaming_plan(
@@ -91,20 +114,41 @@ def streaming_plan(
     plan: Plan = []
     for shares in windows:
         captions = max(units.shape[1] for units in shares)
-        per_worker = max(1, global_batch // captions // len(shares))
+        per_worker = max(1, global_batch // len(shares))
         columns = []
         for units in shares:
             keys = unit_lengths(units, lengths)
             order = generator.permutation(len(units)) if shuffle else np.arange(len(units))
-            columns.append([units[batch] for batch in _by_length(order, keys, per_worker)])
+            columns.append([units[batch] for batch in _by_length(units, order, keys, per_worker)])
         steps = max(len(column) for column in columns)
         nothing = np.empty((0, captions), np.int64)
         order = generator.permutation(steps) if shuffle else np.arange(steps)
         for step in order:
-            plan.append([column[step] if step < len(column) else nothing for column in columns])
+            shares_of_step = [column[step] if step < len(column) else nothing for column in columns]
+            plan.append([_trimmed(share) for share in shares_of_step])
     return plan
 
 
-def _by_length(chosen: Indices, keys: Indices, size: int) -> list[Indices]:
-    by_length = chosen[np.argsort(keys[chosen], kind="stable")]
-    return [by_length[start : start + size] for start in range(0, len(by_length), size)]
+def _by_length(units: Indices, chosen: Indices, keys: Indices, captions: int) -> list[Indices]:
+    """Units by length, in batches of so many captions."""
+    return _cut(units, chosen[np.argsort(keys[chosen], kind="stable")], captions)
+
+
+def _cut(units: Indices, chosen: Indices, captions: int) -> list[Indices]:
+    """Units in pieces of so many captions; a piece ends with the unit that comes nearest to that."""
+    if not len(chosen):
+        return []
+    held = (units[chosen] >= 0).sum(axis=1)
+    before = np.cumsum(held) - held
+    # The piece that a unit's middle falls into.
+    piece = ((2 * before + held - 1) // 2) // captions
+    return np.split(chosen, np.flatnonzero(np.diff(piece)) + 1)
+
+
+def _dealt(batch: Indices, workers: int) -> list[Indices]:
+    return [_trimmed(batch[rank::workers]) for rank in range(workers)]
+
+
+def _trimmed(share: Indices) -> Indices:
+    """A share without the columns that none of its units needs, one at least."""
+    return share[:, : max(1, int((share >= 0).sum(axis=1).max(initial=0)))]

@@ -8,7 +8,7 @@ from torch import Tensor
 from captioner.config import TrainConfig
 from captioner.decoders.base import Features
 from captioner.encoders.spec import Column
-from captioner.training.data import CaptionData, Pass, units_of
+from captioner.training.data import CaptionData, Done, Pass, units_of
 from captioner.training.plan import Indices, Plan, epoch_plan, sequential_plan
 from captioner.training.views import moments, pick, sample_views
 
@@ -32,10 +32,12 @@ class Resident:
         self.data, self.views, self.config = data, views, config
         self.rank, self.workers = rank, workers
 
-    def epoch(self, number: int) -> Pass:
+    def epoch(self, number: int, done: Sequence[Done] = ()) -> Pass:
         units, batch = units_of(self.data, self.config)
         seed = self.config.seed
         plan = epoch_plan(units, self.data.lengths, batch, number, seed, self.workers)
+        # The steps are the same for any number of workers.
+        plan = plan[sum(part.steps for part in done) :]
         return self._pass(plan, sample_views(self.data, len(self.views), seed, number))
 
     def ordered(self, *, images: int | None = None) -> Pass:

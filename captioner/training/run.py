@@ -1,18 +1,13 @@
 """One training run: a feature store in, a model directory out."""
 
-import io
-import json
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from ray.train import (
     CheckpointConfig,
@@ -27,21 +22,19 @@ from ray.train.torch import TorchTrainer
 
 from captioner import storage
 from captioner.artifacts.feature_store import FeatureStore
-from captioner.artifacts.manifests import FileEntry, ModelManifest
-from captioner.artifacts.model_directory import save_model
+from captioner.artifacts.manifests import ModelManifest
 from captioner.artifacts.output import Output, publish_once
-from captioner.artifacts.tensorboard import event_file
 from captioner.config import TrainConfig
 from captioner.decoders import build_decoder, decoder_class
 from captioner.decoding.cider import NGramFrequencies
 from captioner.errors import CaptionerError, ConfigError, StoreError, TrainingError
-from captioner.plots import plot_history
-from captioner.runtime.cluster import num_cpus, num_gpus, start_ray
+from captioner.runtime.cluster import num_gpus, start_ray, worker_slots
 from captioner.runtime.progress import MessageLog
 from captioner.runtime.ray_private import start_autoscaling_coordinator
 from captioner.text import Vocabulary, clean
-from captioner.training.history import EpochRecord, best_epoch, read_history
-from captioner.training.state import BEST, HISTORY, LAST
+from captioner.training.checkpoints import RUN, Learnt, last_checkpoint
+from captioner.training.history import EpochRecord, best_epoch
+from captioner.training.publish import published_history, write_model
 from captioner.training.worker import train_worker
 
 logger = logging.getLogger(__name__)
@@ -57,15 +50,10 @@ _NO_MATTER = {
     "gpus_per_worker",
     "threads_per_worker",
     "ingest",
+    "checkpoint_minutes",
     "max_failures",
     "restart",
 }
-HISTORY_ROWS = pa.schema(
-    [
-        ("epoch", pa.int64()),
-        *((name, pa.float64()) for name in EpochRecord.model_fields if name != "epoch"),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -114,15 +102,38 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
             "-".join(str(number) for number in sorted(set(config.worker_range))),
             "s" if config.worker_range[1] > 1 else "",
         )
-        best, last, history = _fit(config, output, vocabulary, callbacks)
-        return ModelManifest(
-            files=_write(config, output, store, vocabulary, ngrams, best, last, history)
-        )
+        learnt = _fit(config, output, vocabulary, callbacks)
+        return ModelManifest(files=write_model(config, output, store, vocabulary, ngrams, learnt))
 
+    return _publish(config, store, fill)
+
+
+def publish_as_it_stands(config: TrainConfig) -> TrainResult:
+    """Publish what a run that has ended an epoch, but not the last, has learnt so far.
+
+    Raises:
+        StoreError: it has not ended an epoch, or its directory cannot be read or written.
+    """
+    store = FeatureStore.open(config.features)
+
+    def fill(output: Output) -> ModelManifest:
+        checkpoint = last_checkpoint(output.root)
+        if checkpoint is None:
+            raise StoreError(f"{output.root} has no checkpoint")
+        vocabulary, ngrams = _read_captions(config, store)
+        learnt = Learnt.read(checkpoint)
+        return ModelManifest(files=write_model(config, output, store, vocabulary, ngrams, learnt))
+
+    return _publish(config, store, fill)
+
+
+def _publish(
+    config: TrainConfig, store: FeatureStore, fill: Callable[[Output], ModelManifest]
+) -> TrainResult:
     identity = _identity(config, store)
     publish_once(config.output, identity, ModelManifest, fill, restart=config.restart)
     root = storage.absolute(config.output)
-    result = TrainResult(root, _published_history(root))
+    result = TrainResult(root, published_history(root))
     logger.info(
         "%s: best epoch %d of %d, validation loss %.4f, accuracy %.4f",
         root,
@@ -163,15 +174,14 @@ def _fit(
     output: Output,
     vocabulary: Vocabulary,
     callbacks: Sequence[UserCallback],
-) -> tuple[bytes, bytes, list[EpochRecord]]:
-    """Weights of the best epoch and of the last, and the history."""
-    gpu = num_gpus() > 0
-    slots = int(num_gpus() / config.gpus_per_worker) if gpu else num_cpus()
+) -> Learnt:
+    gpu, slots = num_gpus() > 0, worker_slots(config.gpus_per_worker)
     if slots < config.worker_range[0]:
         raise ConfigError(
             f"num-workers: {config.worker_range[0]} need as many {'GPUs' if gpu else 'CPUs'}, "
             f"the cluster has {slots}"
         )
+    last_checkpoint(output.root)  # a damaged list of them would refuse the run
     filesystem, path = storage.resolve(output.work())
     with MessageLog(logger) as messages:
         trainer = TorchTrainer(
@@ -192,7 +202,7 @@ def _fit(
             ),
             run_config=RunConfig(
                 # A second fit() under the same name and path continues from the last checkpoint.
-                name="run",
+                name=RUN,
                 storage_path=path,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=config.max_failures),
@@ -209,9 +219,7 @@ def _fit(
     if result.return_value is not None:
         kept = f"; the epoch before is kept in {output.work()}" if result.checkpoint else ""
         raise TrainingError(f"{result.return_value}{kept}")
-    with result.checkpoint.as_directory() as folder:
-        best, last = ((Path(folder) / name).read_bytes() for name in (BEST, LAST))
-        return best, last, read_history((Path(folder) / HISTORY).read_text())
+    return Learnt.read(result.checkpoint)
 
 
 @contextmanager
@@ -232,70 +240,12 @@ def _plain_interrupts() -> Iterator[None]:
 
 
 def error_of_ours(failure: Exception) -> Exception:
-    """The error of ours behind a failed run, if there is one."""
+    """The error of ours behind a failed run or search, if there is one."""
     # Only failures of workers carry them; a failed controller or a preempted node has none.
-    for failed in getattr(failure, "worker_failures", {}).values():
+    for failed in [failure, *getattr(failure, "worker_failures", {}).values()]:
         error: BaseException | None = failed
         while error is not None:
             if isinstance(error, CaptionerError):
                 return error
-            error = error.__cause__
+            error = error.__cause__ or error.__context__
     return failure
-
-
-def _write(
-    config: TrainConfig,
-    output: Output,
-    store: FeatureStore,
-    vocabulary: Vocabulary,
-    ngrams: NGramFrequencies | None,
-    weights: bytes,
-    last: bytes,
-    history: list[EpochRecord],
-) -> list[FileEntry]:
-    files = save_model(
-        output,
-        weights=weights,
-        vocabulary=vocabulary,
-        ngrams=ngrams,
-        decoder=config.decoder,
-        text=config.text,
-        decode=config.decode,
-        encoder=store.manifest.encoder,
-        encoder_weights=store.read_encoder_weights(),
-        training=config.model_dump(mode="json"),
-    )
-    best = best_epoch(history)
-    rows = pa.Table.from_pylist([epoch.model_dump() for epoch in history], HISTORY_ROWS)
-    table = io.BytesIO()
-    pq.write_table(rows, table)
-    files += [
-        # The weights after the last step, not their EMA: what another training could start from.
-        output.write(LAST, last),
-        output.write("metrics.json", best.model_dump_json(indent=1).encode()),
-        output.write("history.parquet", table.getvalue()),
-        output.write("curves.png", plot_history(history, best.epoch)),
-    ]
-    _write_tensorboard(output, history, files)
-    return files
-
-
-def _write_tensorboard(output: Output, history: list[EpochRecord], files: list[FileEntry]) -> None:
-    with event_file(output, "training", files) as writer:
-        for record in history:
-            figures = record.model_dump(exclude={"epoch"}, exclude_none=True)
-            for name, value in figures.items():
-                head, _, tail = name.partition("_")
-                tag = f"{tail}/{head}" if head in ("train", "validation") else f"speed/{name}"
-                writer.add_scalar(
-                    tag.replace("speed/learning_rate", "learning_rate"), value, record.epoch
-                )
-
-
-def _published_history(root: str) -> list[EpochRecord]:
-    uri = storage.join(root, "history.parquet")
-    with storage.reading(uri), storage.open_input(uri) as file:
-        rows = pq.read_table(file).to_pylist()
-    if not rows:
-        raise StoreError(f"{uri} is empty")
-    return read_history(json.dumps(rows))

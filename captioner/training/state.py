@@ -1,20 +1,53 @@
 """What a training run has learnt so far, in memory and as a checkpoint."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from captioner.artifacts.model_directory import pack_weights, unpack_weights
 from captioner.config import TrainConfig
 from captioner.decoders.base import Decoder
+from captioner.training.data import Done
 from captioner.training.history import EpochRecord, best_epoch, read_history
 from captioner.training.steps import Schedule, build_optimizer
 
 LAST, BEST, STATE, HISTORY = "last.safetensors", "best.safetensors", "state.pt", "history.json"
+
+
+@dataclass
+class EpochSoFar:
+    """What has happened of an epoch that is not over."""
+
+    done: list[Done] = field(default_factory=list)
+    sums: list[list[float]] = field(default_factory=list)
+    """By worker: its sums over target tokens, of the loss and of those that were the most probable."""
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        return sum(part.steps for part in self.done)
+
+    def sums_of(self, rank: int, workers: int) -> Tensor:
+        """What a worker goes on with, float64 [2]: its own sums, so that a run ends equal to the bit; of a run with
+        another number of workers the first has all."""
+        if len(self.sums) == workers:
+            return torch.tensor(self.sums[rank], dtype=torch.float64)
+        every = self.sums if rank == 0 else []
+        return torch.tensor([[0.0, 0.0], *every], dtype=torch.float64).sum(dim=0)
+
+
+def after_steps(done: Sequence[Done], steps: int, workers: int) -> list[Done]:
+    """What is over of an epoch after some more steps."""
+    if done and done[-1].workers == workers:
+        return [*done[:-1], Done(done[-1].steps + steps, workers)]
+    return [*done, Done(steps, workers)]
 
 
 class TrainingState:
@@ -41,6 +74,7 @@ class TrainingState:
         self.schedule = Schedule(config.optimizer, config.epochs * steps_per_epoch)
         self.history: list[EpochRecord] = []
         self.best: bytes | None = None
+        self.epoch = EpochSoFar()
 
     @property
     def judged(self) -> Decoder:
@@ -62,6 +96,7 @@ class TrainingState:
     def after_epoch(self, record: EpochRecord) -> bool:
         """Add an epoch to the history; returns whether it is the best so far, whose weights are kept."""
         self.history.append(record)
+        self.epoch = EpochSoFar()
         improved = best_epoch(self.history) is record
         if improved:
             self.best = pack_weights(self.judged)
@@ -69,13 +104,17 @@ class TrainingState:
         return improved
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint of a run that has ended an epoch."""
-        assert self.best is not None
+        """Write a checkpoint."""
         (folder / LAST).write_bytes(pack_weights(self.decoder))
-        (folder / BEST).write_bytes(self.best)
+        if self.best is not None:
+            (folder / BEST).write_bytes(self.best)
         (folder / HISTORY).write_text(json.dumps([epoch.model_dump() for epoch in self.history]))
         schedule = {"factor": self.schedule.factor, "waited": self.schedule.waited}
-        state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "schedule": schedule}
+        state: dict[str, Any] = {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": schedule,
+            "epoch": asdict(self.epoch),
+        }
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
         torch.save(state, folder / STATE)
@@ -91,4 +130,6 @@ class TrainingState:
         self.schedule.factor = state["schedule"]["factor"]
         self.schedule.waited = state["schedule"]["waited"]
         self.history = read_history((folder / HISTORY).read_text())
-        self.best = (folder / BEST).read_bytes()
+        self.best = (folder / BEST).read_bytes() if self.history else None
+        self.epoch = EpochSoFar(**state["epoch"])
+        self.epoch.done = [Done(**part) for part in state["epoch"]["done"]]

@@ -5,11 +5,14 @@ Shapes: B captions, T tokens, O output width, V vocabulary, W target tokens, pad
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from captioner.config import OptimizerConfig, TrainConfig
 from captioner.decoders.base import Decoder, Features
@@ -90,9 +93,12 @@ def teacher_forcing(
     return float(loss), int(correct), sum(len(caption) - 1 for caption in captions)
 
 
-def build_optimizer(config: OptimizerConfig, decoder: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimizerConfig, decoder: Decoder) -> torch.optim.Optimizer:
     """The optimizer of ``config`` over all parameters."""
     parameters, rate, decay = decoder.parameters(), config.learning_rate, config.weight_decay
+    if config.name != "adamw":
+        # L2 decay is part of the gradient, which for each member of an ensemble is that of the mean of their losses.
+        decay /= len(members_of(decoder))
     if config.name == "rmsprop":
         # Keras' decay of the squared gradients, 0.9; torch's own default is 0.99.
         return torch.optim.RMSprop(parameters, rate, alpha=0.9, weight_decay=decay)
@@ -157,14 +163,22 @@ def train_step(
     """
     # SeedSequence, unlike Python's hash(), is defined for all versions and platforms.
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
-    with autocast(batch.tokens.device, compute):
-        loss, correct = model(batch.features, batch.tokens)
     optimizer.zero_grad(set_to_none=True)
-    (loss * (workers / batch.global_targets)).backward()
+    parts = batch.split(config.gradient_accumulation)
+    sums = []
+    for number, part in enumerate(parts, 1):
+        # Gradients are exchanged once, with those of the last part.
+        more = number < len(parts) and isinstance(model, DistributedDataParallel)
+        with cast(DistributedDataParallel, model).no_sync() if more else nullcontext():
+            with autocast(batch.tokens.device, compute):
+                loss, correct = model(part.features, part.tokens)
+            (loss * (workers / batch.global_targets)).backward()
+        sums.append(torch.stack([loss.detach(), correct]))
     if config.optimizer.clip_norm is not None:
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
     optimizer.step()
-    return loss.detach(), correct
+    loss, correct = torch.stack(sums).sum(dim=0)
+    return loss, correct
 
 
 def check_compute(device: torch.device, compute: str) -> None:

@@ -4,7 +4,7 @@ Why not by Ray Data's ``streaming_split``: an equal split drops rows, an unequal
 steps, and neither repeats its order, so a run could not be resumed to the same end.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,8 +15,8 @@ from captioner.artifacts.feature_store import Chunk, FeatureStore
 from captioner.config import TrainConfig
 from captioner.decoders.base import Features
 from captioner.encoders.spec import Column
-from captioner.training.data import CaptionData, Pass, units_of
-from captioner.training.plan import Indices, streaming_plan
+from captioner.training.data import CaptionData, Done, Pass, units_of
+from captioner.training.plan import Indices, Plan, streaming_plan
 from captioner.training.views import by_view, moments, pick, sample_views, stored_columns
 
 # A streaming worker holds two windows of features, the one it takes batches from and the one being read.
@@ -60,9 +60,9 @@ class Streaming:
         for number, chunk in enumerate(self.chunks):
             self.chunk_of[chunk.rows] = number
 
-    def epoch(self, number: int) -> Pass:
+    def epoch(self, number: int, done: Sequence[Done] = ()) -> Pass:
         units, batch = units_of(self.data, self.config)
-        return self._pass(units, batch, number)
+        return self._pass(units, batch, number, done)
 
     def ordered(self, *, images: int | None = None) -> Pass:
         units, batch = units_of(self.data, self.config, images)
@@ -76,23 +76,37 @@ class Streaming:
             torch.from_numpy(chunk.read((column,))[column]) for chunk in self.chunks[::stride]
         )
 
-    def windows(self, epoch: int | None) -> list[list[list[int]]]:
+    def windows(self, epoch: int | None, workers: int) -> list[list[list[int]]]:
         """Chunks of every worker in every window of a pass: of an epoch in a random order, of None as they lie."""
         order = np.arange(len(self.chunks))
         if epoch is not None:
             order = np.random.default_rng((self.config.seed, epoch, 2)).permutation(order)
-        size = self.per_window * self.workers
+        size = self.per_window * workers
         return [
-            [
-                order[start : start + size][rank :: self.workers].tolist()
-                for rank in range(self.workers)
-            ]
+            [order[start : start + size][rank::workers].tolist() for rank in range(workers)]
             for start in range(0, len(order), size)
         ]
 
-    def _pass(self, units: Indices, batch: int, epoch: int | None) -> Pass:
+    def _pass(
+        self, units: Indices, batch: int, epoch: int | None, done: Sequence[Done] = ()
+    ) -> Pass:
         """A pass that takes one window of the store after the other."""
-        windows = self.windows(epoch)
+        plan: Plan | None = None
+        for part in done:
+            plan = self._plan(units, batch, epoch, part.workers)
+            seen = [share[:, 0] for step in plan[: part.steps] for share in step]
+            units = units[~np.isin(units[:, 0], np.concatenate([units[:0, 0], *seen]))]
+            plan = plan[part.steps :]
+        # Other workers take other steps: of the units that are left.
+        if plan is None or done[-1].workers != self.workers:
+            plan = self._plan(units, batch, epoch, self.workers)
+        shown = None
+        if epoch is not None:
+            shown = sample_views(self.data, len(self.views), self.config.seed, epoch)
+        shares = [window[self.rank] for window in self.windows(epoch, self.workers)]
+        return Pass(self.data, plan, self.rank, lambda images: self._read(images, shares, shown))
+
+    def _plan(self, units: Indices, batch: int, epoch: int | None, workers: int) -> Plan:
         chunk = self.chunk_of[self.data.image_rows[units[:, 0]]]
         by_chunk = units[np.argsort(chunk, kind="stable")]
         bounds = np.searchsorted(np.sort(chunk), np.arange(len(self.chunks) + 1))
@@ -103,16 +117,16 @@ class Streaming:
                 )
                 for share in window
             ]
-            for window in windows
+            for window in self.windows(epoch, workers)
         ]
-        seed, shown = self.config.seed, None
-        if epoch is not None:
-            shown = sample_views(self.data, len(self.views), seed, epoch)
-        plan = streaming_plan(
-            drawn, self.data.lengths, batch, epoch or 0, seed, shuffle=epoch is not None
+        return streaming_plan(
+            drawn,
+            self.data.lengths,
+            batch,
+            epoch or 0,
+            self.config.seed,
+            shuffle=epoch is not None,
         )
-        shares = [window[self.rank] for window in windows]
-        return Pass(self.data, plan, self.rank, lambda images: self._read(images, shares, shown))
 
     def _read(
         self, images: list[Indices], shares: list[list[int]], shown: Indices | None
@@ -121,6 +135,9 @@ class Streaming:
         place = np.full(len(self.chunk_of), -1)
         held: Indices = np.empty(0, np.int64)
         window: list[Features] = []
+        # Of an epoch that is continued, only what is left of it.
+        wanted = set(self.chunk_of[np.concatenate([held, *images])].tolist())
+        shares = [share for share in shares if not wanted.isdisjoint(share)]
         with ThreadPoolExecutor(1) as reader:
             coming = iter([*shares, []])
             ahead = reader.submit(self._load, next(coming))

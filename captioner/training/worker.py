@@ -20,14 +20,16 @@ from captioner.errors import TrainingError
 from captioner.runtime.device import choose_compute, memory_bytes, prepare_device
 from captioner.runtime.progress import TrainingGauges
 from captioner.text import Vocabulary
-from captioner.training.history import EpochRecord, Stopwatch, epoch_line, finished
+from captioner.training.history import EpochRecord, Interval, Stopwatch, epoch_line, finished
 from captioner.training.ingest import fit_standardize, open_split
-from captioner.training.state import TrainingState
+from captioner.training.state import EpochSoFar, TrainingState, after_steps
 from captioner.training.steps import TeacherForcing, check_compute, require_finite, train_step
 from captioner.training.validation import GreedyCider
 
 # Between two lines about the same epoch.
 _TELL_SECONDS = 20.0
+# Between two questions whether a checkpoint is due.
+_AGREE_STEPS = 10
 
 
 def train_worker(arguments: dict[str, Any]) -> str | None:
@@ -86,7 +88,6 @@ class Worker:
                 config,
                 rank=self.rank,
                 workers=self.workers,
-                neighbours=context.get_local_world_size(),
                 memory=memory_bytes(),
             )
             for split in ("train", "validation")
@@ -108,22 +109,28 @@ class Worker:
                 self.state.restore(Path(folder))
 
     def run(self) -> None:
-        """Train until the epochs or the patience are over, with a checkpoint after every epoch."""
+        """Train until the epochs or the patience are over, with a checkpoint after every epoch and within long ones."""
         with self.gauges or nullcontext():
             while not finished(self.state.history, self.config):
                 record = self.epoch(len(self.state.history))
                 improved = self.state.after_epoch(record)
                 self.tell(epoch_line(self.state.history, self.config, improved=improved))
-                self.report(record)
+                metrics = record.model_dump()
+                if self.gauges is not None:
+                    self.gauges.set(metrics)
+                self.report(metrics)
 
     def epoch(self, epoch: int) -> EpochRecord:
-        """One pass over the train captions, and its validation."""
+        """One pass over the train captions, or what is left of it, and its validation."""
         self.model.train()
-        batches = self.train.epoch(epoch)
-        sums = torch.zeros(2, dtype=torch.float64)
-        timer = Stopwatch(iter(batches))
-        for step, batch in enumerate(timer):
-            rate = self.state.before_step(epoch + step / len(batches))
+        so_far = self.state.epoch
+        batches, first = self.train.epoch(epoch, so_far.done), so_far.steps
+        total = first + len(batches)
+        sums = so_far.sums_of(self.rank, self.workers)
+        timer = Stopwatch(iter(batches), so_far.seconds, so_far.waited)
+        tell, save = Interval(_TELL_SECONDS), Interval(60 * self.config.checkpoint_minutes)
+        for step, batch in enumerate(timer, first):
+            rate = self.state.before_step(epoch + step / total)
             loss, correct = train_step(
                 self.model,
                 self.state.optimizer,
@@ -135,12 +142,20 @@ class Worker:
             )
             self.state.after_step()
             sums += torch.stack([loss.double(), correct.double()]).cpu()
-            if timer.tick(_TELL_SECONDS):
-                left = int(timer.elapsed / (step + 1) * (len(batches) - step - 1))
+            if tell.over():
+                left = int(timer.elapsed / (step + 1) * (total - step - 1))
                 self.tell(
-                    f"epoch {epoch + 1} | {step + 1} of {len(batches)} steps | "
+                    f"epoch {epoch + 1} | {step + 1} of {total} steps | "
                     f"{left // 60}:{left % 60:02d} left"
                 )
+            if step + 1 < total and self.agree(step, save):
+                self.state.epoch = EpochSoFar(
+                    after_steps(so_far.done, step + 1 - first, self.workers),
+                    self.gather(sums),
+                    timer.elapsed,
+                    timer.waited,
+                )
+                self.report({})
         train_loss, train_accuracy = (self.reduce(sums) / self.train.data.targets).tolist()
         require_finite(train_loss, epoch, "training")
         validation_loss, validation_accuracy = self.validate()
@@ -157,6 +172,15 @@ class Worker:
             captions_per_second=len(self.train.data) / timer.seconds,
             data_wait_fraction=timer.waited / timer.seconds,
         )
+
+    def agree(self, step: int, interval: Interval) -> bool:
+        """Whether the first worker's interval is over; the others, whose clocks differ, are asked for every few steps,
+        for it takes an exchange."""
+        if self.workers == 1:
+            return interval.over()
+        if step % _AGREE_STEPS:
+            return False
+        return bool(self.reduce(torch.tensor([float(self.rank == 0 and interval.over())])))
 
     @torch.inference_mode()
     def validate(self) -> tuple[float, float]:
@@ -194,11 +218,20 @@ class Worker:
             sums = on_device.cpu()
         return sums
 
-    def report(self, record: EpochRecord) -> None:
-        """Every worker reports, as Ray Train's barrier wants; the first attaches the checkpoint."""
-        metrics = record.model_dump()
-        if self.gauges is not None:
-            self.gauges.set(metrics)
+    def gather(self, sums: Tensor) -> list[list[float]]:
+        """The sums of every worker."""
+        found = [sums.to(self.device)]
+        if self.workers > 1:
+            found = [torch.empty_like(found[0]) for _ in range(self.workers)]
+            dist.all_gather(found, sums.to(self.device))
+        return [each.tolist() for each in found]
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Every worker reports, as Ray Train's barrier wants; the first attaches the checkpoint.
+
+        Args:
+            metrics: of an epoch; none within one.
+        """
         if self.rank != 0:
             ray.train.report(metrics)
             return

@@ -10,24 +10,34 @@ from captioner.decoders import decoder_class
 
 Hyperparameters = dict[str, str | int | float]
 
+# Kinds of decoder with blocks over the grid's cells.
+_PICTURE_LAYERS = ("adaptive_attention", "transformer")
+
 
 def draw_trials(config: TuneConfig, *, grid: bool) -> list[Hyperparameters]:
     """The hyperparameters of every trial, in order.
 
     Args:
-        grid: whether the store holds the grid, which most of the wide space's decoders read.
+        grid: whether the store holds the grid, which most of the wide space's decoders read. Those that
+            ``config.decoders`` names are drawn without it, too.
     """
     if config.space == "notebook":
         return [dict(trial) for trial in notebook.SEARCH_SPACE]
     generator = np.random.default_rng(config.seed)
-    kinds = [kind for kind in DECODER_KINDS if grid or "grid" not in decoder_class(kind).columns]
+    kinds = config.decoders or tuple(
+        kind for kind in DECODER_KINDS if grid or "grid" not in decoder_class(kind).columns
+    )
 
     def choose(*values: Any) -> Any:
         return values[int(generator.integers(len(values)))]
 
-    return [
-        {
-            "decoder": choose(*kinds),
+    def draw() -> Hyperparameters:
+        kind = choose(*kinds)
+        pictures = choose(0, 1, 2)
+        return {
+            "decoder": kind,
+            "picture_layers": pictures if kind in _PICTURE_LAYERS else 0,
+            "ensemble_size": choose(1, 1, 2, 3),
             "width": choose(128, 256, 512),
             "optimizer": choose("adam", "adamw", "rmsprop"),
             "learning_rate": float(f"{10 ** generator.uniform(-3.7, -2.5):.2g}"),
@@ -35,9 +45,10 @@ def draw_trials(config: TuneConfig, *, grid: bool) -> list[Hyperparameters]:
             "label_smoothing": choose(0.0, 0.05, 0.1),
             "global_batch": choose(32, 64, 128),
             "weight_decay": choose(0.0, 1e-5, 1e-4),
+            "ema_decay": choose(0.0, 0.99, 0.995),
         }
-        for _ in range(config.num_samples)
-    ]
+
+    return [draw() for _ in range(config.num_samples)]
 
 
 def training_of(
@@ -52,6 +63,8 @@ def training_of(
                 "kind": trial["decoder"],
                 "width": trial["width"],
                 "dropout": trial["dropout"],
+                "picture_layers": trial.get("picture_layers", 0),
+                "ensemble_size": trial.get("ensemble_size", 1),
                 # As in the preset notebook_merge.
                 "standardize": "whole" if config.space == "notebook" else "channels",
             }
@@ -69,8 +82,10 @@ def training_of(
         epochs=config.max_epochs,
         global_batch=int(trial.get("global_batch", 64)),
         label_smoothing=float(trial.get("label_smoothing", 0.0)),
+        ema_decay=float(trial.get("ema_decay", 0.0)),
         patience=None,
         validation_cider=config.metric == "cider",
+        num_workers=config.workers_per_trial,
         gpus_per_worker=config.gpus_per_trial,
         threads_per_worker=threads,
         seed=config.seed,

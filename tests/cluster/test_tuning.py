@@ -1,9 +1,10 @@
 """Whole searches on a real local Ray: ASHA stops trials, crashes are recorded, a killed search goes on."""
 
 import os
-import signal
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import pytest
 from captioner.artifacts.model_directory import load_model
 from captioner.artifacts.output import WORK
 from captioner.config import TuneConfig
-from captioner.errors import StoreError
+from captioner.errors import OutOfReachError, StoreError
 from captioner.tuning import search
-from captioner.tuning.search import SearchResult, run_search
+from captioner.tuning.publish import SearchResult
+from captioner.tuning.search import run_search
+from captioner.tuning.trials import Note, write_note
 from tests import odd
 from tests.stores import write_store
 
@@ -127,34 +130,144 @@ def test_complete_search_is_left_alone_and_another_refused(
         run_search(config.model_copy(update={"max_epochs": 4}))
 
 
-@pytest.mark.chaos
-def test_killed_search_goes_on_with_the_same_trials(features: str, tmp_path: Path) -> None:
-    config = settings(
-        features, tmp_path / odd.NAME, scheduler="none", max_epochs=2, max_concurrent=2
-    )
-    program = (
-        "import sys; from captioner.config import TuneConfig; from captioner.tuning.search import run_search;"
-        "run_search(TuneConfig.model_validate_json(sys.argv[1]))"
-    )
+DRIVER = """
+import os, sys
+from captioner.config import TuneConfig
+from captioner.errors import CaptionerError
+from captioner.tuning import search
+from tests.cluster.test_tuning import with_a_diverging_one
+
+search._PAUSE_SECONDS = 0.0
+search.draw_trials = with_a_diverging_one
+if sys.argv[2] == "before publishing":
+    search.publish_search = lambda *_: os._exit(9)
+print(search.run_search(TuneConfig.model_validate_json(sys.argv[1])).table())
+"""
+
+
+def with_a_diverging_one(config: TuneConfig, *, grid: bool) -> list[dict[str, Any]]:
+    """Trials of the merge decoder; the second fails before its first report, every time."""
+    return [
+        {
+            "decoder": "merge",
+            "width": 16,
+            "optimizer": "adam",
+            "learning_rate": 1e30 if number == 1 else 0.02 / 2**number,
+            "dropout": 0.2,
+        }
+        for number in range(config.num_samples)
+    ]
+
+
+def start(config: TuneConfig, phase: str = "") -> subprocess.Popen[bytes]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    driver = subprocess.Popen(
-        [sys.executable, "-c", program, config.model_dump_json()],
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, config.model_dump_json(), phase],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    trials = tmp_path / odd.NAME / WORK / "trials"
+
+
+def wait_for(driver: subprocess.Popen[bytes], place: Path, pattern: str) -> None:
     deadline = time.monotonic() + 600
-    while not list(trials.glob("*/manifest.json")):
+    while not list(place.glob(pattern)):
         assert driver.poll() is None, "the search ended before it could be killed"
-        assert time.monotonic() < deadline, "no trial finished"
-        time.sleep(0.1)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    kept = {path.parent.name: path.stat().st_mtime_ns for path in trials.glob("*/manifest.json")}
-    assert 0 < len(kept) < 4
+        assert time.monotonic() < deadline, f"no {pattern}"
+        time.sleep(0.05)
+
+
+@pytest.mark.chaos
+def test_search_killed_in_every_phase_is_published_with_the_trials_of_an_unbroken_one(
+    features: str, tmp_path: Path
+) -> None:
+    """Killed as its first trial begins, with a trial that failed for good, with one in its middle, with all over."""
+    changes = {"max_concurrent": 1, "num_samples": 4, "max_epochs": 3}
+    config = settings(features, tmp_path / odd.NAME, **changes)
+    trials = tmp_path / odd.NAME / WORK / "trials"
+    for pattern in ("000/_work/run", "001.json", "002/_work/run/checkpoint_*"):
+        driver = start(config)
+        wait_for(driver, trials, pattern)
+        driver.kill()
+        driver.wait()
+    assert start(config, "before publishing").wait() == 9
+    # In this process, without the replacements: nothing is left to do but publish.
+    patch = pytest.MonkeyPatch()
+    patch.setattr(search, "draw_trials", with_a_diverging_one)
+    with patch.context() as patched:
+        patched.setattr(search, "_run_trials", None)
+        broken = run_search(config)
+    unbroken = run_search(settings(features, tmp_path / "unbroken", **changes))
+    patch.undo()
+
+    def told(result: SearchResult) -> list[Any]:
+        return [(trial.status, trial.curve, trial.error) for trial in result.trials]
+
+    assert told(broken) == told(unbroken)
+    assert broken.best == unbroken.best
+    assert {trial.status for trial in broken.trials} == {"finished", "stopped", "failed"}
+    assert load_model(f"{broken.uri}/model")
+
+
+def test_trial_that_failed_for_a_passing_reason_is_tried_again(
+    features: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is out of reach when the trial begins, and back for the next try."""
+    store = tmp_path / "features"
+    shutil.copytree(features, store)
+    monkeypatch.setattr(search, "start_ray", lambda: store.rename(tmp_path / "away"))
+    monkeypatch.setattr(search, "_PAUSE_SECONDS", 8.0)
+    config = settings(str(store), tmp_path / "out", num_samples=1, max_epochs=1, scheduler="none")
+    notes = tmp_path / "out" / WORK / "trials" / "000.json"
+    with pytest.raises(OutOfReachError, match=r"no trial has ended an epoch yet: .* no manifest"):
+        run_search(config.model_copy(update={"trial_retries": 0}))
+    said = []
+
+    def come_back() -> None:
+        notes.unlink()
+        while not notes.exists():
+            time.sleep(0.05)
+        said.append(notes.read_text())
+        (tmp_path / "away").rename(store)
+
+    (tmp_path / "away").rename(store)
+    thread = threading.Thread(target=come_back)
+    thread.start()
     result = run_search(config)
-    assert [trial.number for trial in result.trials] == list(range(4))
-    assert {trial.status for trial in result.trials} == {"finished"}
-    assert [[epoch for epoch, _ in trial.curve] for trial in result.trials] == [[1, 2]] * 4
+    thread.join()
+    assert "has no manifest" in said[0]
+    assert [trial.status for trial in result.trials] == ["finished"]
+
+
+@pytest.mark.chaos
+def test_where_no_trial_came_to_its_end_the_best_is_published_as_it_stands(
+    features: str, tmp_path: Path
+) -> None:
+    config = settings(features, tmp_path / "out", num_samples=1, max_epochs=50)
+    driver = start(config)
+    wait_for(driver, tmp_path / "out" / WORK / "trials", "000/_work/run/checkpoint_*")
+    driver.kill()
+    driver.wait()
+    write_note(config.output, 0, Note(status="failed", error="loss is nan", diverged=True))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(search, "draw_trials", with_a_diverging_one)
+        result = run_search(config)
+    assert [trial.status for trial in result.trials] == ["failed"]
+    assert "loss is nan" in result.table()
+    assert 0 < len(result.trials[0].curve) < 50
+    assert load_model(f"{result.uri}/model")
+
+
+def test_when_its_time_is_over_the_best_so_far_is_published(features: str, tmp_path: Path) -> None:
+    epochs = 100_000
+    changes = {"num_samples": 2, "max_concurrent": 1, "max_epochs": epochs, "scheduler": "none"}
+    config = settings(features, tmp_path / "out", decoders=("merge",), time_budget=0.6, **changes)
+    started = time.monotonic()
+    result = run_search(config)
+    assert time.monotonic() - started > 36
+    assert [trial.status for trial in result.trials] == ["unfinished", "unfinished"]
+    assert result.best == 0
+    assert 0 < len(result.trials[0].curve) < epochs
+    assert result.trials[1].curve == []
+    assert load_model(f"{result.uri}/model")

@@ -43,6 +43,7 @@ WITH_RAY = (
     "captioner.sources",
     "captioner.features",
     "captioner.training.worker",
+    "captioner.training.checkpoints",
     "captioner.training.run",
     "captioner.captioning.collection",
     "captioner.tuning",

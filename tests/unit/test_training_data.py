@@ -1,5 +1,6 @@
 """Which captions a worker sees, in which order, and with which features."""
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from captioner.artifacts.feature_store import FeatureStore
 from captioner.config import TextConfig, TrainConfig
 from captioner.errors import StoreError
 from captioner.text import END, PAD, START, Vocabulary, clean
-from captioner.training.data import Batch, CaptionData
+from captioner.training.data import Batch, CaptionData, Done
 from captioner.training.ingest import Ingest, open_split
 from captioner.training.plan import WINDOW, Plan, caption_units, epoch_plan, sequential_plan
 from captioner.training.resident import Resident
+from captioner.training.state import after_steps
 from captioner.training.streaming import Streaming
 from tests.stores import ANIMALS, CHANNELS, GRID, write_store
 
@@ -80,7 +82,6 @@ def opened(
         config,
         rank=rank,
         workers=workers,
-        neighbours=workers,
         memory=memory,
     )
 
@@ -100,6 +101,41 @@ def test_every_caption_comes_exactly_once_an_epoch(captions: int, grouped: bool)
 def test_grouped_units_hold_the_captions_of_one_image_each() -> None:
     units = caption_units(np.array([2, 0, 2, 7, 2, 0]), grouped=True)
     assert units.tolist() == [[1, 5, -1], [0, 2, 4], [3, -1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("counts", "steps", "rows"),
+    [
+        ([5] * 1000, 32, 5000),
+        # One picture with many captions, which once turned 32 steps into 250 and 1,000.
+        ([5] * 999 + [40], 32, 5035),
+        ([5] * 999 + [160], 33, 5155),
+        ([160] + [5] * 999, 33, 5155),
+        # COCO's.
+        ([5] * 985 + [6] * 12 + [7] * 3, 32, 5080),
+        ([1] * 500 + [9] * 500, 32, 8000),
+        ([1] * 1000, 7, 1000),
+    ],
+)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_keep_their_captions_whatever_the_sizes_of_groups(
+    counts: list[int], steps: int, rows: int, workers: int
+) -> None:
+    image_rows = np.repeat(np.arange(len(counts)), counts)
+    lengths = np.random.default_rng(0).integers(5, 20, len(image_rows))
+    units = caption_units(image_rows, grouped=True)
+    plan = epoch_plan(units, lengths, 160, epoch=0, seed=0, workers=workers)
+    assert sorted(captions_of(plan)) == list(range(len(image_rows)))
+    held = sorted(sum(int((share >= 0).sum()) for share in step) for step in plan)
+    assert len(plan) <= steps + 1
+    # All but the last of a window and the last of all.
+    assert all(abs(captions - 160) <= units.shape[1] for captions in held[2:])
+    # What the decoder computes, padding included.
+    assert sum(share.size for step in plan for share in step) <= rows
+    for step in plan:
+        for share in step:
+            assert (share[:, 0] >= 0).all()
+            assert all(len({int(image_rows[n]) for n in unit if n >= 0}) == 1 for unit in share)
 
 
 def test_order_is_decided_by_seed_and_epoch() -> None:
@@ -220,7 +256,7 @@ def test_streaming_gives_every_caption_once_and_the_batches_of_resident_data(
             workers,
             5 * store.column_bytes("grid"),
         )
-        assert len(way.windows(epoch)) > 1
+        assert len(way.windows(epoch, workers)) > 1
         mine = way.ordered() if epoch is None else way.epoch(epoch)
         steps.add(len(mine))
         same = Resident(data, [whole], config, rank, workers)
@@ -232,6 +268,50 @@ def test_streaming_gives_every_caption_once_and_the_batches_of_resident_data(
             seen += captions_in_share(streamed)
     assert sorted(seen) == list(range(len(data)))
     assert len(steps) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(
+    "crews",
+    [[(1, 3), (1, 99)], [(2, 2), (2, 99)], [(2, 3), (1, 2), (3, 1), (3, 99)], [(3, 0), (1, 99)]],
+)
+def test_an_epoch_that_is_continued_has_every_caption_once_whoever_continues_it(
+    tmp_path: Path, streaming: bool, grouped: bool, crews: list[tuple[int, int]]
+) -> None:
+    """Crews of (workers, steps) that follow each other within the epoch, as an elastic run's do."""
+    store = many_files(tmp_path, 9)
+    config = CONFIG.model_copy(update={"group_captions": grouped})
+    data = CaptionData.load(store, "train", vocabulary(store), config.text)
+    whole = {"grid": torch.from_numpy(store.load("train", ("grid",)).columns["grid"])}
+
+    def way(rank: int, workers: int) -> Ingest:
+        if not streaming:
+            return Resident(data, [whole], config, rank, workers)
+        room = 5 * store.column_bytes("grid")
+        return Streaming(data, store, "train", ("grid",), ("",), config, rank, workers, room)
+
+    seen: list[int] = []
+    done: list[Done] = []
+    for workers, steps in crews:
+        passes = [way(rank, workers).epoch(4, done) for rank in range(workers)]
+        assert len({len(mine) for mine in passes}) == 1
+        taken = min(steps, len(passes[0]))
+        for mine in passes:
+            for batch, _ in zip(mine, range(taken), strict=False):
+                seen += captions_in_share(batch)
+                wanted = whole["grid"][data.image_rows[batch.captions[:, 0]]].float()
+                if captions_in_share(batch):
+                    assert torch.equal(batch.features["grid"], wanted)
+        if done and done[-1].workers == workers:
+            # To the byte what the same workers would have had without a break.
+            rest = passes[0].plan
+            unbroken = way(0, workers).epoch(4, done[:-1]).plan[done[-1].steps :]
+            assert len(rest) == len(unbroken)
+            for one, two in zip(rest, unbroken, strict=True):
+                assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+        done = after_steps(done, taken, workers)
+    assert sorted(seen) == list(range(len(data)))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -317,33 +397,30 @@ def test_grid_stays_float16_in_memory_and_arrives_as_float32(tmp_path: Path) -> 
     assert batch.features["grid"].shape == (8, GRID[0] * GRID[1], CHANNELS)
 
 
-def test_mapped_features_are_those_in_memory(tmp_path: Path) -> None:
-    store = many_files(tmp_path / "store", 3)
-    (tmp_path / "mapped").mkdir()
-    mapped = store.load("train", ("grid", "pooled"), tmp_path / "mapped").columns
-    held = store.load("train", ("grid", "pooled")).columns
-    for name, column in held.items():
-        assert isinstance(mapped[name], np.memmap)
-        np.testing.assert_array_equal(mapped[name], column)
+def maps_of(way: Ingest) -> str:
+    """The line of /proc/self/maps about the pooled vectors of a resident split."""
+    assert isinstance(way, Resident)
+    place = way.views[0]["pooled"].data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(number, 16) for number in line.split()[0].split("-"))
+        if start <= place < end:
+            return line
+    raise AssertionError("nowhere")
 
 
-def test_features_over_half_of_the_memory_are_mapped_from_a_file(tmp_path: Path) -> None:
+def test_features_over_half_of_the_memory_lie_on_the_disk(tmp_path: Path) -> None:
+    # Each first in its own store: what is at hand already is shared, wherever it lies.
     size = 7 * 4 * CHANNELS
-    held, mapped = (opened(tmp_path, memory=memory) for memory in (2 * size, 2 * size - 1))
-    assert isinstance(held, Resident)
-    assert isinstance(mapped, Resident)
-    assert torch.equal(held.views[0]["pooled"], mapped.views[0]["pooled"])
-    maps = [
-        (int(start, 16), int(end, 16))
-        for line in Path("/proc/self/maps").read_text().splitlines()
-        if "train-pooled.npy" in line
-        for start, end in [line.split()[0].split("-")]
-    ]
-    inside = [
-        any(start <= way.views[0]["pooled"].data_ptr() < end for start, end in maps)
-        for way in (held, mapped)
-    ]
-    assert inside == [False, True]
+    held = opened(tmp_path / "held", memory=2 * size)
+    write_store(tmp_path / "mapped", {"train": 7, "validation": 3}, grid=True, seed=1)
+    mapped = opened(tmp_path / "mapped", memory=2 * size - 1)
+    assert "/memfd:captioner-" in maps_of(held)
+    assert f"{tempfile.gettempdir()}/captioner-" in maps_of(mapped)
+    assert "(deleted)" in maps_of(mapped)
+    for way, place in ((held, "held"), (mapped, "mapped")):
+        table = FeatureStore.open(str(tmp_path / place)).load("train", ("pooled",))
+        assert isinstance(way, Resident)
+        np.testing.assert_array_equal(way.views[0]["pooled"].numpy(), table.columns["pooled"])
 
 
 @pytest.mark.parametrize("ingest", ["resident", "streaming"])

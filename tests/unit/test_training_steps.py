@@ -14,17 +14,18 @@ from torch.nn import functional
 from captioner.artifacts.model_directory import pack_weights
 from captioner.config import DecodeConfig, DecoderConfig, OptimizerConfig, TrainConfig
 from captioner.decoders import build_decoder
+from captioner.decoders.ensemble import Ensemble
 from captioner.decoding.beam import search
 from captioner.decoding.cider import NGramFrequencies, cider_d
 from captioner.encoders.spec import FeatureShape
 from captioner.errors import ConfigError, TrainingError
 from captioner.text import END, PAD, START
 from captioner.training import steps
-from captioner.training.data import Batch, CaptionData
+from captioner.training.data import Batch, CaptionData, Done
 from captioner.training.history import EpochRecord, finished
-from captioner.training.plan import Plan
+from captioner.training.plan import Plan, caption_units
 from captioner.training.resident import Resident
-from captioner.training.state import TrainingState
+from captioner.training.state import EpochSoFar, TrainingState, after_steps
 from captioner.training.steps import (
     Schedule,
     TeacherForcing,
@@ -161,6 +162,27 @@ def test_mean_gradient_of_workers_is_one_workers_gradient(workers: int) -> None:
         torch.testing.assert_close(torch.stack(parts).mean(dim=0), alone, rtol=1e-4, atol=1e-6)
 
 
+def test_gradient_of_uneven_groups_is_that_of_their_captions_alone() -> None:
+    """Images with 7, 2, 1 and 3 captions: units of up to four, of which the first image makes two."""
+    data, model = captions(13), decoder()
+    data.data.image_rows = np.repeat(np.arange(4), (7, 2, 1, 3))
+    units = caption_units(data.data.image_rows, grouped=True)
+    assert units.shape == (5, 4)
+
+    def gradient(units: np.ndarray) -> Tensor:
+        replica = TeacherForcing(copy.deepcopy(model)).train()
+        batch = next(iter(replace(data.epoch(0), plan=[[units]])))
+        optimizer = torch.optim.SGD(replica.parameters(), lr=1.0)
+        train_step(
+            replica, optimizer, batch, seed=(0,), workers=1, config=config(), compute="float32"
+        )
+        return nn.utils.parameters_to_vector(p.grad for p in replica.parameters() if p.grad is not None)  # fmt: skip
+
+    alone = gradient(np.arange(13)[:, None])
+    assert alone.norm() > 1e-3
+    torch.testing.assert_close(gradient(units), alone, rtol=1e-4, atol=1e-6)
+
+
 def test_clipping_bounds_the_norm_of_all_gradients_together() -> None:
     batch = captions(8).whole()
     norms = {}
@@ -219,6 +241,26 @@ def test_adamw_decays_weights_apart_from_the_gradient() -> None:
     model.weight.grad = torch.zeros_like(model.weight)
     build_optimizer(settings, model).step()
     torch.testing.assert_close(model.weight.detach(), torch.full((2, 2), 0.95))
+
+
+@pytest.mark.parametrize("name", ["adam", "rmsprop", "adamw"])
+def test_decay_of_an_ensemble_is_that_of_each_of_its_decoders_alone(name: str) -> None:
+    data = captions(12)
+    settings = config(name=name, learning_rate=0.01, weight_decay=0.3)
+    together = Ensemble([decoder(1), decoder(2)])  # type: ignore[list-item]
+    apart = [decoder(1), decoder(2)]
+
+    def learn(network: nn.Module) -> Tensor:
+        model = TeacherForcing(network).train()  # type: ignore[arg-type]
+        optimizer = build_optimizer(settings.optimizer, network)
+        for step in range(5):
+            train_step(
+                model, optimizer, data.whole(), seed=(step,), workers=1, config=settings, compute="float32"
+            )  # fmt: skip
+        return nn.utils.parameters_to_vector(network.parameters()).detach()
+
+    wanted = torch.cat([learn(one) for one in apart])
+    torch.testing.assert_close(learn(together), wanted, rtol=1e-2, atol=5e-3)
 
 
 def test_warm_up_is_linear_and_ends_at_the_peak() -> None:
@@ -299,6 +341,50 @@ def test_a_run_may_continue_from_any_step(tmp_path: Path, first: int) -> None:
     assert pack_weights(resumed.judged) == pack_weights(unbroken.judged)
     states = [one.optimizer.state_dict() for one in (resumed, unbroken)]
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+def test_a_checkpoint_within_an_epoch_holds_what_is_over_of_it(tmp_path: Path) -> None:
+    state, restored = (TrainingState(decoder(), config(), steps_per_epoch=6) for _ in range(2))
+    done = after_steps(after_steps([], 3, 2), 4, 2)
+    assert done == [Done(7, 2)]
+    done = after_steps(done, 1, 3)
+    assert done == [Done(7, 2), Done(1, 3)]
+    state.epoch = EpochSoFar(done, [[1.5, 2.0], [0.25, 1.0], [3.0, 0.0]], 7.0, 0.5)
+    state.save(tmp_path)
+    restored.restore(tmp_path)
+    assert restored.epoch == state.epoch
+    assert (restored.history, restored.best, restored.epoch.steps) == ([], None, 8)
+    # The same workers go on with their own, of others the first has all.
+    assert [restored.epoch.sums_of(rank, 3).tolist() for rank in range(3)] == state.epoch.sums
+    assert [restored.epoch.sums_of(rank, 2).tolist() for rank in range(2)] == [[4.75, 3.0], [0, 0]]
+
+
+@pytest.mark.parametrize("parts", [2, 3, 100])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_accumulated_gradient_is_that_of_one_pass(parts: int, grouped: bool) -> None:
+    data, model = captions(14), decoder()
+    units = caption_units(data.data.image_rows, grouped=grouped)
+    batch = next(iter(replace(data.epoch(0), plan=[[units]])))
+    assert sum(len(part.captions) for part in batch.split(parts)) == len(units)
+    assert len(batch.split(parts)) <= parts
+
+    def step(accumulation: int) -> tuple[Tensor, list[float]]:
+        replica = TeacherForcing(copy.deepcopy(model)).train()
+        sums = train_step(
+            replica,
+            torch.optim.SGD(replica.parameters(), lr=1.0),
+            batch,
+            seed=(0,),
+            workers=1,
+            config=config().model_copy(update={"gradient_accumulation": accumulation}),
+            compute="float32",
+        )
+        after = nn.utils.parameters_to_vector(replica.parameters()).detach()
+        return after, [float(one) for one in sums]
+
+    (once, sums), (accumulated, others) = step(1), step(parts)
+    torch.testing.assert_close(accumulated, once, rtol=1e-5, atol=1e-6)
+    assert others == pytest.approx(sums, rel=1e-5)
 
 
 def test_averaging_changes_what_is_judged_and_nothing_of_the_training() -> None:

@@ -74,7 +74,7 @@ def opened(
 
     def open_(split: str) -> tuple[Ingest, Vocabulary]:
         way = open_split(
-            store, split, Both.columns, vocabulary, config, rank=0, workers=1, neighbours=1, memory=2**40,
+            store, split, Both.columns, vocabulary, config, rank=0, workers=1, memory=2**40,
         )  # fmt: skip
         return way, vocabulary
 

@@ -1,0 +1,52 @@
+"""What Ray Train tells Tune of a trial, and what Tune tells the screen."""
+
+import logging
+from typing import Any
+
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.progress_reporter import TrialProgressCallback
+
+from captioner.config import TuneConfig
+
+logger = logging.getLogger(__name__)
+
+
+class ReportEpochs(TuneReportCallback):
+    """Hands epochs to Tune, and not the checkpoints within one."""
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        if metrics[0]:
+            super().after_report(run_context, metrics, checkpoint)
+
+
+class EpochLines(TrialProgressCallback):
+    """A line in the log for every epoch of a trial, where Tune would print its results."""
+
+    def __init__(self, config: TuneConfig, metric: str):
+        super().__init__()
+        self._epochs, self._judged_by = config.max_epochs, metric
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
+    ) -> None:
+        stopped = result.get("done") and result["epoch"] < self._epochs
+        logger.info(
+            "%s | epoch %d/%d | %s %.4f%s",
+            trial,
+            result["epoch"],
+            self._epochs,
+            self._judged_by.replace("_", " "),
+            result[self._judged_by],
+            " | stopped" if stopped else "",
+        )
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        logger.warning("%s failed and is tried again", trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        logger.warning("%s failed", trial)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        logger.info("%s is over", trial)
