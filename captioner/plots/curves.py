@@ -17,9 +17,13 @@ class Epoch(Protocol):
     @property
     def epoch(self) -> int: ...
     @property
-    def train_loss(self) -> float: ...
+    def train_loss(self) -> float | None: ...
     @property
-    def train_accuracy(self) -> float: ...
+    def train_accuracy(self) -> float | None: ...
+    @property
+    def train_cider(self) -> float | None:
+        """Of drawn captions, where those were trained on; then loss and accuracy are None."""
+
     @property
     def validation_loss(self) -> float: ...
     @property
@@ -48,7 +52,7 @@ def draw_history(history: Sequence[Epoch], best_epoch: int) -> Figure:
     """The figure of ``plot_history``."""
     if not history:
         raise ValueError("the history is empty")
-    panels = {
+    every: dict[str, dict[str, list[float | None]]] = {
         "Loss (nats per token)": {
             "train": [one.train_loss for one in history],
             "validation": [one.validation_loss for one in history],
@@ -57,16 +61,27 @@ def draw_history(history: Sequence[Epoch], best_epoch: int) -> Figure:
             "train": [one.train_accuracy for one in history],
             "validation": [one.validation_accuracy for one in history],
         },
+        "CIDEr-D": {
+            "train, drawn": [one.train_cider for one in history],
+            "validation, greedy": [one.validation_cider for one in history],
+        },
     }
-    ciders = [one.validation_cider for one in history if one.validation_cider is not None]
-    if ciders:
-        panels["CIDEr-D"] = {"validation, greedy": ciders}
+    panels: dict[str, dict[str, list[float]]] = {}
+    for title, found in every.items():
+        # A figure is there in every epoch or in none.
+        told = {
+            name: [value for value in values if value is not None]
+            for name, values in found.items()
+            if None not in values
+        }
+        if told:
+            panels[title] = told
     epochs = [one.epoch for one in history]
     best = epochs.index(best_epoch)
     figure = Figure((5 * len(panels), 3.9), DPI, layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for name, values in curves.items():
-            color = TRAIN if name == "train" else VALIDATION
+            color = TRAIN if name.startswith("train") else VALIDATION
             axes.plot(epochs, values, ".-", color=color, label=name)
         label = f"best epoch {best_epoch}: {values[best]:.3f}"
         axes.plot(best_epoch, values[best], "o", color=VALIDATION, markersize=7, label=label)

@@ -32,6 +32,8 @@ class Batch:
     """int64 [I * K, T]; the captions of an image follow each other."""
     captions: Indices
     """int64 [I, K]: numbers of the captions, -1 where an image has fewer."""
+    images: Tensor
+    """int64 [I]: rows of the split, -1 where a worker has none."""
     global_targets: int
     """Target tokens of the global batch, over all workers: what the loss is divided by."""
 
@@ -51,6 +53,7 @@ class Batch:
                 features={name: pieces[number] for name, pieces in features.items()},
                 tokens=tokens,
                 captions=self.captions[number * size : (number + 1) * size],
+                images=self.images[number * size : (number + 1) * size],
             )
             for number, tokens in enumerate(torch.split(self.tokens, size * captions))
         ]
@@ -166,13 +169,23 @@ class Pass:
                 columns = {
                     name: column.new_zeros(1, *column.shape[1:]) for name, column in columns.items()
                 }
-            yield Batch(columns, data.padded(share.ravel(), longest), share, targets)
+            first = share[:, 0]
+            images = torch.from_numpy(np.where(first >= 0, data.image_rows[first], -1))
+            yield Batch(columns, data.padded(share.ravel(), longest), share, images, targets)
 
 
-def units_of(
-    data: CaptionData, config: TrainConfig, images: int | None = None
+def units_to_learn(data: CaptionData, config: TrainConfig) -> tuple[Indices, int]:
+    """Units of an epoch, and how many of their captions make a global batch."""
+    if config.objective == "self_critical":
+        return first_captions(data.image_rows), max(1, config.global_batch // config.samples)
+    return caption_units(data.image_rows, grouped=config.group_captions), config.global_batch
+
+
+def units_to_judge(
+    data: CaptionData, config: TrainConfig, images: int | None
 ) -> tuple[Indices, int]:
-    """Units of a pass, and captions in a global batch: with ``images``, so many of them by their first captions."""
+    """Units of a validation pass, and captions in a global batch: with ``images``, so many of them by their first
+    captions."""
     if images is not None:
         return first_captions(data.image_rows), images
     return caption_units(data.image_rows, grouped=config.group_captions), config.global_batch

@@ -14,9 +14,12 @@ class EpochRecord(Record):
 
     epoch: int
     """Counted from 1."""
-    train_loss: float
-    """Of an ensemble, like the accuracy, the mean over its members, while validation is of their mean probabilities."""
-    train_accuracy: float
+    train_loss: float | None
+    """Of an ensemble, like the accuracy, the mean over its members, while validation is of their mean probabilities.
+    None, like the accuracy, of an epoch whose objective is self-critical: it has no next words."""
+    train_accuracy: float | None
+    train_cider: float | None = None
+    """Mean CIDEr-D of the captions drawn, of an epoch whose objective is self-critical."""
     validation_loss: float
     validation_accuracy: float
     validation_cider: float | None = None
@@ -91,6 +94,8 @@ def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord:
 def finished(history: Sequence[EpochRecord], config: TrainConfig) -> bool:
     """Whether all epochs are over, or ``patience`` of them since the lowest validation loss."""
     losses = [record.validation_loss for record in history]
+    if config.objective == "self_critical":
+        losses = [-(record.validation_cider or 0.0) for record in history]
     stale = len(losses) - 1 - losses.index(min(losses)) if losses else 0
     return len(losses) >= config.epochs or (
         config.patience is not None and stale >= config.patience
@@ -107,8 +112,13 @@ def epoch_line(history: Sequence[EpochRecord], config: TrainConfig, *, improved:
     record = history[-1]
     cider = record.validation_cider
     scored = "" if cider is None else f" | validation CIDEr-D {cider:.4f}"
+    trained = (
+        f"train CIDEr-D {record.train_cider:.4f}"
+        if record.train_loss is None
+        else f"train loss {record.train_loss:.4f}"
+    )
     return (
-        f"epoch {record.epoch}/{config.epochs} | train loss {record.train_loss:.4f} | "
+        f"epoch {record.epoch}/{config.epochs} | {trained} | "
         f"validation loss {record.validation_loss:.4f}{' *' if improved else ''} | "
         f"validation accuracy {record.validation_accuracy:.4f}{scored} | "
         f"{record.captions_per_second:,.0f} captions/s | {record.seconds:.0f} s"

@@ -8,7 +8,7 @@ from torch import Tensor
 from captioner.config import TrainConfig
 from captioner.decoders.base import Features
 from captioner.encoders.spec import Column
-from captioner.training.data import CaptionData, Done, Pass, units_of
+from captioner.training.data import CaptionData, Done, Pass, units_to_judge, units_to_learn
 from captioner.training.plan import Indices, Plan, epoch_plan, sequential_plan
 from captioner.training.views import moments, pick, sample_views
 
@@ -33,7 +33,7 @@ class Resident:
         self.rank, self.workers = rank, workers
 
     def epoch(self, number: int, done: Sequence[Done] = ()) -> Pass:
-        units, batch = units_of(self.data, self.config)
+        units, batch = units_to_learn(self.data, self.config)
         seed = self.config.seed
         plan = epoch_plan(units, self.data.lengths, batch, number, seed, self.workers)
         # The steps are the same for any number of workers.
@@ -41,7 +41,7 @@ class Resident:
         return self._pass(plan, sample_views(self.data, len(self.views), seed, number))
 
     def ordered(self, *, images: int | None = None) -> Pass:
-        units, batch = units_of(self.data, self.config, images)
+        units, batch = units_to_judge(self.data, self.config, images)
         return self._pass(sequential_plan(units, self.data.lengths, batch, self.workers), None)
 
     def statistics(self, column: Column) -> tuple[Tensor, Tensor]:

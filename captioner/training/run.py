@@ -23,6 +23,7 @@ from ray.train.torch import TorchTrainer
 from captioner import storage
 from captioner.artifacts.feature_store import FeatureStore
 from captioner.artifacts.manifests import ModelManifest
+from captioner.artifacts.model_directory import load_model, open_model
 from captioner.artifacts.output import Output, publish_once
 from captioner.config import TrainConfig
 from captioner.decoders import build_decoder, decoder_class
@@ -35,6 +36,7 @@ from captioner.text import Vocabulary, clean
 from captioner.training.checkpoints import RUN, Learnt, last_checkpoint
 from captioner.training.history import EpochRecord, best_epoch
 from captioner.training.publish import published_history, write_model
+from captioner.training.start import with_settings_of
 from captioner.training.worker import train_worker
 
 logger = logging.getLogger(__name__)
@@ -76,10 +78,13 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
 
     Raises:
         StoreError: the features are missing something, or the output belongs to another run.
+        ModelError: the model to start from cannot be read, or does not fit the features.
         ConfigError: the cluster is too small for ``num_workers``, or settings do not fit each other.
         TrainingError: the loss stopped being finite.
     """
     store = FeatureStore.open(config.features)
+    if config.init is not None:
+        config = with_settings_of(config, load_model(config.init), store.manifest)
     with torch.device("meta"):
         # Settings that do not fit each other are refused before the directory is claimed.
         build_decoder(config.decoder, 1, store.manifest.encoder.spec.shape)
@@ -147,6 +152,9 @@ def _publish(
 
 def _identity(config: TrainConfig, store: FeatureStore) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude=_NO_MATTER)
+    if config.init is not None:
+        # Wherever it lies.
+        settings["init"] = open_model(config.init).version
     return {"job": "train", "features": store.identity(), "training": settings}
 
 

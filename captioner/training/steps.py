@@ -34,11 +34,14 @@ class TeacherForcing(nn.Module):
         self.decoder = decoder
         self.label_smoothing = label_smoothing
 
-    def forward(self, features: Features, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Features, tokens: Tensor, images: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Sums over all target tokens of the captions ``tokens`` int64 [B, T].
 
         Args:
             features: columns of N images, each with B / N captions that follow each other.
+            images: not read.
 
         Returns:
             summed cross-entropy (smoothed while training), and the number of target tokens that were the most probable,
@@ -151,8 +154,8 @@ def train_step(
     is then that of the mean over the global batch, for any number of workers.
 
     Args:
-        model: the objective, wrapped in DDP or not, in training mode: called with features and tokens it returns a
-            summed loss and a count, as ``TeacherForcing`` does.
+        model: the objective, wrapped in DDP or not, in training mode: called with features, tokens and images
+            it returns a summed loss and another sum, as ``TeacherForcing`` and ``SelfCritical`` do.
         batch: on the model's device.
         seed: seed of the run, epoch, step and rank, which alone decide the random numbers of the step (dropout): what
             was drawn before does not matter, so a run may continue from any step.
@@ -171,14 +174,14 @@ def train_step(
         more = number < len(parts) and isinstance(model, DistributedDataParallel)
         with cast(DistributedDataParallel, model).no_sync() if more else nullcontext():
             with autocast(batch.tokens.device, compute):
-                loss, correct = model(part.features, part.tokens)
+                loss, other = model(part.features, part.tokens, part.images)
             (loss * (workers / batch.global_targets)).backward()
-        sums.append(torch.stack([loss.detach(), correct]))
+        sums.append(torch.stack([loss.detach(), other]))
     if config.optimizer.clip_norm is not None:
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
     optimizer.step()
-    loss, correct = torch.stack(sums).sum(dim=0)
-    return loss, correct
+    loss, other = torch.stack(sums).sum(dim=0)
+    return loss, other
 
 
 def check_compute(device: torch.device, compute: str) -> None:

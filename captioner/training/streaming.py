@@ -15,7 +15,7 @@ from captioner.artifacts.feature_store import Chunk, FeatureStore
 from captioner.config import TrainConfig
 from captioner.decoders.base import Features
 from captioner.encoders.spec import Column
-from captioner.training.data import CaptionData, Done, Pass, units_of
+from captioner.training.data import CaptionData, Done, Pass, units_to_judge, units_to_learn
 from captioner.training.plan import Indices, Plan, streaming_plan
 from captioner.training.views import by_view, moments, pick, sample_views, stored_columns
 
@@ -61,11 +61,11 @@ class Streaming:
             self.chunk_of[chunk.rows] = number
 
     def epoch(self, number: int, done: Sequence[Done] = ()) -> Pass:
-        units, batch = units_of(self.data, self.config)
+        units, batch = units_to_learn(self.data, self.config)
         return self._pass(units, batch, number, done)
 
     def ordered(self, *, images: int | None = None) -> Pass:
-        units, batch = units_of(self.data, self.config, images)
+        units, batch = units_to_judge(self.data, self.config, images)
         return self._pass(units, batch, None)
 
     def statistics(self, column: Column) -> tuple[Tensor, Tensor]:

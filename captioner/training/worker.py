@@ -11,7 +11,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from captioner.artifacts.feature_store import FeatureStore
 from captioner.config import TrainConfig
@@ -20,8 +20,12 @@ from captioner.errors import TrainingError
 from captioner.runtime.device import choose_compute, memory_bytes, prepare_device
 from captioner.runtime.progress import TrainingGauges
 from captioner.text import Vocabulary
+from captioner.training.data import units_to_learn
 from captioner.training.history import EpochRecord, Interval, Stopwatch, epoch_line, finished
 from captioner.training.ingest import fit_standardize, open_split
+from captioner.training.references import References
+from captioner.training.self_critical import SelfCritical
+from captioner.training.start import load_weights
 from captioner.training.state import EpochSoFar, TrainingState, after_steps
 from captioner.training.steps import TeacherForcing, check_compute, require_finite, train_step
 from captioner.training.validation import GreedyCider
@@ -92,21 +96,29 @@ class Worker:
             )
             for split in ("train", "validation")
         )
-        fit_standardize(self.decoder, self.train, whole=config.decoder.standardize == "whole")
-        # The objective: whatever returns a summed loss and a count for features and tokens can be trained by this loop.
-        self.model = ray.train.torch.prepare_model(
-            TeacherForcing(self.decoder, config.label_smoothing)
-        )
-        steps = -(-len(self.train.data) // config.global_batch)
-        self.state = TrainingState(self.decoder, config, steps)
+        if config.init is None:
+            fit_standardize(self.decoder, self.train, whole=config.decoder.standardize == "whole")
+        else:
+            load_weights(self.decoder, config.init, vocabulary, store.manifest.encoder.spec.shape)
+        self.model = ray.train.torch.prepare_model(self.objective())
+        units, batch = units_to_learn(self.train.data, config)
+        self.state = TrainingState(self.decoder, config, -(-int((units >= 0).sum()) // batch))
         self.cider: GreedyCider | None = None
-        if config.validation_cider:
+        if config.scores_captions:
             self.cider = GreedyCider(self.validation.data, config.decode.max_length)
         self.gauges = TrainingGauges(config.output) if self.rank == 0 else None
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:
                 self.state.restore(Path(folder))
+
+    def objective(self) -> nn.Module:
+        """What is trained: whatever returns a summed loss and another sum for features, tokens and images."""
+        config = self.config
+        if config.objective == "cross_entropy":
+            return TeacherForcing(self.decoder, config.label_smoothing)
+        references = References(self.train.data)
+        return SelfCritical(self.decoder, references, config.samples, config.decode.max_length)
 
     def run(self) -> None:
         """Train until the epochs or the patience are over, with a checkpoint after every epoch and within long ones."""
@@ -156,22 +168,38 @@ class Worker:
                     timer.waited,
                 )
                 self.report({})
-        train_loss, train_accuracy = (self.reduce(sums) / self.train.data.targets).tolist()
-        require_finite(train_loss, epoch, "training")
+        learnt = self.figures(self.reduce(sums), epoch, timer.seconds)
         validation_loss, validation_accuracy = self.validate()
         require_finite(validation_loss, epoch, "validation")
         return EpochRecord(
             epoch=epoch + 1,
-            train_loss=train_loss,
-            train_accuracy=train_accuracy,
+            **learnt,
             validation_loss=validation_loss,
             validation_accuracy=validation_accuracy,
             validation_cider=None if self.cider is None else self.validation_cider(self.cider),
             learning_rate=rate,
             seconds=timer.seconds,
-            captions_per_second=len(self.train.data) / timer.seconds,
             data_wait_fraction=timer.waited / timer.seconds,
         )
+
+    def figures(self, sums: Tensor, epoch: int, seconds: float) -> dict[str, Any]:
+        """Of an epoch's record what its objective decides, from the sums of all workers."""
+        loss, other = sums.tolist()
+        require_finite(loss, epoch, "training")
+        data = self.train.data
+        if self.config.objective == "cross_entropy":
+            return {
+                "train_loss": loss / data.targets,
+                "train_accuracy": other / data.targets,
+                "captions_per_second": len(data) / seconds,
+            }
+        images = len(units_to_learn(data, self.config)[0])
+        return {
+            "train_loss": None,
+            "train_accuracy": None,
+            "train_cider": other / images,
+            "captions_per_second": images * self.config.samples / seconds,
+        }
 
     def agree(self, step: int, interval: Interval) -> bool:
         """Whether the first worker's interval is over; the others, whose clocks differ, are asked for every few steps,

@@ -71,8 +71,9 @@ class Epoch:
     epoch: int
     validation_loss: float
     validation_cider: float | None = None
-    train_loss: float = 2.3
-    train_accuracy: float = 0.3
+    train_loss: float | None = 2.3
+    train_accuracy: float | None = 0.3
+    train_cider: float | None = None
     validation_accuracy: float = 0.2
 
 
@@ -110,6 +111,16 @@ def test_history_has_no_cider_where_captions_were_not_scored() -> None:
     assert len(draw_history(history, 1).axes) == 2
     narrow, wide = pixels(plot_history(history, 1)), pixels(plot_history(HISTORY, 1))
     assert 1.5 * narrow.shape[1] == pytest.approx(wide.shape[1], abs=1)
+
+
+def test_history_of_drawn_captions_has_their_cider_and_no_train_loss() -> None:
+    history = [
+        replace(record, train_loss=None, train_accuracy=None, train_cider=0.4) for record in HISTORY
+    ]
+    panels = [legend(axes) for axes in draw_history(history, 1).axes]
+    assert [[name for name in names if not name.startswith("best")] for names in panels] == [
+        ["validation"], ["validation"], ["train, drawn", "validation, greedy"]
+    ]  # fmt: skip
 
 
 def test_history_of_one_epoch_is_drawn() -> None:
