@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from captioner import storage
 from captioner.artifacts.manifests import FileEntry
 from captioner.artifacts.output import Output
 
@@ -33,7 +32,8 @@ def event_file(
         (file,) = Path(folder).iterdir()
         files.append(
             output.write(
-                storage.join("tensorboard", run, f"events.out.tfevents.{name}"), file.read_bytes()
+                "/".join(filter(None, ("tensorboard", run, f"events.out.tfevents.{name}"))),
+                file.read_bytes(),
             )
         )
 
