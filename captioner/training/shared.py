@@ -4,19 +4,19 @@ An array is a file without a name, in memory or on the disk, so nothing is left 
 find it by the kernel's list of what each of them has open.
 """
 
+import contextlib
 import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-_PROC = Path("/proc")
+_PROC = "/proc"
 
 
 def shared_array(
@@ -77,10 +77,18 @@ def _create(name: str, size: int, on_disk: bool) -> BinaryIO:
 
 
 def _find(name: str) -> BinaryIO | None:
-    for link in _PROC.glob("[0-9]*/fd/*"):
-        try:
-            if name in os.readlink(link):
-                return link.open("r+b", buffering=0)
-        except OSError:
-            continue  # another user's, or gone
+    # Processes and their files go while one looks, and other users' are closed.
+    for process in filter(str.isdecimal, _list(_PROC)):
+        for number in _list(f"{_PROC}/{process}/fd"):
+            link = f"{_PROC}/{process}/fd/{number}"
+            with contextlib.suppress(OSError):
+                if name in os.readlink(link):
+                    return open(link, "r+b", buffering=0)
     return None
+
+
+def _list(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
