@@ -84,7 +84,7 @@ def test_one_of_many_fills_it_and_all_see_the_same(others: Others) -> None:
 
 
 def test_another_fills_it_where_the_first_is_killed_meanwhile(others: Others) -> None:
-    others.start(3, seconds=0.5)
+    others.start(3, seconds=2.0)
     filling = others.wait_until_filling()
     os.kill(filling, signal.SIGKILL)
     found = [pipe.recv() for process, pipe in others.started if process.pid != filling]
