@@ -21,6 +21,7 @@ from captioner.config.parts import (
     SourceConfig,
     Split,
     TextConfig,
+    Track,
     check_gpu_share,
 )
 
@@ -120,6 +121,7 @@ class TrainConfig(Config):
     too."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Worker failures survived by restarting from the last checkpoint."""
+    track: Track = None
     restart: Restart = False
 
     @model_validator(mode="after")

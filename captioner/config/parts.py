@@ -23,6 +23,15 @@ Restart = Annotated[
 ]
 
 
+Track = Annotated[
+    Literal["mlflow"] | None,
+    Field(
+        description="Also follow the run in MLflow (pip install mlflow-skinny), at $MLFLOW_TRACKING_URI and in "
+        "$MLFLOW_EXPERIMENT_NAME (captioner)."
+    ),
+]
+
+
 class Config(BaseModel):
     """Base: immutable, no unknown keys, help texts from the docstrings under the fields."""
 

@@ -11,6 +11,7 @@ from captioner.config.parts import (
     Restart,
     Seed,
     TextConfig,
+    Track,
     check_gpu_share,
 )
 
@@ -55,6 +56,7 @@ class TuneConfig(Config):
     reach, a process out of memory. Each command tries anew."""
     seed: Seed = 0
     """Seed of the samples and of every trial."""
+    track: Track = None
     restart: Restart = False
 
     @model_validator(mode="after")

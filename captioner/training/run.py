@@ -30,19 +30,22 @@ from captioner.decoders import build_decoder, decoder_class
 from captioner.decoding.cider import NGramFrequencies
 from captioner.errors import CaptionerError, ConfigError, StoreError, TrainingError
 from captioner.runtime.cluster import num_gpus, start_ray, worker_slots
-from captioner.runtime.progress import MessageLog
+from captioner.runtime.progress import MessageLog, Ticker
 from captioner.runtime.ray_private import start_autoscaling_coordinator
 from captioner.text import Vocabulary, clean
 from captioner.training.checkpoints import RUN, Learnt, last_checkpoint
 from captioner.training.history import EpochRecord, best_epoch
 from captioner.training.publish import published_history, write_model
 from captioner.training.start import with_settings_of
+from captioner.training.tracking import FOLLOW_SECONDS, Tracker
 from captioner.training.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
 # At most so many images tell how rare an n-gram is, so that the table in the model stays small.
 NGRAM_IMAGES = 20_000
+# Key of the run in MLflow.
+_RUN = "run"
 # Where things lie, how they reach a worker and how many share the work: a run may go on with others. (Streamed batches
 # are others than resident ones, and each worker draws its own dropout, so the weights are not the same to the bit.)
 _NO_MATTER = {
@@ -54,6 +57,7 @@ _NO_MATTER = {
     "ingest",
     "checkpoint_minutes",
     "max_failures",
+    "track",
     "restart",
 }
 
@@ -107,8 +111,23 @@ def run_training(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) ->
             "-".join(str(number) for number in sorted(set(config.worker_range))),
             "s" if config.worker_range[1] > 1 else "",
         )
-        learnt = _fit(config, output, vocabulary, callbacks)
-        return ModelManifest(files=write_model(config, output, store, vocabulary, ngrams, learnt))
+        tracker = Tracker(config.track, output.work())
+        tracker.begin(_RUN, output.root.rpartition("/")[2], config.model_dump(mode="json"))
+        with (
+            tracker.ended_with(_RUN),
+            Ticker(lambda: tracker.follow(_RUN, output.root), FOLLOW_SECONDS),
+        ):
+            learnt = _fit(config, output, vocabulary, callbacks)
+        files = write_model(config, output, store, vocabulary, ngrams, learnt)
+        if tracker.follows:
+            best = best_epoch(learnt.history).model_dump(exclude={"epoch"}, exclude_none=True)
+            tracker.end(
+                _RUN,
+                scores={f"best_{name}": value for name, value in best.items()},
+                tags={"model": output.root},
+                pictures={"curves.png": storage.read_bytes(output.uri("curves.png"))},
+            )
+        return ModelManifest(files=files)
 
     return _publish(config, store, fill)
 

@@ -28,11 +28,13 @@ from captioner.runtime.progress import Ticker
 from captioner.training.history import EpochRecord
 from captioner.training.publish import history_so_far
 from captioner.training.run import error_of_ours, run_training
+from captioner.training.tracking import FOLLOW_SECONDS, Tracker
 from captioner.tuning.asha import RememberingASHA
 from captioner.tuning.callbacks import EpochLines, ReportEpochs
 from captioner.tuning.clock import Clock
 from captioner.tuning.publish import SearchResult, publish_search, read_search
 from captioner.tuning.space import Hyperparameters, draw_trials, training_of
+from captioner.tuning.tracked import SEARCH, end, follow
 from captioner.tuning.trials import Note, Trial, metric_of, read_trial, trial_uri, write_note
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ _NO_MATTER = {
     "workers_per_trial",
     "gpus_per_trial",
     "trial_retries",
+    "track",
     "restart",
 }
 CLOCK = "seconds.json"
@@ -86,12 +89,20 @@ def run_search(config: TuneConfig) -> SearchResult:
     def fill(output: Output) -> SearchManifest:
         trials = _trials(config, output.root, drawn)
         clock = Clock(output.work(CLOCK))
+        tracker = Tracker(config.track, output.work())
+        tracker.begin(SEARCH, output.root.rpartition("/")[2], config.model_dump(mode="json"))
         if not all(trial.over for trial, _ in trials) and clock.left(config.time_budget) != 0:
             start_ray()
-            with Ticker(clock.save, _SAVE_SECONDS):
+            with (
+                Ticker(clock.save, _SAVE_SECONDS),
+                tracker.ended_with(SEARCH),
+                Ticker(lambda: follow(output.root, drawn, tracker), FOLLOW_SECONDS),
+            ):
                 lost = _run_trials(config, output.root, trials, clock.left(config.time_budget))
             trials = _trials(config, output.root, drawn, lost)
-        return publish_search(config, output, trials)
+        manifest = publish_search(config, output, trials)
+        end(output, manifest, trials, tracker)
+        return manifest
 
     identity = {
         "job": "tune",
