@@ -250,7 +250,7 @@ def test_a_run_that_stopped_early_and_was_killed_before_publishing_only_publishe
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "save_model", killed)
+        patch.setattr(run, "write_model", killed)
         with pytest.raises(Killed):
             run_training(config)
     assert not (tmp_path / "model" / "manifest.json").exists()
