@@ -17,7 +17,9 @@ KINDS = (
     "shapes",
     "hub",
     "hf",
+    "listed",
     "parquet",
+    "shards",
     "folder",
 )
 _BUILT_IN = ("shapes", "hub")
@@ -35,14 +37,14 @@ def open_source(
 
     Args:
         spec: ``shapes``, ``flickr8k``, ``flickr30k``, ``hf:org/name``, or a path or URI of a folder of images, a single
-            image, or Parquet files.
+            image, Parquet files, tar shards, or a list of files.
         limits: files over its byte limit are not read at all.
         captions: False passes over captions, and splits in files beside the images, whatever is wrong with them.
         output: where the run writes that the source is opened for. One that goes on has the images that it began with,
             whatever has come or gone since, and the captions and splits of today.
 
     Raises:
-        SourceError: nothing is there, or it holds neither images nor Parquet files; captions contradict the images; a
+        SourceError: nothing is there, or neither images, shards nor Parquet files; captions contradict the images; a
             setting says nothing to a source of its kind.
     """
     place = Place(spec, options or SourceConfig(), limits or ImageLimits(), captions, output)
@@ -68,5 +70,6 @@ def open_source(
         return source
     left_out = ", ".join(f"{count} {kind}" for kind, count in place.left_out.items())
     raise SourceError(
-        f"{spec}: no images and no Parquet files" + (f" ({left_out})" if left_out else "")
+        f"{spec}: no images, no shards and no Parquet files"
+        + (f" ({left_out})" if left_out else "")
     )

@@ -94,7 +94,7 @@ class FolderSource:
         Args:
             images: their paths are relative to ``uri``.
             left_out: what the listing passed over, by kind.
-            single: ``uri`` is itself the image.
+            single: ``uri`` is itself the image, or a list of images wherever they are.
 
         Raises:
             SourceError: the captions cannot be read, or name an image that is not there.
@@ -160,18 +160,25 @@ class FolderSource:
         most = math.ceil(len(rows) / (2 * cpus))
         most = min(max(most, LEAST_ROWS_PER_PIECE), MOST_ROWS_PER_PIECE)
         # Opened once and sent along: opening S3 may ask it for the bucket's region, and workers may lack its endpoint.
-        filesystem, root = storage.resolve(self.uri)
-        root = posixpath.dirname(root) if self._single else root
+        whole, root = storage.resolve(self.uri)
         pieces: list[Piece] = []
-        chosen: list[_Row] = []
+        chosen: list[tuple[_Row, str]] = []
         size = 0
         for number, row in enumerate(rows, 1):
-            chosen.append(row)
+            # Files of a list may lie anywhere.
+            here = (
+                storage.resolve(row.file.uri)
+                if self._single
+                else (whole, f"{root}/{row.file.path}")
+            )
+            filesystem, path = here
+            chosen.append((row, path))
             size += min(row.file.size, self.limits.max_bytes)
-            if len(chosen) == most or size >= BYTES_PER_PIECE // 2 or number == len(rows):
-                read = partial(
-                    _read, chosen, filesystem, root, self.limits.max_bytes, retry_seconds
-                )
+            last = number == len(rows) or (
+                self._single and not filesystem.equals(storage.resolve(rows[number].file.uri)[0])
+            )
+            if len(chosen) == most or size >= BYTES_PER_PIECE // 2 or last:
+                read = partial(_read, chosen, filesystem, self.limits.max_bytes, retry_seconds)
                 pieces.append(Piece(read, len(chosen), size))
                 chosen, size = [], 0
         return PieceSource("Folder", pieces)
@@ -313,8 +320,10 @@ def _listed_splits(files: list[storage.FileInfo]) -> dict[str, Split]:
 
 
 def _read(
-    rows: list[_Row], filesystem: FileSystem, root: str, max_bytes: int, retry_seconds: float
+    placed: list[tuple[_Row, str]], filesystem: FileSystem, max_bytes: int, retry_seconds: float
 ) -> Iterator[pa.Table]:
+    """Images, each with its path on the file system."""
+    rows = [row for row, _ in placed]
     data: list[bytes | None] = [None] * len(rows)
     errors: list[str | None] = [None] * len(rows)
     kinds: list[str | None] = [None] * len(rows)
@@ -329,7 +338,7 @@ def _read(
             kinds[number] = FINAL
             continue
         try:
-            with filesystem.open_input_file(f"{root}/{file.path}") as handle:
+            with filesystem.open_input_file(placed[number][1]) as handle:
                 data[number] = handle.read()
             outage.over()
         except (OSError, pa.ArrowException) as problem:

@@ -30,6 +30,7 @@ from captioner.sources.parquet_files import (
 )
 from captioner.sources.parquet_rows import Labels, slices
 from captioner.sources.place import Place, suffix_of
+from captioner.sources.shard_index import is_shard
 from captioner.sources.splits import split_in_name, splits_called
 from captioner.sources.tasks import Piece, PieceSource
 from captioner.storage.faults import one_line
@@ -63,9 +64,10 @@ def open_place(place: Place) -> "ParquetSource | None":
             return None
     else:
         tables = place.taken("parquet", is_parquet)
-        _check_unchanged(place, tables)
+        place.check_unchanged(tables)
         images = [file for file in place.files if is_image(file.path)]
-        if images and not any(map(holds_images, tables)):
+        others = images or any(is_shard(file.path) for file in place.files)
+        if others and not any(map(holds_images, tables)):
             return None  # captions of the images, or what a downloader notes
         if tables and images:
             raise SourceError(
@@ -86,16 +88,6 @@ def open_place(place: Place) -> "ParquetSource | None":
             + Counter(suffix_of(f.path) for f in place.files or () if not is_parquet(f.path))
         ),
     )
-
-
-def _check_unchanged(place: Place, tables: list[storage.FileInfo]) -> None:
-    """Rows are known by their numbers, so that a file may be no other than the one that a run began with."""
-    today = {file.path: file.size for file in place.files or ()}
-    for file in tables:
-        if place.beginning is not None and today.get(file.path) != file.size:
-            raise SourceError(
-                f"{file.uri} is gone or another since the run began: put it back, or use another output"
-            )
 
 
 class ParquetSource:

@@ -63,6 +63,19 @@ class Place:
             logger.info("%s: %s; the run goes on with what it began with", self.spec, change)
         return begun.files
 
+    def check_unchanged(self, taken: list[storage.FileInfo]) -> None:
+        """Where a file holds many pictures, it may be no other than the one that a run began with.
+
+        Raises:
+            SourceError: one is gone, or another.
+        """
+        today = {file.path: file.size for file in self.files or ()}
+        for file in taken:
+            if self.beginning is not None and today.get(file.path) != file.size:
+                raise SourceError(
+                    f"{file.uri} is gone or another since the run began: put it back, or use another output"
+                )
+
     @property
     def left_out(self) -> dict[str, int]:
         """What else the listing found, by kind."""

@@ -152,3 +152,14 @@ def test_chinese(cases: Path) -> None:
     assert set(vocabulary.words[4:]) == set("".join(texts))
     for text in texts:
         assert vocabulary.decode(vocabulary.encode(clean(text))) == text
+
+
+def test_a_shard(cases: Path) -> None:
+    found = captions(cases / "shard.tar")
+    assert found == {f"shard/00000000{number}": ["a dog"] for number in range(3)}
+    rows = read_all(open_source(str(cases / "shard.tar")))
+    assert [row["error"] for row in rows] == [None] * 3
+    assert load_image(rows[0]["bytes"], Fit((8, 8))).pixels.shape == (8, 8, 3)
+    # A row with an error, as soon as it is loaded.
+    with pytest.raises(ImageError):
+        load_image(rows[2]["bytes"], Fit((8, 8)))

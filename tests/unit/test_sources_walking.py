@@ -95,13 +95,13 @@ def test_nothing_to_read_is_one_line(tmp_path: Path) -> None:
     absent = SourceConfig(captions=str(tmp_path / "absent.txt"))
     cases = (
         (tmp_path / "absent", SourceConfig(), "no such file or directory, nor one of shapes"),
-        (tmp_path / "empty", SourceConfig(), "no images and no Parquet files"),
+        (tmp_path / "empty", SourceConfig(), "no images, no shards and no Parquet files"),
         (tmp_path / "both", SourceConfig(), "holds both Parquet files"),
         (tmp_path / "images", absent, "absent.txt"),
         (
             tmp_path / "names",
             SourceConfig(),
-            "no images and no Parquet files .1 name that is not UTF-8",
+            "no images, no shards and no Parquet files .1 name that is not UTF-8",
         ),
         (tmp_path / "images", SourceConfig(exclude=("*.gif",)), r"'\*.gif' matches no file"),
         ("odd://somewhere", SourceConfig(), "Unrecognized filesystem"),
