@@ -30,7 +30,8 @@ class ExtractConfig(Config):
     """Extract features: images -> frozen image network -> feature store."""
 
     source: str
-    """shapes, flickr8k, flickr30k, or a path or URI: a folder of images or a folder of Parquet files."""
+    """shapes, flickr8k, flickr30k, hf:org/name[@revision], or a path or URI: a folder of images, of Parquet files or of
+    tar shards, one such file, or a text file that lists some."""
     output: str
     """Directory of the feature store (path or URI)."""
     encoder: EncoderConfig = EncoderConfig()
@@ -173,7 +174,8 @@ class CaptionConfig(Config):
     """Caption any collection of images."""
 
     images: str
-    """A folder, one image file, a Parquet file or a folder of them (path or URI)."""
+    """A folder of images, of Parquet files or of tar shards, one such file, or a text file that lists some (path or
+    URI); or hf:org/name[@revision]."""
     model: str
     """Model directory (path or URI), or hf:org/name[@revision]."""
     output: str

@@ -136,7 +136,8 @@ class TextConfig(Config):
     """How captions become tokens."""
 
     rules: Literal["standard", "notebook"] = "standard"
-    """standard: lower-case letters and digits. notebook: the notebook's own cleaning and tokenizer, for comparison."""
+    """standard: lower-case letters and digits of any script. notebook: the notebook's own cleaning and tokenizer, for
+    comparison."""
     min_count: Positive = 1
     """Words seen fewer times than this in the train split become <unk>; under the notebook's rules they vanish."""
     max_length: Annotated[int, Field(ge=3, le=202)] = 40

@@ -6,7 +6,7 @@ import json
 import posixpath
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from captioner.config import SourceConfig
 from captioner.errors import SourceError
 from captioner.sources.columns import (
+    column_flags,
     find_caption_columns,
     find_image_column,
     find_split_column,
@@ -64,6 +65,7 @@ def parse_captions(name: str, data: bytes, options: SourceConfig | None = None) 
         if start in ("{", "["):
             found = _json(name, text, options)
         elif _TOKEN_LINE.match(text.lstrip().partition("\n")[0]):
+            _refuse_columns(name, "Flickr's token lines", options)
             found = _tokens(name, text)
         else:
             found = _table(name, text, options)
@@ -99,6 +101,11 @@ def decode_text(name: str, data: bytes, options: SourceConfig) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def _refuse_columns(name: str, what: str, options: SourceConfig, but: Collection[str] = ()) -> None:
+    if flags := column_flags(options, but=but):
+        raise SourceError(f"{name}: {what} have no columns, which {flags[0]} names")
+
+
 def _tokens(name: str, text: str) -> CaptionFile:
     """``name.jpg#0<TAB>text``, as Flickr8k.token.txt and results_20130124.token have it."""
     found: dict[str, dict[int, str]] = {}
@@ -129,6 +136,7 @@ def _json(name: str, text: str, options: SourceConfig) -> CaptionFile:
         raw = [json.loads(line) for line in lines]
     if isinstance(raw, dict):
         if "images" in raw and "annotations" in raw:
+            _refuse_columns(name, "COCO's captions", options, but=["id_column"])
             return _coco(name, raw["images"], raw["annotations"], options)
         lists = [value for value in raw.values() if isinstance(value, list) and value]
         tables = [rows for rows in lists if all(isinstance(row, dict) for row in rows)]

@@ -48,6 +48,13 @@ def named(columns: Collection[str], asked: str, flag: str, place: str) -> str:
     )
 
 
+def column_flags(options: SourceConfig, *, but: Collection[str] = ()) -> list[str]:
+    """The flags that name columns and are given, but for some."""
+    flags = ("image_column", "caption_columns", "split_column", "id_column")
+    given = (flag for flag in flags if getattr(options, flag) and flag not in but)
+    return [f"source-options.{flag.replace('_', '-')}" for flag in given]
+
+
 def find_image_column(
     columns: Sequence[str], options: SourceConfig, place: str, values: Callable[[str], list[Any]]
 ) -> str | None:

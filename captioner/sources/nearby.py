@@ -11,7 +11,7 @@ from captioner import storage
 from captioner.config import SourceConfig
 from captioner.errors import SourceError, StoreError
 from captioner.sources.captions import CaptionFile, decode_text, parse_captions
-from captioner.sources.columns import NO_CAPTIONS
+from captioner.sources.columns import NO_CAPTIONS, column_flags
 from captioner.sources.matching import ImageNames
 from captioner.sources.splits import split_in_name
 
@@ -65,6 +65,7 @@ def find_captions(
         if problem is not None:
             raise SourceError(problem)
         return found
+    flags = column_flags(options)
     passed_over: list[str] = []
     stems = {posixpath.splitext(path)[0] for path in images}
     sidecars = [file for file in files if _is_sidecar(file.path, stems)]
@@ -74,9 +75,13 @@ def find_captions(
         rest = [file for file in rest if not kind(file.path)]
         if found.files:
             break
-        if kind is _is_table and sidecars:
+        if kind is _is_table and sidecars and not flags:
             _add_sidecars(found, sidecars, images, options)
             break
+    if flags and not found.files:
+        raise SourceError(
+            passed_over[0] if passed_over else f"{flags[0]}: no captions file in {root}"
+        )
     if passed_over:
         more = len(passed_over) - _NAMED
         logger.warning(

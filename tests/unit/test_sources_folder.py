@@ -322,3 +322,22 @@ def test_real_originals(shared: Path) -> None:
         row["image_id"]: 5 for row in rows
     }
     assert os.path.getsize(rows[0]["uri"]) == len(rows[0]["bytes"])
+
+
+def test_a_flag_that_finds_nothing_is_one_line(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.jpg")
+    for name, text, options, told in (
+        (None, "", {"caption_columns": ["x"]}, "source-options.caption-columns: no captions file in"),
+        ("a.txt", "A", {"id_column": "x"}, "source-options.id-column: no captions file in"),
+        ("data.csv", "image,text\na.jpg,A\n", {"split_column": "x"}, "no column 'x'"),
+        ("captions.token", "a.jpg#0\tA\n", {"image_column": "x"}, "token lines have no columns, which"),
+        ("captions.csv", "image,text\nb.jpg,A\n", {}, "1 of 1 captioned pictures are not there"),
+        ("captions.csv", "image,text\na.jpg,A\n", {"captions": "gone.csv"}, "gone.csv"),
+    ):  # fmt: skip
+        if name is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(SourceError, match=told) as raised:
+            open_source(str(tmp_path), SourceConfig.model_validate(options))
+        assert "\n" not in str(raised.value)
+        if name is not None:
+            (tmp_path / name).unlink()
