@@ -17,7 +17,7 @@ SUBMIT = RAY_AUTH_MODE=token $(VENV)/bin/ray job submit --address $(ADDRESS) --w
 
 MODEL := runs/demo/model
 
-.PHONY: help install demo serve dashboard test test-unit test-cluster test-serve test-nodes test-chaos chromium lint type requirements clean \
+.PHONY: help install demo serve dashboard test test-unit test-cluster test-serve test-nodes test-chaos fuzz-store chromium lint type requirements clean \
 	submit-extract submit-train submit-tune submit-evaluate submit-caption submit-serve
 
 help: ## List the targets
@@ -94,6 +94,9 @@ test-cluster: $(INSTALLED) ## Run the tests that start a local Ray, those that k
 
 test-nodes: $(INSTALLED) ## Kill a node of three in the middle of every job, and print what it cost
 	$(PYTEST) --durations=10 tests/nodes
+
+fuzz-store: $(INSTALLED) ## Stop a job at every change of its store and run it again: make fuzz-store JOB=extract STORE=s3
+	$(PYTHON) -m tests.cluster.store_fuzz --job $(or $(JOB),extract) --store $(or $(STORE),local) $(ARGS)
 
 test-serve: $(INSTALLED) chromium ## Run the tests that talk to a running service
 	$(PYTEST) --durations=10 $(if $(ALL),,-m "not chaos") tests/serve

@@ -152,6 +152,10 @@ def published(uri: str) -> dict[str, Any]:
     found: dict[str, Any] = manifest.model_dump(
         exclude={"files", "removed", "features", "model", "source"}, mode="json"
     )
+    gone = set()
+    if removed := getattr(manifest, "removed", None):
+        with storage.open_input(removed.uri(uri)) as file:
+            gone = {(row["file"], row["image_id"]) for row in pq.read_table(file).to_pylist()}
     for entry in manifest.files:
         data = storage.read_bytes(entry.uri(uri))
         name = entry.path.split("/")
@@ -159,7 +163,9 @@ def published(uri: str) -> dict[str, Any]:
             with storage.open_input(entry.uri(uri)) as file:
                 rows = pq.read_table(file)
             rows = rows.drop_columns([n for n in ("mtime",) if n in rows.column_names])
-            found.setdefault(name[0], []).extend(str(row) for row in rows.to_pylist())
+            found.setdefault(name[0], []).extend(
+                str(row) for row in rows.to_pylist() if (entry.path, row["image_id"]) not in gone
+            )
         elif name[0] == "captions.jsonl":
             found[name[0]] = sorted(data.splitlines())
         elif name[-1] in (
