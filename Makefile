@@ -17,7 +17,7 @@ SUBMIT = RAY_AUTH_MODE=token $(VENV)/bin/ray job submit --address $(ADDRESS) --w
 
 MODEL := runs/demo/model
 
-.PHONY: help install demo serve dashboard test test-unit test-cluster test-serve test-nodes test-chaos fuzz-store chromium lint type requirements clean \
+.PHONY: help install demo serve dashboard test test-unit test-cluster test-serve test-nodes test-chaos fuzz-store soak chromium lint type requirements clean \
 	submit-extract submit-train submit-tune submit-evaluate submit-caption submit-serve
 
 help: ## List the targets
@@ -97,6 +97,9 @@ test-nodes: $(INSTALLED) ## Kill a node of three in the middle of every job, and
 
 fuzz-store: $(INSTALLED) ## Stop a job at every change of its store and run it again: make fuzz-store JOB=extract STORE=s3
 	$(PYTHON) -m tests.cluster.store_fuzz --job $(or $(JOB),extract) --store $(or $(STORE),local) $(ARGS)
+
+soak: $(INSTALLED) ## A hundred faults in extraction, captioning, training and tuning; goes on where it was stopped; some two hours
+	$(PYTHON) -m tests.nodes.soak $(ARGS)
 
 test-serve: $(INSTALLED) chromium ## Run the tests that talk to a running service
 	$(PYTEST) --durations=10 $(if $(ALL),,-m "not chaos") tests/serve

@@ -47,7 +47,7 @@ def run(
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     again = "the same command"
     try:
-        _take_signals()
+        take_signals()
         with _reader_may_leave():
             config = parse(config_type, sys.argv[1:], **parse_options)
         if getattr(config, "restart", False):
@@ -69,7 +69,9 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM ends a job as Ctrl-C does."""
 
 
-def _take_signals() -> None:
+def take_signals() -> None:
+    """Have Ctrl-C and SIGTERM raise ``KeyboardInterrupt`` in the main thread, but for what a shell has ignored."""
+
     def terminate(*_: object) -> NoReturn:
         raise _Terminated
 

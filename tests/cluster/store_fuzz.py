@@ -109,19 +109,24 @@ JOBS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def furnish(folder: Path, pictures: int = PICTURES) -> None:
+    """Things to work on."""
+    photos = folder / "photos"
+    photos.mkdir()
+    for number in range(pictures - BAD):
+        (photos / f"{number:03d}.png").write_bytes(picture(number))
+    for number in range(BAD):
+        (photos / f"bad{number}.jpg").write_text("no picture")
+    lines = [f"{file.name},a thing\n" for file in sorted(photos.iterdir())]
+    (photos / "captions.csv").write_text("image,caption\n" + "".join(lines))
+    write_store(folder / "features", {"train": 12, "validation": 4})
+    write_model(folder / "model")
+
+
 @contextlib.contextmanager
 def world(folder: Path) -> Iterator[World]:
     """A Ray that finds the bucket, and things to work on."""
-    photos = folder / "photos"
-    photos.mkdir()
-    for number in range(PICTURES - BAD):
-        (photos / f"{number}.png").write_bytes(picture(number))
-    for number in range(BAD):
-        (photos / f"bad{number}.jpg").write_text("no picture")
-    lines = [f"{file.name},a thing of {number}\n" for number, file in enumerate(photos.iterdir())]
-    (photos / "captions.csv").write_text("image,caption\n" + "".join(sorted(lines)))
-    write_store(folder / "features", {"train": 12, "validation": 4})
-    write_model(folder / "model")
+    furnish(folder)
     with (
         run_server() as server,
         clients_of(server, "fuzzed") as bucket,
