@@ -97,6 +97,15 @@ def write_parquet(
     pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
 
 
+def write_shard(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as shard:  # type: ignore[call-overload]
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            shard.addfile(entry, io.BytesIO(content))
+
+
 def read_uri(uri: str) -> bytes:
     """What a row's ``uri`` names: a file, or the row of a Parquet file."""
     file, _, row = uri.rpartition("#")

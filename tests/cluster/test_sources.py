@@ -13,7 +13,7 @@ from captioner.artifacts.tables import SOURCE_ROWS
 from captioner.config import ShapesConfig, SourceConfig
 from captioner.sources import open_source
 from captioner.sources.base import Source
-from tests.sources import read_all, write_images, write_parquet
+from tests.sources import picture, read_all, write_images, write_parquet, write_shard
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -36,12 +36,15 @@ def make_source(kind: str, folder: Path, limit: int | None) -> Source:
     if kind == "parquet":
         write_parquet(folder / "train-00000-of-00001.parquet", 40, row_group_size=15)
         write_parquet(folder / "test-00000-of-00001.parquet", 20)
+    elif kind == "shards":
+        for name, keys in (("train", range(40)), ("test", range(20))):
+            write_shard(folder / f"{name}.tar", {f"{key}.jpg": picture(str(key)) for key in keys})
     else:
         write_images(folder, *(f"{number:02d}.jpg" for number in range(60)))
     return open_source(str(folder), options)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "folder", "shapes"])
+@pytest.mark.parametrize("kind", ["parquet", "shards", "folder", "shapes"])
 def test_checkpointed_read_skips_done_images(tmp_path: Path, kind: str) -> None:
     part = make_source(kind, tmp_path / "in", limit=5)
     whole = make_source(kind, tmp_path / "in", limit=None)
@@ -54,7 +57,7 @@ def test_checkpointed_read_skips_done_images(tmp_path: Path, kind: str) -> None:
     assert not done & set(rest)
 
 
-@pytest.mark.parametrize("kind", ["shapes", "parquet", "folder"])
+@pytest.mark.parametrize("kind", ["shapes", "parquet", "shards", "folder"])
 def test_ray_reads_the_rows_the_tasks_make(tmp_path: Path, kind: str) -> None:
     source = make_source(kind, tmp_path, limit=None)
     rows = ray.data.read_datasource(source.images()).take_all()

@@ -1,8 +1,6 @@
 """Tar shards and lists of files as sources."""
 
-import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,14 @@ from captioner.artifacts.id_set import IdSet
 from captioner.config import ImageLimits, SourceConfig
 from captioner.errors import SourceError
 from captioner.sources import open_source, shards
-from tests.sources import captions_of, picture, read_all, write_images, write_parquet
-
-
-def write_shard(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as shard:  # type: ignore[call-overload]
-        for name, content in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            shard.addfile(entry, io.BytesIO(content))
+from tests.sources import (
+    captions_of,
+    picture,
+    read_all,
+    write_images,
+    write_parquet,
+    write_shard,
+)
 
 
 def samples(*keys: str, **texts: str) -> dict[str, bytes]:
