@@ -1,6 +1,7 @@
 """What tests of sources share: tiny sources on disk, and reading them by their tasks alone, without a Ray."""
 
 import io
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
