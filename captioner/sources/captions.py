@@ -20,6 +20,7 @@ from captioner.sources.columns import (
     find_caption_columns,
     find_image_column,
     find_split_column,
+    is_image_column,
     named,
     normal,
     texts_of,
@@ -145,11 +146,31 @@ def _json(name: str, text: str, options: SourceConfig) -> CaptionFile:
         elif raw and all(isinstance(value, str | list) for value in raw.values()):
             # {"1.jpg": ["a dog", ...]}
             raw = [{"image": image, "captions": texts} for image, texts in raw.items()]
+        elif raw and all(isinstance(value, dict) for value in raw.values()):
+            raw = _unpivoted(raw)
     if not isinstance(raw, list) or not all(isinstance(row, dict) for row in raw):
         raise SourceError(
             f"{name}: not captions: neither Karpathy's nor COCO's JSON, nor a list of records"
         )
     return _records(name, ((f"{name}, record {n}", row) for n, row in enumerate(raw, 1)), options)
+
+
+def _unpivoted(raw: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records by column, as pandas writes them, or by image."""
+    if is_image_column(raw):
+        rows = dict.fromkeys(row for column in raw.values() for row in column)
+        return [{name: column.get(row) for name, column in raw.items()} for row in rows]
+    return [{"image": image, **record} for image, record in raw.items()]
+
+
+def record_texts(name: str, data: bytes, options: SourceConfig) -> list[str]:
+    """The captions in a JSON file about one picture; none where it is something else."""
+    try:
+        record = json.loads(decode_text(name, data, options))
+        columns = find_caption_columns(list(record), options, name, lambda column: True)
+        return [_text(text) for column in columns for text in texts_of(record[column])]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return []
 
 
 def _coco(name: str, images: Any, annotations: Any, options: SourceConfig) -> CaptionFile:

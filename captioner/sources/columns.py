@@ -74,6 +74,11 @@ def find_image_column(
     return usual[0] if usual else None
 
 
+def is_image_column(columns: Collection[str]) -> bool:
+    """Whether one of the columns has a usual name of images' names."""
+    return any(normal(column) in _IMAGES for column in columns)
+
+
 def find_caption_columns(
     columns: Sequence[str], options: SourceConfig, place: str, fit: Callable[[str], bool]
 ) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from captioner import storage
 from captioner.config import SourceConfig
 from captioner.errors import SourceError, StoreError
-from captioner.sources.captions import CaptionFile, decode_text, parse_captions
+from captioner.sources.captions import CaptionFile, decode_text, parse_captions, record_texts
 from captioner.sources.columns import NO_CAPTIONS, column_flags
 from captioner.sources.matching import ImageNames
 from captioner.sources.splits import split_in_name
@@ -18,7 +18,7 @@ from captioner.sources.splits import split_in_name
 logger = logging.getLogger(__name__)
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
-SIDECARS = (".txt", ".caption")
+SIDECARS = (".txt", ".caption", ".json")
 # Text of other kinds is not looked at beyond this size.
 _LARGEST_GUESS = 2**28
 _NAMED = 3
@@ -67,9 +67,9 @@ def find_captions(
         return found
     flags = column_flags(options)
     passed_over: list[str] = []
-    stems = {posixpath.splitext(path)[0] for path in images}
+    stems = set(map(_stem, images))
     sidecars = [file for file in files if _is_sidecar(file.path, stems)]
-    rest = [file for file in files if posixpath.splitext(file.path)[0] not in stems]
+    rest = [file for file in files if _stem(file.path) not in stems]
     for kind in (looks_like_captions, _is_table, _is_text):
         _add_all([file for file in rest if kind(file.path)], found, names, options, passed_over)
         rest = [file for file in rest if not kind(file.path)]
@@ -121,9 +121,12 @@ def _is_text(path: str) -> bool:
     return path.lower().endswith(".txt")
 
 
+def _stem(path: str) -> str:
+    return posixpath.splitext(path)[0]
+
+
 def _is_sidecar(path: str, stems: set[str]) -> bool:
-    stem, suffix = posixpath.splitext(path)
-    return suffix.lower() in SIDECARS and stem in stems
+    return path.lower().endswith(SIDECARS) and _stem(path) in stems
 
 
 def _parse(uri: str, options: SourceConfig) -> CaptionFile:
@@ -161,12 +164,10 @@ def _add_all(
         if problem is None:
             continue
         passed_over.append(problem)
-        if promises_captions(file.path):
-            if isinstance(content, SourceError):
-                raise SourceError(
-                    f"{problem}; source-options.captions none goes on without captions"
-                )
+        if isinstance(content, CaptionFile) and looks_like_captions(file.path):
             absent.append(problem)
+        elif isinstance(content, SourceError) and promises_captions(file.path):
+            raise SourceError(f"{problem}; source-options.captions none goes on without captions")
     # COCO's files are three, the folders of images that people have beside them often one.
     if absent and not found.files:
         raise SourceError(f"{absent[0]}; source-options.captions none goes on without captions")
@@ -232,11 +233,19 @@ def _add_sidecars(
     images: Sequence[str],
     options: SourceConfig,
 ) -> None:
-    """``a.txt`` beside ``a.jpg``: a caption a line. Lines without a letter are none (boxes of a detector)."""
+    """``a.txt`` beside ``a.jpg``: a caption a line; else ``a.json``, a record. A line without a letter is none (boxes of
+    a detector)."""
+    # What img2dataset writes has both.
+    texted = {_stem(file.path) for file in sidecars if not _is_table(file.path)}
+    sidecars = [f for f in sidecars if not _is_table(f.path) or _stem(f.path) not in texted]
 
     def read(file: storage.FileInfo) -> list[str]:
-        text = decode_text(file.uri, storage.read_bytes(file.uri), options)
-        lines = (" ".join(line.split()) for line in text.split("\n"))
+        data = storage.read_bytes(file.uri)
+        if _is_table(file.path):
+            texts = record_texts(file.uri, data, options)
+        else:
+            texts = decode_text(file.uri, data, options).split("\n")
+        lines = (" ".join(line.split()) for line in texts)
         return [line for line in lines if any(map(str.isalpha, line))]
 
     with ThreadPoolExecutor(16) as pool:
@@ -244,8 +253,8 @@ def _add_sidecars(
     by_stem: dict[str, list[str]] = {}
     for file, lines in zip(sidecars, texts, strict=True):
         if lines:
-            by_stem.setdefault(posixpath.splitext(file.path)[0], []).extend(lines)
+            by_stem.setdefault(_stem(file.path), []).extend(lines)
             found.files.append(file.uri)
     for image in images:
-        if lines := by_stem.get(posixpath.splitext(image)[0], []):
+        if lines := by_stem.get(_stem(image), []):
             found.captions[image] = lines

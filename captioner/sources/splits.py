@@ -22,6 +22,8 @@ _NAMES: dict[str, Split] = {
     "evaluation": "validation",
     "test": "test",
     "testing": "test",
+    "holdout": "test",
+    "heldout": "test",
     "restval": "train",  # COCO's validation images that Karpathy's split trains on
 }
 _LISTS: dict[str, Split] = {
@@ -32,10 +34,17 @@ _LISTS: dict[str, Split] = {
 
 
 def split_called(name: str) -> Split | None:
-    """The split of a name such as ``dev``, ``test2017``, ``train_clean`` or Karpathy's ``restval``; None for an unknown
-    one."""
-    word = re.match(r"[a-z]*", name.strip().lower())
-    return _NAMES.get(word[0]) if word else None
+    """The split of a name such as ``dev``, ``testA``, ``val2017``, ``train_clean``, ``mini_val`` or Karpathy's
+    ``restval``; None for one that says none."""
+    words = re.split(r"[^a-z]+", name.strip().lower())
+    for word in words:
+        if word in _NAMES:
+            return _NAMES[word]
+    for word in words:
+        for start in ("train", "test", "val", "dev", "eval"):
+            if word.startswith(start):
+                return _NAMES[start]
+    return None
 
 
 def splits_called(names: Iterable[str], place: str) -> dict[str, Split | None]:

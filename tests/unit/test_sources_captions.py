@@ -155,6 +155,8 @@ def test_tables_are_read_whatever_their_delimiter(text: str) -> None:
         ('{"image": "1.jpg", "text": "A dog"}\n{"image": "1.jpg", "text": "A cat"}\n', ["A dog", "A cat"]),
         ('[{"image": "1.jpg", "caption": ["A dog", "A cat"], "image_id": 3}]', ["A dog", "A cat"]),
         ('{"1.jpg": ["A dog"]}', ["A dog"]),
+        ('{"1.jpg": {"caption": "A dog"}}', ["A dog"]),
+        ('{"image": {"0": "1.jpg", "1": "1.jpg"}, "text": {"0": "A dog", "1": "A cat"}}', ["A dog", "A cat"]),
         ('{"data": [{"file_name": "1.jpg", "caption_en": "A dog"}], "n": 1}', ["A dog"]),
     ],
 )  # fmt: skip

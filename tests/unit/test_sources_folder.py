@@ -226,6 +226,9 @@ def test_img2datasets_files(tmp_path: Path) -> None:
     assert len(read_all(source)) == 2
     (tmp_path / "00000.parquet").unlink()
     assert captions_of(open_source(str(tmp_path))) == expected
+    for path in tmp_path.rglob("*.txt"):
+        path.unlink()
+    assert captions_of(open_source(str(tmp_path))) == expected
 
 
 def test_captions_that_were_not_understood_are_said_at_once(
@@ -332,6 +335,8 @@ def test_a_flag_that_finds_nothing_is_one_line(tmp_path: Path) -> None:
         ("data.csv", "image,text\na.jpg,A\n", {"split_column": "x"}, "no column 'x'"),
         ("captions.token", "a.jpg#0\tA\n", {"image_column": "x"}, "token lines have no columns, which"),
         ("captions.csv", "image,text\nb.jpg,A\n", {}, "1 of 1 captioned pictures are not there"),
+        ("dataset_x.json", '[{"image": "x/a.jpg", "raw": "A"}, {"image": "x/b.jpg", "raw": "A"}]', {}, "1 of 2"),
+        ("results.csv", "image,text\nb.jpg,A\n", {}, "1 of 1 captioned pictures are not there"),
         ("captions.csv", "image,text\na.jpg,A\n", {"captions": "gone.csv"}, "gone.csv"),
     ):  # fmt: skip
         if name is not None:

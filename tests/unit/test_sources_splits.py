@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from captioner.sources.splits import hashed_split, split_in_name, split_of_list
+from captioner.sources.splits import hashed_split, split_called, split_in_name, split_of_list
 
 # Fixed for ever: what earlier runs made rests on them.
 EXPECTED = {
@@ -32,6 +32,20 @@ EXPECTED = {
 )
 def test_a_name_says_its_split_in_a_whole_word(path: str, split: str | None) -> None:
     assert split_in_name(path) == split
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train", "train"), ("restval", "train"), ("Training", "train"), ("train_clean", "train"),
+        ("trainval", "train"),
+        ("val2017", "validation"), ("dev", "validation"), ("val_unseen", "validation"), ("mini_val", "validation"),
+        ("testA", "test"), ("test-dev", "test"), ("testmini", "test"), ("holdout", "test"),
+        ("unlabeled", None), ("1", None), ("full", None), ("", None),
+    ],
+)  # fmt: skip
+def test_a_split_is_known_by_what_people_call_it(name: str, split: str | None) -> None:
+    assert split_called(name) == split
 
 
 def test_flickr_lists_are_known_by_their_names() -> None:
