@@ -233,8 +233,8 @@ def _add_sidecars(
     images: Sequence[str],
     options: SourceConfig,
 ) -> None:
-    """``a.txt`` beside ``a.jpg``: a caption a line; else ``a.json``, a record. A line without a letter is none (boxes of
-    a detector)."""
+    """``a.txt`` beside ``a.jpg``: a caption a line; else ``a.json``, a record. A line without a letter, such as the box
+    of a detector, is none."""
     # What img2dataset writes has both.
     texted = {_stem(file.path) for file in sidecars if not _is_table(file.path)}
     sidecars = [f for f in sidecars if not _is_table(f.path) or _stem(f.path) not in texted]
