@@ -17,7 +17,7 @@ SUBMIT = RAY_AUTH_MODE=token $(VENV)/bin/ray job submit --address $(ADDRESS) --w
 
 MODEL := runs/demo/model
 
-.PHONY: help install demo serve dashboard test test-unit test-cluster test-serve test-nodes test-chaos fuzz-store soak chromium lint type requirements clean \
+.PHONY: help install demo serve dashboard test test-unit test-cluster test-serve test-nodes test-chaos fuzz-store soak soak-serve chromium lint type requirements clean \
 	submit-extract submit-train submit-tune submit-evaluate submit-caption submit-serve
 
 help: ## List the targets
@@ -103,6 +103,10 @@ soak: $(INSTALLED) ## A hundred faults in extraction, captioning, training and t
 
 test-serve: $(INSTALLED) chromium ## Run the tests that talk to a running service
 	$(PYTEST) --durations=10 $(if $(ALL),,-m "not chaos") tests/serve
+
+# As long as MINUTES says; kills replicas and proxies of a service of its own.
+soak-serve: $(INSTALLED) ## Twenty minutes of floods, kills, poison and slow clients on a service: make soak-serve MINUTES=20
+	$(PYTHON) -m tests.serve.soak --minutes $(or $(MINUTES),20) --csv benchmarks/results/soak_serve.csv
 
 # The page is tested in Debian's Chromium. Where it can be neither found nor installed, only those tests are skipped.
 chromium: ## Install Chromium for the tests of the page, where that is allowed

@@ -39,13 +39,18 @@ class Head:
 
 @contextmanager
 def ray_head(
-    folder: Path, variables: dict[str, str] | None = None, *, jobs: bool = True
+    folder: Path,
+    variables: dict[str, str] | None = None,
+    *,
+    jobs: bool = True,
+    gpus: int = 0,
 ) -> Iterator[Head]:
     """``ray start --head`` in its own process group, stopped at the end; nothing else on the machine is touched.
 
     Args:
         folder: receives ``head.log``.
         variables: more of the environment, which every process of the cluster inherits.
+        gpus: logical ones.
         jobs: wait until jobs can be submitted, which takes longest.
     """
     port, dashboard = free_port(), free_port()
@@ -57,7 +62,8 @@ def ray_head(
     }
     log = folder / "head.log"
     command = [
-        str(RAY), "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1",
+        str(RAY), "start", "--head", "--block", "--num-cpus=4",
+        f"--num-gpus={gpus}", "--node-ip-address=127.0.0.1",
         f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
         "--object-store-memory=1000000000",
         # A fixed port by default, which another Ray on this machine may hold; without it no job can start.

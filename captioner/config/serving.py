@@ -128,7 +128,8 @@ class ServeConfig(UploadBounds, Served):
     http_replicas: Positive = 1
     """Replicas of the HTTP API."""
     gpus_per_replica: Annotated[float, Field(ge=0.0)] | None = None
-    """GPUs of one model replica; default: half of one where the cluster has any, so that a new version finds room."""
+    """GPUs of one model replica; default: where the cluster has any now, half of one, or less where two versions of
+    all models would not fit. Name it where GPUs join the cluster later."""
     cpus_per_replica: Annotated[float, Field(gt=0.0)] | None = None
     """CPUs one model replica reserves; default: at most 1, less where the cluster could not hold a second version."""
     threads: Positive | None = None

@@ -60,7 +60,6 @@ _EXAMPLE = {
 _EVERYWHERE = (
     ErrorCode.UNAUTHORIZED,
     ErrorCode.UPLOAD_TIMEOUT,
-    ErrorCode.TIMEOUT,
     ErrorCode.REQUEST_TOO_LARGE,
     ErrorCode.OVERLOADED,
 )

@@ -22,6 +22,7 @@ from captioner.serving.replica import CaptionModel
 # A line per request costs more than it tells: the metrics count them.
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _UNBOUNDED = 100_000
+_LEAST = 0.001
 
 
 def build_app(args: ServeConfig) -> serve.Application:
@@ -83,11 +84,12 @@ def model_deployment(
     By default a replica reserves so little that each can stand beside its successor while a new version starts.
     """
     gpus, cpus = config.gpus_per_replica, config.cpus_per_replica
+    most = 2 * len(config.models) * config.max_replicas
     if gpus is None:
-        gpus = 0.5 if num_gpus() else 0
+        gpus = _share(num_gpus(), most, 0.5)
     if cpus is None:
-        share = num_cpus() / (2 * len(config.models) * config.max_replicas)
-        cpus = min(1.0, math.floor(100 * share) / 100)
+        # A little, where that is all: no replica should come to lie on a head without CPUs.
+        cpus = max(_LEAST, _share(num_cpus(), most, 1.0))
     return serve.deployment(kind).options(
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         autoscaling_config=AutoscalingConfig(
@@ -105,6 +107,13 @@ def model_deployment(
         max_constructor_retry_count=3,
         logging_config=_QUIET,
     )
+
+
+def _share(units: int, replicas: int, most: float) -> float:
+    """What one of so many replicas takes that none of them lies across two units, in Ray's ten-thousandths."""
+    if replicas <= units:
+        return most
+    return min(most, math.floor(1e4 / math.ceil(replicas / units)) / 1e4) if units else 0.0
 
 
 def api_deployment(config: ServeConfig) -> serve.Deployment:

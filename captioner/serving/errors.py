@@ -19,7 +19,6 @@ class ErrorCode(Enum):
     NOT_FOUND = 404, "no such path", "/openapi.json lists them"
     METHOD_NOT_ALLOWED = 405, "this path does not take that method", "see /openapi.json"
     UPLOAD_TIMEOUT = 408, "the request did not arrive in time", "send less, or faster"
-    TIMEOUT = 408, "no answer in time", "try again"
     REQUEST_TOO_LARGE = 413, "the request is too large", "send fewer or smaller images"
     IMAGE_TOO_LARGE = 413, "20000000 bytes, over the limit of 16777216", "send a smaller picture"
     TYPE_NOT_ALLOWED = 415, "images of type bmp are not accepted", "send JPEG, PNG, WEBP, GIF, AVIF"
@@ -76,7 +75,8 @@ class RequestError(Exception):
     @classmethod
     def of_status(cls, status: int) -> "RequestError":
         """The error behind a bare status, as Ray Serve's proxy and Starlette answer."""
-        return cls(_OF_STATUS.get(status, ErrorCode.ERROR), status=status)
+        code = _OF_STATUS.get(status, ErrorCode.ERROR)
+        return cls(code, status=status if code is ErrorCode.ERROR else 0)
 
     def of_image(self, position: int, names: list[str | None]) -> "RequestError":
         """The same error saying which of several images it is about."""
@@ -99,11 +99,9 @@ class RequestError(Exception):
 
 
 _OF_STATUS = {
-    code.status: code
-    for code in (
-        ErrorCode.NOT_FOUND,
-        ErrorCode.METHOD_NOT_ALLOWED,
-        ErrorCode.TIMEOUT,
-        ErrorCode.OVERLOADED,
-    )
+    404: ErrorCode.NOT_FOUND,
+    405: ErrorCode.METHOD_NOT_ALLOWED,
+    # Of Ray Serve's proxy when no replica of the API answered: nothing that the client was too slow for.
+    408: ErrorCode.OVERLOADED,
+    503: ErrorCode.OVERLOADED,
 }

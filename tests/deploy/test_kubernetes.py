@@ -18,11 +18,17 @@ from captioner.config import ExtractConfig, ServeConfig
 from captioner.runtime import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
-CLUSTER = {"rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec",
-           "workerGroupSpecs"}  # fmt: skip
+CLUSTER = {"rayVersion", "authOptions", "gcsFaultToleranceOptions", "enableInTreeAutoscaling",
+           "autoscalerOptions", "headGroupSpec", "workerGroupSpecs"}  # fmt: skip
 WORKERS = {"groupName", "minReplicas", "replicas", "maxReplicas", "rayStartParams", "template"}
-POD = {"serviceAccountName", "securityContext", "containers", "volumes"}
-CONTAINER = {"name", "image", "env", "securityContext", "resources", "volumeMounts"}
+POD = {
+    "serviceAccountName",
+    "terminationGracePeriodSeconds",
+    "securityContext",
+    "containers",
+    "volumes",
+}
+CONTAINER = {"name", "image", "env", "lifecycle", "securityContext", "resources", "volumeMounts"}
 FIELDS = {
     "RayJob": {"entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit",
                "rayClusterSpec"},
@@ -31,7 +37,8 @@ FIELDS = {
 
 
 def load(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / name).read_text())
+    """The first document of a manifest."""
+    found: dict[str, Any] = next(yaml.safe_load_all((ROOT / "deploy" / name).read_text()))
     return found
 
 
@@ -47,7 +54,7 @@ def test_manifest_has_known_fields_and_safe_pods(name: str) -> None:
     assert manifest["apiVersion"] == "ray.io/v1"
     assert manifest["spec"].keys() == FIELDS[manifest["kind"]]
     cluster = cluster_of(manifest)
-    assert cluster.keys() == CLUSTER
+    assert cluster.keys() | {"gcsFaultToleranceOptions"} == CLUSTER
     assert cluster["rayVersion"] == ray.__version__
     assert cluster["authOptions"] == {"mode": "token", "secretName": "captioner-ray-token"}
     head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
@@ -59,7 +66,7 @@ def test_manifest_has_known_fields_and_safe_pods(name: str) -> None:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     for group in [head, *workers]:
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-        assert group["template"].keys() == {"spec"}
+        assert group["template"].keys() | {"metadata"} == {"metadata", "spec"}
         pod = group["template"]["spec"]
         assert pod.keys() <= POD
         assert pod["securityContext"]["runAsNonRoot"] is True
@@ -92,6 +99,38 @@ def test_service_is_one_that_ray_serve_and_the_application_accept() -> None:
     for group in cluster_of(load("rayservice.yaml"))["workerGroupSpecs"]:
         names = {variable["name"] for variable in group["template"]["spec"]["containers"][0]["env"]}
         assert names == {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "CAPTIONER_TOKENS"}
+
+
+def test_two_versions_of_the_service_fit_its_workers_and_none_fits_the_head() -> None:
+    manifest = load("rayservice.yaml")
+    config = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
+    args = ServeConfig.model_validate(config.applications[0].args)
+    [group] = cluster_of(manifest)["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    for each, most in (
+        (args.gpus_per_replica, int(limits["nvidia.com/gpu"])),
+        (args.cpus_per_replica, int(limits["cpu"])),
+    ):
+        assert each is not None
+        assert each > 0
+        per_node = int(most / each)
+        assert per_node * group["maxReplicas"] >= 2 * len(args.models) * args.max_replicas
+
+
+def test_pods_of_the_service_end_when_their_requests_have() -> None:
+    manifest, budget = yaml.safe_load_all((ROOT / "deploy/rayservice.yaml").read_text())
+    config = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
+    args = ServeConfig.model_validate(config.applications[0].args)
+    longest = args.upload_timeout_s + args.request_timeout_s + 5
+    cluster = cluster_of(manifest)
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        [_, seconds] = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert longest < int(seconds) < pod["terminationGracePeriodSeconds"]
+    assert (budget["apiVersion"], budget["kind"]) == ("policy/v1", "PodDisruptionBudget")
+    labels = cluster["workerGroupSpecs"][0]["template"]["metadata"]["labels"]
+    assert budget["spec"]["selector"]["matchLabels"] == labels
+    assert cluster["gcsFaultToleranceOptions"]["redisPassword"].keys() == {"valueFrom"}
 
 
 def test_image_is_unprivileged_and_pinned() -> None:

@@ -71,7 +71,8 @@ def head(
     variables = {CALLBACK: CALLBACK_PATH, SETTINGS: guard.model_dump_json(), **bucket[1]}
     variables["PYTHONPATH"] = str(ROOT)
     variables["RAY_metrics_report_interval_ms"] = "1000"
-    with ray_head(tmp_path_factory.mktemp("head"), variables, jobs=False) as found:
+    # Two versions of two models share the GPU while one follows the other.
+    with ray_head(tmp_path_factory.mktemp("head"), variables, jobs=False, gpus=1) as found:
         yield found
 
 

@@ -83,7 +83,7 @@ def fuzz_requests(url: str, count: int, seed: int) -> Counter[str]:
             one = picture(sum(statuses.values()))
             case.body = {"image": [one]} if "multipart" in case.media_type else one
             # The longest searches take seconds each.
-            for name in ("beam_size", "num_captions", "max_length"):
+            for name in ("beam_size", "num_captions", "max_length", "mbr_samples"):
                 if str(case.query.get(name, "")).isdigit():
                     case.query[name] = min(int(case.query[name]), 4)
         response = case.call(base_url=url, timeout=120)

@@ -27,6 +27,10 @@ class Service:
         name = f"ray::ServeReplica:captioner:{deployment}"
         return [pid for pid, command in self.processes() if re.match(rf"{name}\b", command)]
 
+    def proxies(self) -> list[int]:
+        """Process ids of Ray Serve's HTTP proxies."""
+        return [pid for pid, command in self.processes() if "ProxyActor" in command]
+
     def kill(self, deployment: str) -> int:
         """SIGKILL to one of them."""
         pid = self.replicas(deployment)[0]

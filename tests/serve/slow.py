@@ -1,4 +1,4 @@
-"""The service with a model whose forward sleeps: ``SLOW_SECONDS=.25 python -m tests.serve.slow --model ...``."""
+"""The service with a model whose forward sleeps: ``SLOW_SECONDS=.25 python -m tests.serve.slow --model slow=...``."""
 
 import os
 import time
@@ -12,10 +12,10 @@ from captioner.serving.run import serve_models
 
 
 class SlowModel(CaptionModel):
-    """Takes ``SLOW_SECONDS`` more for each picture."""
+    """Takes ``SLOW_SECONDS`` more for each picture, where it is called ``slow``."""
 
     def _run(self, items: list[_Item]) -> Ran[Caption]:
-        seconds = len(items) * float(os.environ["SLOW_SECONDS"])
+        seconds = len(items) * float(os.environ["SLOW_SECONDS"]) * (self._name == "slow")
         time.sleep(seconds)
         ran = super()._run(items)
         return ran._replace(encoder_s=ran.encoder_s + seconds)

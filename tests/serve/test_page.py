@@ -4,6 +4,7 @@ With a folder in CAPTIONER_SCREENSHOTS, light.png, dark.png and phone.png are wr
 """
 
 import base64
+import csv
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -105,8 +106,10 @@ def test_several_pictures_get_captions_and_alternatives(
         assert card.locator(".word").all_inner_texts() == best["caption"].split()
         rows = card.locator(".candidates li")
         expect(rows).to_have_count(3)
-        texts = [best["caption"], *(one["caption"] for one in best["alternatives"])]
-        assert [row.locator("span").first.inner_text() for row in rows.all()] == texts
+        every = sorted([best, *best["alternatives"]], key=lambda one: -one["log_prob"])
+        found = [row.locator("span").first.inner_text() for row in rows.all()]
+        assert found == [one["caption"] for one in every]
+        expect(card.locator(".chosen span").first).to_have_text(best["caption"])
         for row in rows.all():
             assert row.locator(".probability").inner_text().strip()
 
@@ -177,6 +180,8 @@ def test_everything_works_from_the_keyboard(open_page: OpenPage) -> None:
     expect(page.locator("figure")).to_have_class("looking")
     page.keyboard.press("Escape")
     expect(page.locator("figure")).not_to_have_class("looking")
+    page.keyboard.press("Tab")
+    expect(page.locator(".copy")).to_be_focused()
     page.keyboard.press("Tab")
     expect(page.locator(".remove")).to_be_focused()
     page.keyboard.press("Enter")
@@ -276,7 +281,8 @@ def test_busy_service_is_asked_again(open_page: OpenPage) -> None:
         nonlocal turned_away
         turned_away += 1
         if turned_away == 1:
-            route.fulfill(status=503, headers={"Retry-After": "1"}, json={"error": {}})
+            busy = {"error": {"code": "overloaded", "message": "busy"}}
+            route.fulfill(status=503, headers={"Retry-After": "1"}, json=busy)
         else:
             route.continue_()
 
@@ -284,3 +290,76 @@ def test_busy_service_is_asked_again(open_page: OpenPage) -> None:
     page.set_input_files("#files", file(0))
     captioned(page, 1)
     assert turned_away == 2
+
+
+def test_picture_whose_replica_was_lost_is_not_sent_again_by_itself(open_page: OpenPage) -> None:
+    page = open_page()
+    asked = 0
+
+    def lost(route: Route) -> None:
+        nonlocal asked
+        asked += 1
+        error = {"error": {"code": "replica_lost", "message": "the process ended"}}
+        route.fulfill(status=503, headers={"Retry-After": "1"}, json=error)
+
+    page.route("**/v1/captions*", lost)
+    page.set_input_files("#files", file(0))
+    expect(page.locator("article .error")).to_have_text("The process ended", timeout=SLOW)
+    page.wait_for_timeout(1500)
+    assert asked == 1
+
+
+def test_models_that_cannot_be_fetched_are_missed_in_sight_and_asked_for_again(
+    open_page: OpenPage,
+) -> None:
+    page = open_page()
+    failures = 0
+
+    def fail_twice(route: Route) -> None:
+        nonlocal failures
+        failures += 1
+        if failures == 1:
+            route.abort()
+        elif failures == 2:
+            error = {"error": {"code": "overloaded", "message": "the service is starting"}}
+            route.fulfill(status=503, json=error)
+        else:
+            route.continue_()
+
+    page.route("**/v1/models", fail_twice)
+    page.reload()
+    trouble = page.locator("#trouble")
+    expect(trouble).to_contain_text("cannot be fetched: the service does not answer")
+    expect(trouble).to_be_in_viewport()
+    expect(trouble).to_contain_text("the service is starting")
+    expect(trouble).to_be_hidden()
+    expect(page.locator("#model option")).to_have_count(2)
+
+
+def test_captions_are_copied_and_downloaded(open_page: OpenPage, service: Service) -> None:
+    page = open_page(permissions=["clipboard-read", "clipboard-write"], accept_downloads=True)
+    expect(page.locator("#csv")).to_be_hidden()
+    names = ['=1+1,"a".png', "b.png"]
+    files = [{**file(number), "name": name} for number, name in enumerate(names)]
+    page.set_input_files("#files", files)  # type: ignore[arg-type]
+    captioned(page, 2)
+    texts = [
+        service.caption(picture(number, "PNG"), model="places", num_captions=3).json()["captions"][
+            0
+        ]
+        for number in range(2)
+    ]
+    page.locator("article").last.get_by_role("button", name="Copy caption").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == texts[0]["caption"]
+    with page.expect_download() as download:
+        page.locator("#csv").click()
+    rows = list(csv.reader(download.value.path().read_text("utf-8-sig").splitlines()))
+    assert rows[0] == ["file", "model", "caption", "probability"]
+    assert sorted(row[:3] for row in rows[1:]) == sorted(
+        ["'" * (name[0] == "=") + name, "places", text["caption"]]
+        for name, text in zip(names, texts, strict=True)
+    )
+    page.locator(".remove").first.click()
+    page.locator(".remove").first.click()
+    expect(page.locator("#csv")).to_be_hidden()

@@ -1,6 +1,7 @@
 """The service as its clients meet it: right captions in any batch, refusals, overload, deaths and new versions."""
 
 import asyncio
+import re
 import socket
 import threading
 import time
@@ -273,20 +274,74 @@ def check_captions(load: Load, versions: dict[str, Captioner]) -> None:
     assert wrong == []
 
 
-def test_metrics_count_requests_batches_and_refusals(service: Service) -> None:
-    service.caption(b"text")
-    wanted = (
-        'ray_captioner_requests_total{', "ray_captioner_request_latency_seconds_bucket{",
-        "ray_captioner_batch_size_bucket{", 'code="not_an_image"',
-    )  # fmt: skip
-    deadline = time.monotonic() + 40
+def counted(service: Service, metric: str, *tags: str) -> Counter[tuple[str, ...]]:
+    """A counter of ours by its tags, over all processes, without the requests for metrics and health themselves."""
+    text = httpx.get(f"{service.url}/metrics", timeout=10).text
+    found: Counter[tuple[str, ...]] = Counter()
+    for labels, value in re.findall(rf"^ray_captioner_{metric}{{(.*)}} (\S+)$", text, re.MULTILINE):
+        known = dict(re.findall(r'(\w+)="(.*?)"', labels))
+        if known.get("path") not in ("/metrics", "/healthz"):
+            found[tuple(known[one] for one in tags)] += int(float(value))
+    return +found
+
+
+def test_metrics_add_up_to_what_clients_saw(service: Service) -> None:
+    service.caption(PICTURES[0])  # so that the counters are there
+    time.sleep(4)  # and have told all that was before
+    tags = ("path", "method", "status")
+    before = counted(service, "requests_total", *tags), counted(service, "rejected_total", "code")
+    seen: Counter[tuple[str, ...]] = Counter()
+    codes: Counter[tuple[str, ...]] = Counter()
+    captions, many = "/v1/captions", [("image", ("a.jpg", PICTURES[0]))] * 17
+    with httpx.Client(base_url=service.url, timeout=60) as client:
+        for method, path, options in (
+            ("POST", captions, {"content": PICTURES[0]}),
+            ("POST", captions, {"content": b"text"}),
+            ("POST", captions, {"content": bomb()}),
+            ("POST", captions, {"content": picture(0, "BMP")}),
+            ("POST", captions, {"content": bytes(1_000_001)}),
+            ("POST", captions, {"files": many}),
+            ("POST", f"{captions}?beam_size=32&num_captions=32&max_length=200", {"content": PICTURES[0]}),
+            ("POST", f"{captions}?prefix=unheard", {"content": PICTURES[0]}),
+            ("GET", captions, {}),
+            ("GET", "/nothing", {}),
+            ("HEAD", "/", {}),
+            ("GET", "/-/routes", {}),
+        ):  # fmt: skip
+            answer = client.request(method, path, **options)  # type: ignore[arg-type]
+            known = path.partition("?")[0] if path != "/nothing" else "other"
+            seen[known, method, str(answer.status_code)] += 1
+            if answer.status_code >= 400:
+                codes[(answer.json()["error"]["code"],)] += 1
+            assert answer.headers["x-request-id"]
+    with connect(service) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + 40_000 * b"a" + b"\r\n\r\n")
+        assert b" 431 " in connection.recv(4096)
+    seen["other", "other", "431"] += 1
+    codes[("headers_too_large",)] += 1
+    assert {status for *_, status in seen} == {
+        "200",
+        "400",
+        "404",
+        "405",
+        "413",
+        "415",
+        "422",
+        "431",
+    }
+    deadline = time.monotonic() + 60
     while True:  # Ray's processes report from time to time
-        text = httpx.get(f"{service.url}/metrics", timeout=10).text
-        missing = [name for name in wanted if name not in text]
-        if not missing:
-            return
-        assert time.monotonic() < deadline, missing
-        time.sleep(0.5)
+        requests = counted(service, "requests_total", *tags) - before[0]
+        rejected = counted(service, "rejected_total", "code") - before[1]
+        if (requests, rejected) == (seen, codes):
+            break
+        assert time.monotonic() < deadline, (requests, seen, rejected, codes)
+        time.sleep(1)
+    text = httpx.get(f"{service.url}/metrics", timeout=10).text
+    for name in ("request_latency", "load", "queue", "encoder", "decoder"):
+        assert f"ray_captioner_{name}_seconds_bucket{{" in text
+    assert "ray_captioner_batch_size_bucket{" in text
+    assert "ray_captioner_nodes_missing 0\n" in text
 
 
 def test_shipped_configuration_is_one_ray_and_we_accept() -> None:

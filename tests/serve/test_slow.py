@@ -73,7 +73,7 @@ def test_overload_costs_no_throughput_and_sigterm_no_request(
     service = Service(f"http://127.0.0.1:{port}", process.pid)
     try:
         service.wait_until_ready(process)
-        [replica] = service.replicas("model-v1")
+        [replica] = service.replicas("model-slow")
         few, _ = asyncio.run(flood(service.url, 6, 12))
         many, health = asyncio.run(flood(service.url, 96, 20))
         assert few["200"] >= 0.7 * 12 / SECONDS, few
@@ -81,7 +81,7 @@ def test_overload_costs_no_throughput_and_sigterm_no_request(
         assert {kind for kind in many if not kind.startswith("/")} == {"200", "503"}
         assert {kind for kind in many if kind.startswith("/")} == {"/healthz 200", "/-/healthz 200"}
         assert max(health) < 4
-        assert service.replicas("model-v1") == [replica]
+        assert service.replicas("model-slow") == [replica]
 
         address = f"{service.url}/v1/captions"
         with ThreadPoolExecutor(6) as pool:

@@ -2,7 +2,10 @@
 
 import json
 import pickle
+import tracemalloc
+from typing import Any
 
+import httpx
 import pytest
 
 from captioner.config import DecodeConfig
@@ -265,3 +268,25 @@ def test_openapi_describes_answers_and_errors_with_examples() -> None:
     example = post["responses"]["200"]["content"]["application/json"]["example"]
     CaptionResponse.model_validate_json(json.dumps(example))
     assert {"multipart/form-data", "image/jpeg"} <= post["requestBody"]["content"].keys()
+
+
+def test_request_is_held_twice_at_most() -> None:
+    """A form's images are copied out of it, and nothing else is kept of it while the model works."""
+    client = Client(guard={"max_request_bytes": 2**26})
+    held: list[int] = []
+
+    async def caption(*_: Any) -> Any:
+        held.append(tracemalloc.get_traced_memory()[0])
+        raise RequestError(ErrorCode.OVERLOADED)
+
+    client.service.caption = caption  # type: ignore[method-assign]
+    large = PICTURE + bytes(2**20)
+    files = [("image", (f"{n}.jpg", large)) for n in range(16)]
+    body = httpx.Request("POST", "http://test", files=files)
+    content, kind = body.read(), {"content-type": body.headers["content-type"]}
+    del files, body
+    tracemalloc.start()
+    assert client.post(content=content, headers=kind).status_code == 503
+    tracemalloc.stop()
+    # The client's own copy was there before; the API holds the request as it came, and the images.
+    assert held[0] < 2.1 * len(content)

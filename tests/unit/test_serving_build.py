@@ -35,23 +35,33 @@ def test_models_scale_with_ongoing_requests_between_their_bounds(monkeypatch: An
     assert min(model.max_ongoing_requests, api.max_ongoing_requests) > 10_000
 
 
-@pytest.mark.parametrize(
-    ("gpus", "settings", "expected"),
-    [
-        (0, {}, {"num_cpus": 0.5, "num_gpus": 0}),
-        (1, {}, {"num_cpus": 0.5, "num_gpus": 0.5}),
-        (1, {"gpus_per_replica": 1, "cpus_per_replica": 4}, {"num_cpus": 4, "num_gpus": 1}),
-    ],
-)
+@pytest.mark.parametrize("gpus", [0, 1, 2, 3, 8])
+@pytest.mark.parametrize("cpus", [1, 2, 16])
+@pytest.mark.parametrize("models", [1, 2, 5])
+@pytest.mark.parametrize("replicas", [1, 3, 20])
 def test_two_versions_of_every_model_fit_the_cluster(
-    monkeypatch: Any, gpus: int, settings: dict[str, Any], expected: dict[str, float]
+    monkeypatch: Any, gpus: int, cpus: int, models: int, replicas: int
 ) -> None:
     monkeypatch.setattr(build, "num_gpus", lambda: gpus)
-    monkeypatch.setattr(build, "num_cpus", lambda: 2)
-    config = ServeConfig(model=("a", "b"), **settings)
-    options = build.model_deployment(config).ray_actor_options
-    assert options is not None
-    assert {name: options.get(name, 0) for name in expected} == expected
+    monkeypatch.setattr(build, "num_cpus", lambda: cpus)
+    config = ServeConfig(model=tuple(f"m{one}" for one in range(models)), max_replicas=replicas)
+    options = build.model_deployment(config).ray_actor_options or {}
+    most = 2 * models * replicas
+    assert 0 < options["num_cpus"] <= 1
+    assert int(1 / options["num_cpus"] + 1e-9) * cpus >= most
+    assert (options["num_gpus"] > 0) == (gpus > 0)
+    if gpus:
+        assert options["num_gpus"] <= 0.5
+        # None lies across two GPUs.
+        assert int(1 / options["num_gpus"] + 1e-9) * gpus >= most
+
+
+def test_what_a_replica_is_to_take_can_be_named(monkeypatch: Any) -> None:
+    monkeypatch.setattr(build, "num_gpus", lambda: 0)  # the GPU's node comes later
+    monkeypatch.setattr(build, "num_cpus", lambda: 0)
+    config = ServeConfig(model=("a", "b"), gpus_per_replica=0.25)
+    options = build.model_deployment(config).ray_actor_options or {}
+    assert (options["num_cpus"], options["num_gpus"]) == (0.001, 0.25)
 
 
 def test_models_are_called_what_people_call_them_and_deployments_what_ray_can_take() -> None:

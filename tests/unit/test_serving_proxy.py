@@ -1,12 +1,16 @@
 """What Ray Serve's HTTP proxies get from us before they start their server."""
 
 import asyncio
+import contextlib
 import json
+import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 
@@ -14,6 +18,7 @@ from captioner.serving import proxy
 from captioner.serving.guard import Guard, GuardSettings
 from captioner.serving.proxy import SETTINGS, BoundedProtocol, middlewares
 from captioner.serving.tokens import TOKENS
+from tests.certificate import write_certificate
 
 
 @pytest.fixture(autouse=True)
@@ -64,14 +69,18 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def listening(**bounds: Any) -> AsyncIterator[int]:
+async def listening(
+    certificate: tuple[str, str] | None = None, **bounds: Any
+) -> AsyncIterator[int]:
     """The port of a server like Ray Serve's, of our protocol."""
     BoundedProtocol.settings = GuardSettings(**bounds)
     BoundedProtocol.addresses.clear()
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{proxy.__name__}:{BoundedProtocol.__name__}"
+    ssl_certfile, ssl_keyfile = certificate or (None, None)
     config = uvicorn.Config(
-        lambda: app, factory=True, port=0, log_config=None, access_log=False, lifespan="off"
-    )
+        lambda: app, factory=True, port=0, log_config=None, access_log=False, lifespan="off",
+        ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile,
+    )  # fmt: skip
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     task = asyncio.create_task(server._serve())
@@ -191,3 +200,25 @@ def test_what_is_no_request_is_told_in_json(counted: Counter[str]) -> None:
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "bad_request"
 
     run(talk)
+
+
+def test_the_same_holds_behind_a_certificate(tmp_path: Path, counted: Counter[str]) -> None:
+    certificate = write_certificate(tmp_path)
+    trusting = ssl.create_default_context(cafile=certificate[0])
+
+    async def talk(port: int) -> None:
+        async with httpx.AsyncClient(verify=trusting, base_url=f"https://127.0.0.1:{port}") as http:
+            assert (await http.post("/", content=bytes(100_000))).text == "got 100000"
+            assert (await http.get("/", headers={"x": 3000 * "a"})).status_code == 431
+        held = [await asyncio.open_connection("127.0.0.1", port, ssl=trusting) for _ in range(3)]
+        assert counted == {"headers_too_large": 1}
+        with contextlib.suppress(ConnectionError):  # refused before the client has said a word
+            await asyncio.open_connection("127.0.0.1", port, ssl=trusting)
+        await asyncio.sleep(0.2)
+        assert counted["overloaded"] == 1
+        for _, writer in held:
+            writer.close()
+        await asyncio.sleep(0.2)
+        assert BoundedProtocol.addresses.total() == 0
+
+    run(talk, certificate=certificate, max_header_bytes=2048, max_connections=3)

@@ -7,6 +7,7 @@ const NO_WORDS = "(no words)";
 const $ = (id) => document.getElementById(id);
 const models = new Map();
 const waiting = [];
+const captions = new Map(); // of the cards on the page: file, model, caption and so on
 let running = 0;
 
 start();
@@ -24,14 +25,30 @@ async function start() {
       if (kind === "drop") add(event.dataTransfer.files);
     });
   }
-  try {
-    const answer = await fetch("v1/models");
-    for (const model of (await answer.json()).models) {
-      models.set(model.name, model);
-      $("model").append(new Option(model.name, model.name, model.default, model.default));
+  $("csv").addEventListener("click", download);
+  await listModels();
+}
+
+// Again and again until they are there: a page is opened while the service starts, too.
+async function listModels() {
+  const trouble = $("trouble");
+  for (let tries = 1; ; tries += 1) {
+    try {
+      const answer = await fetch("v1/models");
+      const body = await answer.json();
+      if (!answer.ok) throw new Error(body.error.message);
+      for (const model of body.models) {
+        models.set(model.name, model);
+        $("model").append(new Option(model.name, model.name, model.default, model.default));
+      }
+      trouble.hidden = true;
+      return;
+    } catch (error) {
+      const reason = error instanceof TypeError ? "the service does not answer" : error.message;
+      trouble.textContent = `The list of models cannot be fetched: ${reason}. Trying again.`;
+      trouble.hidden = false;
     }
-  } catch {
-    say("The service does not answer. Reload the page to try again.");
+    await new Promise((resume) => setTimeout(resume, 1000 * Math.min(tries, 10)));
   }
 }
 
@@ -52,11 +69,14 @@ function show(file) {
   card.querySelector(".facts").textContent = file.name;
   card.querySelector(".remove").addEventListener("click", () => {
     URL.revokeObjectURL(address);
+    captions.delete(card);
+    $("all").hidden = !captions.size;
     const next = card.nextElementSibling ?? card.previousElementSibling;
     card.remove();
     (next?.querySelector(".remove") ?? $("files")).focus();
   });
   card.querySelector(".again").addEventListener("click", () => queue(card, file));
+  card.querySelector(".copy").addEventListener("click", () => copy(card));
   $("results").prepend(card);
   queue(card, file);
 }
@@ -95,12 +115,13 @@ async function ask(file) {
   form.append("image", file, file.name || "pasted");
   for (let tries = 1; ; tries += 1) {
     const answer = await fetch(`v1/captions?${query}`, { method: "POST", body: form });
-    if (answer.status === 503 && tries < MOST_TRIES) {
+    const body = await answer.json();
+    // Of other kinds of 503 the picture itself may be the cause: those a person sends again.
+    if (body.error?.code === "overloaded" && tries < MOST_TRIES) {
       const seconds = Number(answer.headers.get("Retry-After")) || 1;
       await new Promise((resume) => setTimeout(resume, 1000 * seconds * tries));
       continue;
     }
-    const body = await answer.json();
     if (!answer.ok) throw new Error(body.error.message);
     return body;
   }
@@ -123,7 +144,11 @@ function fill(card, file, found) {
     card.querySelector(".tip").hidden = true;
   }
   card.querySelector("img").alt = best.caption;
-  const all = [best, ...best.alternatives];
+  captions.set(card, [file.name, found.model, best.caption, best.probability]);
+  $("all").hidden = false;
+  card.querySelector(".copy").hidden = false;
+  // By what stands beside them. The model's own order, which its choice above is the first of, weighs length as well.
+  const all = [best, ...best.alternatives].sort((a, b) => b.log_prob - a.log_prob);
   const most = Math.max(...all.map((one) => one.probability));
   const list = card.querySelector(".candidates");
   list.hidden = false;
@@ -131,6 +156,7 @@ function fill(card, file, found) {
     ...all.map((one) => {
       const item = document.createElement("li");
       item.style.setProperty("--share", most > 0 ? one.probability / most : 0);
+      item.classList.toggle("chosen", one === best);
       item.append(span("", one.caption || NO_WORDS), span("probability", percent(one)));
       return item;
     }),
@@ -138,6 +164,39 @@ function fill(card, file, found) {
   card.querySelector(".facts").textContent =
     `${file.name} \u00b7 ${found.model} \u00b7 ${Math.round(found.timing.total_ms)} ms`;
   say(`${file.name}: ${best.caption}`);
+}
+
+async function copy(card) {
+  const [, , caption] = captions.get(card);
+  try {
+    await navigator.clipboard.writeText(caption);
+  } catch {
+    // Browsers give the clipboard to pages of this machine and of HTTPS alone; of others a person copies what is marked.
+    getSelection().selectAllChildren(card.querySelector(".caption"));
+    say("The caption is selected.");
+    return;
+  }
+  const button = card.querySelector(".copy");
+  button.textContent = "Copied";
+  setTimeout(() => (button.textContent = "Copy caption"), 1500);
+  say("Copied.");
+}
+
+// As spreadsheets read it: quoted, and with nothing in it that they would take for a formula.
+function download() {
+  const cell = (value) => {
+    const text = String(value);
+    const safe = typeof value === "string" && /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;
+    return `"${safe.replaceAll('"', '""')}"`;
+  };
+  const cards = [...$("results").children].filter((card) => captions.has(card));
+  const rows = [["file", "model", "caption", "probability"], ...cards.map((card) => captions.get(card))];
+  const text = rows.map((row) => row.map(cell).join(",")).join("\r\n");
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob(["\ufeff", text, "\r\n"], { type: "text/csv" }));
+  link.download = "captions.csv";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
 function fail(card, file, error) {
