@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from playwright.sync_api import expect, sync_playwright
 
 from tests.head import ROOT, free_port
 from tests.pictures import picture
@@ -49,6 +50,7 @@ def test_service_starts_asks_for_its_token_and_stops(
             timeout=30,
         )
         assert (good.status_code, good.json()["model"]) == (200, name)
+        assert model_of_page(service.url) in (name, None)
         assert listening(process.pid, port) == {"127.0.0.1"}
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
@@ -61,6 +63,20 @@ def test_service_starts_asks_for_its_token_and_stops(
     assert "secret" not in text
     with pytest.raises(httpx.ConnectError):
         httpx.get(service.url)
+
+
+def model_of_page(url: str) -> str | None:
+    """What the page's menu offers to somebody with a token; None where there is no Chromium."""
+    path = shutil.which("chromium")
+    if path is None:
+        return None
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = browser.new_page(http_credentials={"username": "me", "password": "secret"})
+        page.goto(url)
+        option = page.locator("#model option")
+        expect(option).to_have_count(1, timeout=30_000)
+        return option.inner_text()
 
 
 def listening(pid: int, port: int) -> set[str]:

@@ -57,15 +57,8 @@ def test_overload_costs_no_throughput_and_sigterm_no_request(
 ) -> None:
     monkeypatch.setenv("SLOW_SECONDS", str(SECONDS))
     port, log = free_port(), tmp_path / "log"
-    command = [
-        sys.executable,
-        "-m",
-        "tests.serve.slow",
-        "--model",
-        models["v1"],
-        "--port",
-        str(port),
-    ]
+    command = [sys.executable, "-m", "tests.serve.slow", "--port", str(port)]
+    command += ["--model", f"slow={models['v1']}"]
     # As many clients as are served in time fill a queue of so many seconds.
     command += ["--request-timeout-s", "4", "--threads", "1"]
     with log.open("wb") as output:
