@@ -76,8 +76,8 @@ def parse_captions(name: str, data: bytes, options: SourceConfig | None = None) 
 
 
 def decode_text(name: str, data: bytes, options: SourceConfig) -> str:
-    """Text with ``\\n`` at the ends of its lines. A byte-order mark decides its encoding, else the setting, else it is
-    UTF-8.
+    """Text with ``\\n`` at the ends of its lines. A byte-order mark decides its encoding; else it is UTF-8, or what the
+    setting says.
 
     Raises:
         SourceError: it is not text of that encoding, or there is no such encoding.
@@ -85,20 +85,24 @@ def decode_text(name: str, data: bytes, options: SourceConfig) -> str:
     marked = next(
         (_BYTE_ORDER_MARKS[mark] for mark in _BYTE_ORDER_MARKS if data.startswith(mark)), None
     )
-    encoding = marked or options.encoding or "utf-8"
-    try:
-        text = data.decode(encoding)
-    except UnicodeError as error:
-        reason = (
-            f"{error.reason} at byte {error.start}"
-            if isinstance(error, UnicodeDecodeError)
-            else error
-        )
-        raise SourceError(
-            f"{name}: not {encoding} text ({reason}); source-options.encoding names another, such as latin-1"
-        ) from error
-    except LookupError as error:
-        raise SourceError(f"source-options.encoding: there is no encoding {encoding!r}") from error
+    encodings = [marked or options.encoding or "utf-8"]
+    if marked is None and not data.isascii() and b"\0" not in data:
+        # Of several files some may be what all should be; hardly any text of another encoding happens to be UTF-8.
+        encodings = list(dict.fromkeys(["utf-8", *encodings]))
+    for encoding in encodings:
+        try:
+            text = data.decode(encoding)
+            break
+        except UnicodeDecodeError as error:
+            if encoding == encodings[-1]:
+                raise SourceError(
+                    f"{name}: not {encoding} text ({error.reason} at byte {error.start}); source-options.encoding "
+                    "names another, such as latin-1"
+                ) from error
+        except (LookupError, UnicodeError) as error:
+            raise SourceError(
+                f"source-options.encoding: {encoding!r} is no encoding of text"
+            ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

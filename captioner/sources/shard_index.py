@@ -70,6 +70,11 @@ def is_shard(path: str) -> bool:
     return path.lower().endswith(SUFFIXES)
 
 
+def is_archive(path: str) -> bool:
+    """Whether a shard is compressed, as what people download is and shards seldom are."""
+    return is_shard(path) and not path.lower().endswith(".tar")
+
+
 def stem_of(path: str) -> str:
     suffix = max((one for one in SUFFIXES if path.lower().endswith(one)), key=len)
     return path[: -len(suffix)]
@@ -111,7 +116,7 @@ def index_shard(
         OutOfReachError: the store is away.
     """
     if table is not None:
-        rows = _read_table(table)
+        rows = _read_table(table, options)
         if rows is not None:
             return _shard(file, rows, options, captions, Counter())
     filesystem, path = storage.resolve(file.uri)
@@ -158,14 +163,21 @@ def _add(
             sample.texts = [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def _read_table(table: storage.FileInfo) -> dict[str, _Found] | None:
+def _read_table(table: storage.FileInfo, options: SourceConfig) -> dict[str, _Found] | None:
     """What img2dataset notes of a shard; None where the table is another's."""
     try:
         with storage.open_input(table.uri) as handle:
             file = pq.ParquetFile(handle)
-            if not {"key", "status"} <= set(file.schema_arrow.names):
+            names = file.schema_arrow.names
+            if not {"key", "status"} <= set(names):
                 return None
-            rows = file.read().to_pylist()
+            captions = find_caption_columns(names, options, table.uri, lambda name: True)
+            own = (
+                [named(names, options.id_column, "id-column", table.uri)]
+                if options.id_column
+                else []
+            )
+            rows = file.read(columns=[*{"key", "status", *captions, *own}]).to_pylist()
     except (pa.ArrowException, OSError, StoreError) as error:
         raise SourceError(f"{table.uri}: not readable as Parquet: {one_line(error)}") from error
     return {str(row["key"]): _Found(row["status"] == _SUCCESS, None, row) for row in rows}

@@ -28,6 +28,7 @@ from captioner.sources.place import Place, suffix_of
 from captioner.sources.shard_index import (
     Sample,
     index_shard,
+    is_archive,
     is_picture,
     is_shard,
     open_tar,
@@ -63,7 +64,10 @@ def open_place(place: Place) -> "ShardSource | None":
     if not shards:
         return None
     place.check_unchanged(shards)
-    if images := [file for file in place.files if is_image(file.path)]:
+    images = [file for file in place.files if is_image(file.path)]
+    if images and all(is_archive(file.path) for file in shards):
+        return None  # what the images came in
+    if images:
         raise SourceError(
             f"{place.spec}: holds both shards ({shards[0].path}, ...) and images ({images[0].path}, ...): give the "
             "folder of one kind, or leave one out with source-options.exclude"

@@ -171,6 +171,17 @@ def test_a_byte_order_mark_decides_the_encoding(encoding: str) -> None:
     assert parse_captions("f", data).captions == {"1.jpg": ["un caf\u00e9"]}
 
 
+@pytest.mark.parametrize(
+    ("encoding", "asked"),
+    [("latin-1", "latin-1"), ("utf-8", "latin-1"), ("utf-16-le", "utf-16-le"), ("shift-jis", "cp932"), ("hz", "hz")],
+)  # fmt: skip
+def test_an_encoding_is_asked_for(encoding: str, asked: str) -> None:
+    caption = {"shift-jis": "犬が走る", "hz": "一只狗"}.get(encoding, "un café")
+    data = f"image,caption\n1.jpg,{caption}\n".encode(encoding)
+    found = parse_captions("f", data, SourceConfig(encoding=asked))
+    assert found.captions == {"1.jpg": [caption]}
+
+
 def test_columns_are_named_by_flags() -> None:
     data = "who,what,qui,when,no\n1.jpg,A dog,Un chien,dev,17\n".encode("latin-1")
     options = SourceConfig(
@@ -190,7 +201,7 @@ def test_columns_are_named_by_flags() -> None:
             parse_captions("f", data, wrong.model_copy(update={"encoding": "latin-1"}))
     with pytest.raises(SourceError, match="captions in columns caption_de, caption_en: choose"):
         parse_captions("f", b"image,caption_en,caption_de\n1.jpg,A,B\n")
-    with pytest.raises(SourceError, match="there is no encoding 'latin-99'"):
+    with pytest.raises(SourceError, match="'latin-99' is no encoding of text"):
         parse_captions("f", data, SourceConfig(encoding="latin-99"))
 
 

@@ -185,6 +185,15 @@ def test_a_list_of_tables_or_shards(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"lists both x/a.parquet and x/b.tar"):
         open_source(str(tmp_path / "list.txt"))
     write_images(tmp_path / "x", "c.jpg")
+    (tmp_path / "x/a.parquet").unlink()
     with pytest.raises(SourceError, match="holds both"):
         open_source(str(tmp_path / "x"))
     assert json.dumps(open_source(str(tmp_path / "x/b.tar")).identity().model_dump())
+
+
+def test_the_archive_that_images_came_in_is_left_out(tmp_path: Path) -> None:
+    write_shard(tmp_path / "all.tar.gz", samples("a"), "w:gz")
+    write_images(tmp_path, "images/a.jpg")
+    source = open_source(str(tmp_path))
+    assert [row["image_id"] for row in read_all(source)] == ["images/a.jpg"]
+    assert source.left_out() == {".gz": 1}
