@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -183,8 +184,24 @@ def _read_captions(
     """The train split's vocabulary, and where the search ranks by them the n-grams of a sample of its images."""
     images = list(store.captions("train").values())
     rules, longest = config.text.rules, config.text.max_length
-    words = (clean(caption, rules) for captions in images for caption in captions)
-    vocabulary = Vocabulary.build(words, config.text.min_count, rules)
+    lengths: Counter[bool] = Counter()
+
+    def words() -> Iterator[list[str]]:
+        for captions in images:
+            for caption in captions:
+                found = clean(caption, rules)
+                lengths[len(found) > longest - 2] += 1
+                yield found
+
+    vocabulary = Vocabulary.build(words(), config.text.min_count, rules)
+    if lengths[True]:
+        # Graphemes are many: a Thai caption has twice the tokens of an English one.
+        logger.warning(
+            "%s of %s captions are cut at text.max-length %d",
+            f"{lengths[True]:,}",
+            f"{lengths.total():,}",
+            longest,
+        )
     if not config.decode.mbr_samples:
         return vocabulary, None
     # From all over the split: its order is that of folders and files.

@@ -30,9 +30,10 @@ def checkpointed(source: Source, checkpoint: Path, output: Path) -> None:
 
 
 def make_source(kind: str, folder: Path, limit: int | None) -> Source:
-    options = SourceConfig(limit=limit, shapes=ShapesConfig(train=40, validation=10, test=10))
+    options = SourceConfig(limit=limit)
     if kind == "shapes":
-        return open_source("shapes", options)
+        shapes = ShapesConfig(train=40, validation=10, test=10)
+        return open_source("shapes", options.model_copy(update={"shapes": shapes}))
     if kind == "parquet":
         write_parquet(folder / "train-00000-of-00001.parquet", 40, row_group_size=15)
         write_parquet(folder / "test-00000-of-00001.parquet", 20)
