@@ -109,7 +109,9 @@ class FolderSource:
         ]
         found = Nearby()
         if place.captions or place.options.id_column:
-            found = find_captions(uri, others, [file.path for file in images], place.options)
+            # Captions of pictures that came after the run began are no mistake.
+            today = (f.path for f in place.files or () if place.beginning and is_image(f.path))
+            found = find_captions(uri, others, sorted(taken.union(today)), place.options)
         self._captions = found.captions if place.captions else {}
         splits = self._splits(found, images, others) if place.captions else {}
         begun = place.beginning

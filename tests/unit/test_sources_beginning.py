@@ -11,7 +11,7 @@ from captioner.errors import OutOfReachError, SourceError, StoreError
 from captioner.sources import open_source
 from captioner.sources.base import Source
 from captioner.sources.beginning import keep_beginning, tell_change
-from tests.sources import caption_rows, captions_of, write_images, write_parquet
+from tests.sources import caption_rows, captions_of, write_images, write_parquet, write_shard
 
 LISTING = f"{WORK}/listing.parquet"
 
@@ -72,6 +72,27 @@ def test_captions_and_splits_are_those_of_today(photos: Path, tmp_path: Path) ->
     now = source.identity()
     assert (now.claim(), now.listing) == (before.claim(), before.listing)
     assert now.captions != before.captions
+
+
+def test_captions_of_pictures_that_came_later_are_no_mistake(photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    begin(photos, output)
+    write_images(photos, "new.jpg")
+    (photos / "captions.csv").write_text("image,caption\na.jpg,A cat\nnew.jpg,A hen\n")
+    assert captions_of(go_on(photos, output)) == {"a.jpg": ["A cat"]}
+    assert captions_of(go_on(photos, tmp_path / "other"))["new.jpg"] == ["A hen"]
+
+
+def test_shards_that_come_change_nothing_and_one_that_changes_is_refused(tmp_path: Path) -> None:
+    folder, output = tmp_path / "shards", tmp_path / "out"
+    write_shard(folder / "b.tar", {"1.jpg": b"1", "1.txt": b"One"})
+    begin(folder, output)
+    write_shard(folder / "a.tar", {"2.jpg": b"2"})
+    assert ids(go_on(folder, output)) == ["b/1"]
+    assert ids(go_on(folder, tmp_path / "other")) == ["a/2", "b/1"]
+    write_shard(folder / "b.tar", {f"{number}.jpg": bytes(9000) for number in range(9)})
+    with pytest.raises(SourceError, match=r"b.tar is gone or another since the run began"):
+        go_on(folder, output)
 
 
 def test_a_limit_chooses_once(photos: Path, tmp_path: Path) -> None:
