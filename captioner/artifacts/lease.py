@@ -34,6 +34,9 @@ BEAT, LOOK, STALE = 10.0, 5.0, 60.0
 class Lease:
     """The right to write a directory; this one is of a store where nothing keeps others out."""
 
+    lost: OutOfReachError | None = None
+    """Set when another run is known to have taken the directory over."""
+
     def check(self) -> None:
         """Called before a file is written that every run writes under the same name.
 
@@ -152,7 +155,6 @@ class _ObjectLease(Lease):
         self._mine = uuid.uuid4().hex
         self._beats = 0
         self._tag: str | None = None
-        self._lost: OutOfReachError | None = None
         self._renewed = 0.0
         self._changing = threading.Lock()
         self._released = threading.Event()
@@ -239,32 +241,32 @@ class _ObjectLease(Lease):
         while not self._released.wait(BEAT):
             with contextlib.suppress(CaptionerError):  # tried again at the next beat
                 self._beat()
-            if self._lost is not None:
-                if self._interrupts:
+            if self.lost is not None:
+                if self._interrupts and not self._released.is_set():
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                 return
 
     def _beat(self) -> None:
         with self._changing:
-            if self._lost is not None or self._released.is_set() or self._try(self._tag):
+            if self.lost is not None or self._released.is_set() or self._try(self._tag):
                 return
             found = get(self._uri)
-            if found is not None and json.loads(found[0]).get("lease") == self._mine:
+            if found is not None and self._mine.encode() in found[0]:
                 self._tag = found[1]  # the answer to an earlier beat was lost
                 return
-            self._lost = _taken(self._root, found[0] if found else b"")
+            self.lost = _taken(self._root, found[0] if found else b"")
 
     def check(self) -> None:
         # By the clock that goes on while a machine sleeps.
         if time.time() - self._renewed > STALE / 2:
             self._beat()
-        if self._lost is not None:
-            raise self._lost
+        if self.lost is not None:
+            raise self.lost
 
     def release(self) -> None:
         self._released.set()
         with self._changing, contextlib.suppress(CaptionerError):
-            if self._lost is None and self._tag is not None:
+            if self.lost is None and self._tag is not None:
                 put(self._uri, self._body(released=True), self._tag)
             self._tag = None
 

@@ -196,6 +196,11 @@ class Output:
         if self._lease is not None:
             self._lease.check()
 
+    @property
+    def lost(self) -> OutOfReachError | None:
+        """What ``check`` would raise, as far as it is known."""
+        return None if self._lease is None else self._lease.lost
+
     def publish(self, manifest: Manifest) -> None:
         """Write ``manifest.json``: from here on the directory is complete.
 
@@ -260,7 +265,8 @@ def publish_once(
             manifest = fill(output)
             output.publish(manifest)
         except KeyboardInterrupt:
-            output.check()
+            if output.lost is not None:  # whoever has lost the directory interrupts itself
+                raise output.lost from None
             raise
         except (StoreError, OutOfReachError):
             if not exists(output.uri(MANIFEST)):
