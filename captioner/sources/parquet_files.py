@@ -24,6 +24,8 @@ from captioner.sources.columns import (
 from captioner.storage.faults import one_line
 
 SUFFIX = ".parquet"
+# Where several columns are binary, the first of these is the picture; webdataset's are called as files end.
+_USUAL = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")
 _SHARD = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(-\w+)?\.parquet", re.I)
 
 
@@ -201,7 +203,7 @@ def _find_image(uri: str, schema: pa.Schema, options: SourceConfig) -> str:
                 "struct<bytes, path>"
             )
         return column
-    usual = [name for name in images if normal(name) == "image"]
+    usual = [name for called in _USUAL for name in images if normal(name) == called][:1]
     if len(usual or images) != 1:
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise SourceError(
@@ -231,7 +233,9 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _holds_text(kind: pa.DataType) -> bool:
-    """Text, or lists of it, or of records with some."""
+    """Text, or lists of it, or of records with some; or nothing but nulls."""
+    if pa.types.is_null(kind):
+        return True
     if _is_list(kind):
         return _holds_text(kind.value_type)
     if pa.types.is_struct(kind):

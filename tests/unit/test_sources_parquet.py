@@ -245,13 +245,16 @@ def test_each_parquet_file_has_columns_of_its_own(tmp_path: Path) -> None:
     images = pa.array([b"1", b"2"])
     records = pa.array([[{"raw": "A", "sentid": 1}, {"raw": "B", "sentid": 2}], None])
     pq.write_table(pa.table({"image": images, "sentences": records}), tmp_path / "val.parquet")
-    pq.write_table(pa.table({"picture": images, "text": ["C", " "]}), tmp_path / "dev.parquet")
+    table = {"mask": images, "jpg": images, "text": ["C", " "]}
+    pq.write_table(pa.table(table), tmp_path / "dev.parquet")
+    empty = {"image": images, "caption": pa.nulls(2)}
+    pq.write_table(pa.table(empty), tmp_path / "test2.parquet")
     source = open_source(str(tmp_path))
     assert captions_of(source) == {
         "dev/000000": ["C"], "train/000001": ["train.parquet 1 0"], "val/000000": ["A", "B"],
     }  # fmt: skip
     assert Counter(row["split"] for row in read_all(source)) == {
-        "test": 2, "train": 2, "validation": 4,
+        "test": 4, "train": 2, "validation": 4,
     }  # fmt: skip
     (tmp_path / "train.parquet").write_bytes(b"PAR1 cut")
     with pytest.raises(SourceError, match=r"train.parquet: not readable as Parquet"):
