@@ -12,7 +12,7 @@ import safetensors.torch
 
 from benchmarks.config import BenchmarkExtractConfig
 from benchmarks.measurement import Measurement, Row
-from benchmarks.stages import load_rate, model_rate, take_sample
+from benchmarks.stages import fence_cost, load_rate, model_rate, take_sample
 from benchmarks.watch import Watch
 from captioner import storage
 from captioner.artifacts.id_set import NONE, IdSet
@@ -52,6 +52,8 @@ class ExtractBenchmark(Measurement):
     batch_size: int
     load_only: float
     """All CPUs loading images, nothing else."""
+    fence_cost: float
+    """Share by which loading takes longer for being done in child processes."""
     model_only: float
     """All encoder actors on images already loaded."""
     limit: float
@@ -81,6 +83,7 @@ class ExtractBenchmark(Measurement):
 
         rows = [
             ("loading only", f"{self.load_only:,.1f} images/s"),
+            ("of it the fence's cost", f"{self.fence_cost:.1%}"),
             ("encoder only", f"{self.model_only:,.1f} images/s"),
             ("limit of both", f"{self.limit:,.1f} images/s"),
             ("pipeline, steady", f"{self.pipeline:,.1f} images/s"),
@@ -171,6 +174,7 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
         sample = take_sample(source)
         logger.info("loading alone, %.0f s", config.seconds)
         loading = load_rate(sample, stage, config.seconds)
+        cost = fence_cost(sample, stage, config.seconds)
         logger.info("the encoder alone, %.0f s", config.seconds)
         model = model_rate(sample, config.batch_size, config.seconds, stage, pool)
         logger.info("the pipeline")
@@ -206,6 +210,7 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
         images=images,
         batch_size=config.batch_size,
         load_only=loading,
+        fence_cost=cost,
         model_only=model,
         limit=limit,
         pipeline=steady,

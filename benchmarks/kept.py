@@ -208,7 +208,7 @@ def _main(run: _Run) -> None:
     stage = _Sleeper(run.seconds, run.log)
     with run.output() as output:
         run_pipeline(source, output, "features", schema, stage, batch_size=32, pool=pool)
-        finish_rows(output, "features", run.images, 0.0)
+        finish_rows(output, "features", run.images)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
 """The stages of extraction alone, each with nothing else to do: loading on all CPUs, encoding on all actors."""
 
+import contextlib
+import statistics
 import time
 
 import pyarrow as pa
 import ray
+from ray import cloudpickle
 
-from captioner.features.pipeline import load_rows
+from captioner.errors import ImageError
+from captioner.features.loading import load_rows
 from captioner.features.stage import Stage
+from captioner.images.fence import Fence
 from captioner.runtime.cluster import PoolPlan, num_cpus
 from captioner.sources.base import Source
 
@@ -40,6 +45,31 @@ def load_rate(sample: pa.Table, stage: Stage, seconds: float) -> float:
     return float(
         sum(ray.get([_load_for.remote(shared, stage, seconds) for _ in range(num_cpus())]))
     )
+
+
+@ray.remote(num_cpus=1)
+def _passes(sample: pa.Table, stage: Stage, seconds: float) -> list[tuple[float, float]]:
+    """Seconds that one CPU takes for the sample with the fence and without, in turns."""
+    pictures = [cell.as_buffer() for cell in sample["bytes"] if cell.is_valid]
+    fence = Fence(cloudpickle.dumps(stage.load), memory=stage.loading_bytes)
+    fence.load(pictures)
+    found = []
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        begun = time.perf_counter()
+        fence.load(pictures)
+        fenced = time.perf_counter()
+        for picture in pictures:
+            with contextlib.suppress(ImageError):
+                stage.load(picture.to_pybytes())
+        found.append((fenced - begun, time.perf_counter() - fenced))
+    return found
+
+
+def fence_cost(sample: pa.Table, stage: Stage, seconds: float) -> float:
+    """Share by which loading takes longer in child processes, median over passes on one CPU."""
+    passes = ray.get(_passes.remote(sample, stage, seconds))
+    return float(statistics.median(fenced / bare for fenced, bare in passes)) - 1
 
 
 class _Model:

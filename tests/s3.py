@@ -38,6 +38,8 @@ class S3Server:
 
     endpoint: str
     faults: list[Fault] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    """Method and path of each."""
     tickets: Any = None
     """``stopping.Tickets``: how many changes may still happen."""
 
@@ -63,6 +65,7 @@ def run_server() -> Iterator[S3Server]:
 
     def answer(environ: dict[str, Any], start_response: Any) -> Any:
         place, method = environ["REQUEST_URI"], environ["REQUEST_METHOD"]
+        found.requests.append(f"{method} {place}")
         faults = found.faults
         if found.tickets is not None and not found.tickets.grant(
             method in ("PUT", "POST", "DELETE")

@@ -13,10 +13,12 @@ from captioner.config import CaptionConfig
 from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.features.extract import describe_counts
 from captioner.features.pipeline import run_pipeline
+from captioner.features.rejects import report_rejects
 from captioner.features.row_marks import count_rows, finish_rows, rewrite_repeated
 from captioner.runtime.cluster import plan_pool, start_ray
 from captioner.sources import open_source
 from captioner.sources.beginning import keep_beginning, tell_change
+from captioner.sources.outage import patiently
 
 logger = logging.getLogger(__name__)
 
@@ -38,16 +40,19 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         StoreError: the output belongs to another run or cannot be written.
         ConfigError: the cluster has too few CPUs, or the model cannot be searched as asked.
     """
-    source = open_source(
-        config.images,
-        config.source_options,
-        limits=config.limits,
-        captions=False,
-        output=None if config.restart else config.output,
+    source = patiently(
+        config.retry_seconds,
+        lambda: open_source(
+            config.images,
+            config.source_options,
+            limits=config.limits,
+            captions=False,
+            output=None if config.restart else config.output,
+        ),
     )
     check_exports(config, source.identity().kind)
     # All of it, once, before every actor of a cluster finds the same damage.
-    model = load_model(config.model)
+    model = patiently(config.retry_seconds, lambda: load_model(config.model))
     directory, spec = model.directory, model.record.encoder.spec
     directory.read(ENCODER_WEIGHTS)
     decode = directory.search(config.decode)
@@ -73,9 +78,20 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         schema = CAPTIONED_ROWS
         if config.contact_sheet:
             schema = schema.insert(schema.get_field_index("error"), THUMBNAIL)
-        run_pipeline(source, output, tables, schema, stage, batch_size=config.batch_size, pool=pool)
-        rows = finish_rows(output, tables, total, config.max_reject_fraction)
+        run_pipeline(
+            source,
+            output,
+            tables,
+            schema,
+            stage,
+            batch_size=config.batch_size,
+            pool=pool,
+            retry_seconds=config.retry_seconds,
+            accept_unreadable=config.accept_unreadable,
+        )
+        rows = finish_rows(output, tables, total)
         counts = count_rows(rows, source.left_out())
+        rejects = report_rejects(output, rows.failed, total, config.max_reject_fraction)
         files = rewrite_repeated(output, rows)
         sheet = write_contact_sheet(output, files, config) if config.contact_sheet else []
         exports = write_exports(output, files, config)
@@ -87,7 +103,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
             decode=decode,
             source=source.identity(),
             counts=counts,
-            files=[*files, *sheet],
+            files=[*files, *sheet, *rejects],
         )
 
     identity = {

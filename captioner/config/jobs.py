@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from captioner.config.decoding import DecodeConfig, DecodeOverrides
 from captioner.config.parts import (
+    AcceptUnreadable,
     Compute,
     Config,
     DecoderConfig,
@@ -16,6 +17,7 @@ from captioner.config.parts import (
     OptimizerConfig,
     Positive,
     Restart,
+    RetrySeconds,
     Seed,
     ShapesConfig,
     SourceConfig,
@@ -47,7 +49,10 @@ class ExtractConfig(Config):
     """Also store a small JPEG of every image, which reports draw; some 8 KB each."""
     limits: ImageLimits = ImageLimits()
     max_reject_fraction: Fraction = 0.01
-    """Largest fraction of unreadable images; past it the job fails and publishes nothing."""
+    """Largest fraction of images that are rejected; past it the job fails and publishes nothing. rejects.csv in the
+    output lists them."""
+    retry_seconds: RetrySeconds = 60.0
+    accept_unreadable: AcceptUnreadable = False
     batch_size: Positive = 32
     """Images per forward pass of one encoder actor."""
     num_encoders: Positive | None = None
@@ -197,8 +202,11 @@ class CaptionConfig(Config):
     """Most pictures on the contact sheet; the first by id."""
     decode: DecodeOverrides = DecodeOverrides()
     limits: ImageLimits = ImageLimits()
-    max_reject_fraction: Fraction = 1.0
-    """Largest fraction of unreadable images; past it the job fails and publishes nothing."""
+    max_reject_fraction: Fraction = 0.5
+    """Largest fraction of images that are rejected; past it the job fails and publishes nothing. rejects.csv in the
+    output lists them."""
+    retry_seconds: RetrySeconds = 60.0
+    accept_unreadable: AcceptUnreadable = False
     source_options: SourceConfig = SourceConfig()
     batch_size: Positive = 32
     """Images per batch of one captioning actor."""

@@ -21,6 +21,20 @@ Restart = Annotated[
         "What is published is never cleared."
     ),
 ]
+RetrySeconds = Annotated[
+    float,
+    Field(
+        ge=0.0,
+        description="How long a task waits for a source that is out of reach (overloaded, slow, away), in seconds an "
+        "outage. Images that still cannot be read are left for the same command to try again: status 75.",
+    ),
+]
+AcceptUnreadable = Annotated[
+    bool,
+    Field(
+        description="Publish without the images that could not be read; their rows say so, as worth another try."
+    ),
+]
 
 
 Track = Annotated[

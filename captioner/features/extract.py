@@ -27,6 +27,7 @@ from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.features.encode import EncodeImages
 from captioner.features.leaks import tell_leaks
 from captioner.features.pipeline import run_pipeline
+from captioner.features.rejects import report_rejects
 from captioner.features.row_marks import Rows, count_rows, finish_rows, write_removed
 from captioner.images.views import view_names
 from captioner.runtime.cluster import PoolPlan, num_gpus, plan_pool, start_ray
@@ -34,11 +35,11 @@ from captioner.runtime.device import choose_compute
 from captioner.sources import open_source
 from captioner.sources.base import Source
 from captioner.sources.beginning import keep_beginning, tell_change
+from captioner.sources.outage import patiently
 
 logger = logging.getLogger(__name__)
 
 _CAPTIONS_PER_FILE, _CAPTIONS_PER_BATCH = 1_000_000, 50_000
-_REASONS_SHOWN = 5
 
 
 def extract(config: ExtractConfig) -> StoreManifest:
@@ -54,11 +55,14 @@ def extract(config: ExtractConfig) -> StoreManifest:
         ConfigError: there is no such encoder, or the cluster has too few CPUs.
     """
     family, _ = family_of(config.encoder.name)
-    source = open_source(
-        config.source,
-        config.source_options,
-        limits=config.limits,
-        output=None if config.restart else config.output,
+    source = patiently(
+        config.retry_seconds,
+        lambda: open_source(
+            config.source,
+            config.source_options,
+            limits=config.limits,
+            output=None if config.restart else config.output,
+        ),
     )
     tensors, weights = family.weights(config.encoder)
     start_ray()
@@ -91,12 +95,19 @@ def extract(config: ExtractConfig) -> StoreManifest:
             thumbnails=config.thumbnails,
         )
         run_pipeline(
-            source, output, "features", schema, stage, batch_size=config.batch_size, pool=pool
+            source,
+            output,
+            "features",
+            schema,
+            stage,
+            batch_size=config.batch_size,
+            pool=pool,
+            retry_seconds=config.retry_seconds,
+            accept_unreadable=config.accept_unreadable,
         )
-        rows = finish_rows(output, "features", total, config.max_reject_fraction)
+        rows = finish_rows(output, "features", total)
         counts = count_rows(rows, source.left_out())
-        for reason in _reasons(rows):
-            logger.info(reason)
+        rejects = report_rejects(output, rows.failed, total, config.max_reject_fraction)
         return StoreManifest(
             encoder=EncoderRecord(spec=spec, weights=weights),
             source=source.identity(),
@@ -106,7 +117,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
             thumbnails=config.thumbnails,
             counts=counts,
             splits=_count_splits(rows, output, captions),
-            files=[encoder, *rows.files, *captions],
+            files=[encoder, *rows.files, *captions, *rejects],
             removed=write_removed(output, rows),
         )
 
@@ -148,16 +159,6 @@ def describe_kind(kind: str, number: int) -> str:
     """``3 .pdf``, ``2 broken links``."""
     plural = number > 1 and kind.endswith((" file", " folder", " link", " picture"))
     return f"{number:,} {kind}{'s' if plural else ''}"
-
-
-def _reasons(rows: Rows) -> list[str]:
-    """The commonest reasons for rejection, with an image each."""
-    counted = rows.failed.group_by("error").aggregate([([], "count_all"), ("image_id", "min")])
-    common = counted.sort_by([("count_all", "descending"), ("error", "ascending")])
-    return [
-        f"  {row['count_all']:,} rejected: {row['error']} ({row['image_id_min']})"
-        for row in common.slice(0, _REASONS_SHOWN).to_pylist()
-    ]
 
 
 def compute_on_cluster(requested: Literal["auto"] | Compute) -> Compute:

@@ -5,11 +5,8 @@ renames it once the file is complete. A run that continues deletes files whose m
 encodes what no other mark names.
 """
 
-import errno
-import hashlib
 import logging
 import math
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,19 +15,28 @@ import ray
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.data.extensions import FixedShapeTensorFormat
+from ray.exceptions import RayTaskError
 
 from captioner import storage
 from captioner.artifacts.output import Output
-from captioner.artifacts.tables import FINAL
-from captioner.errors import ImageError, StoreError
+from captioner.errors import CaptionerError
+from captioner.features.loading import load_rows
 from captioner.features.pace import Pace
 from captioner.features.row_marks import CHECKPOINT, count_done, discard_unfinished, finished
 from captioner.features.stage import Stage
+from captioner.features.unreadable import (
+    UNREADABLE,
+    discard_unreadable,
+    set_aside,
+    settle_unreadable,
+)
 from captioner.runtime.cluster import TASK_CPUS, WRITE_CPUS, PoolPlan
 from captioner.runtime.data_context import data_context
 from captioner.runtime.progress import ProgressLine
 from captioner.runtime.ray_private import Steering, checkpoint_config, steer
 from captioner.sources.base import Source
+from captioner.sources.outage import RETRY_SECONDS, patiently
+from captioner.storage.faults import told
 
 logger = logging.getLogger(__name__)
 
@@ -42,58 +48,24 @@ _STORE_BYTES, _STORE_BYTES_PER_GPU, _STORE_BYTES_PER_ACTOR = 2**29, 2**32, 2**27
 _FILE_SHARE, _FILE_BYTES = 0.01, 128 * 2**20
 
 
-def load_rows(rows: pa.Table, stage: Stage, *, digests: bool = False) -> pa.Table:
-    """Replace ``bytes`` by what the stage loads from them; zeros and nulls where ``error`` says why there is nothing.
-
-    Args:
-        digests: add ``sha256``, of the bytes.
-    """
-    errors, kinds = rows["error"].to_pylist(), rows["error_kind"].to_pylist()
-    columns: dict[str, Any] = {}
-    for field in stage.loaded:
-        kind = field.type
-        is_tensor = isinstance(kind, pa.FixedShapeTensorType)
-        columns[field.name] = (
-            np.zeros((len(rows), *kind.shape), kind.value_type.to_pandas_dtype())
-            if is_tensor
-            else [None] * len(rows)
-        )
-    hashes: list[str | None] = [None] * len(rows)
-    for position, cell in enumerate(rows["bytes"]):
-        if errors[position] is not None:
-            continue
-        data = cell.as_buffer().to_pybytes()
-        if digests:
-            hashes[position] = hashlib.sha256(data).hexdigest()
-        try:
-            for name, value in stage.load(data).items():
-                columns[name][position] = value
-        except ImageError as error:
-            errors[position], kinds[position] = str(error), FINAL
-    return pa.table(
-        {
-            **{name: rows[name] for name in ("image_id", "uri", "size", "mtime")},
-            **({"sha256": pa.array(hashes, pa.string())} if digests else {}),
-            **{
-                field.name: pa.FixedShapeTensorArray.from_numpy_ndarray(columns[field.name])
-                if isinstance(field.type, pa.FixedShapeTensorType)
-                else pa.array(columns[field.name], field.type)
-                for field in stage.loaded
-            },
-            "error": pa.array(errors, pa.string()),
-            "error_kind": pa.array(kinds, pa.string()),
-        }
-    )
-
-
 class _StageActor:
-    """Runs a stage on the good rows of each batch and puts the rejected ones back, with nulls, in their places."""
+    """Runs a stage on the good rows of each batch and puts the rejected ones back, with nulls, in their places. Those
+    that could not be read get no row: nothing marks them as done.
+    """
 
-    def __init__(self, stage: Stage, schema: pa.Schema, counter: ActorHandle):
-        stage.prepare()
-        self.stage, self.schema, self.counter = stage, schema, counter
+    def __init__(
+        self,
+        stage: Stage,
+        schema: pa.Schema,
+        counter: ActorHandle,
+        aside: str,
+        retry_seconds: float,
+    ):
+        patiently(retry_seconds, stage.prepare)
+        self.stage, self.schema, self.counter, self.aside = stage, schema, counter, aside
 
     def __call__(self, rows: pa.Table) -> pa.Table:
+        rows = set_aside(rows, self.aside)
         good = rows["error"].is_null()
         count = int(pc.sum(good).as_py() or 0)
         loaded = [name for name in self.stage.loaded.names if name not in self.schema.names]
@@ -130,20 +102,29 @@ def run_pipeline(
     *,
     batch_size: int,
     pool: PoolPlan,
+    retry_seconds: float = RETRY_SECONDS,
+    accept_unreadable: bool = False,
     counter: ActorHandle | None = None,
 ) -> None:
     """Map ``stage`` over every image of ``source`` into ``<output>/<directory>/*.parquet``.
 
-    Continues where a killed run stopped. ``schema`` is that of the files; it must hold ``image_id`` and ``error``.
-    ``counter`` is for callers who watch the progress themselves.
+    Continues where a killed run stopped.
+
+    Args:
+        schema: of the files; it must hold ``image_id`` and ``error``.
+        retry_seconds: how long a task waits while the source is out of reach.
+        accept_unreadable: give images that could not be read rows with an error, at the end.
+        counter: for callers who watch the progress themselves.
 
     Raises:
-        StoreError: the output cannot be written.
+        StoreError: the output cannot be written, or a store denies access.
+        OutOfReachError: images could not be read, or the output is out of reach.
     """
     filesystem, path = storage.resolve(output.uri(directory))
     _, checkpoint = storage.resolve(output.work(CHECKPOINT))
     total = source.num_images()
     discard_unfinished(output, directory)
+    discard_unreadable(output, directory)
     done = finished(output)
     already = len(done)
     if already:
@@ -153,7 +134,9 @@ def run_pipeline(
     with data_context() as context, ProgressLine(total, already, counter=counter) as progress:
         _configure(context, checkpoint, filesystem, store_bytes(pool))
         _steer(context, Pace(pool.size, rows_per_file(total, schema)), stage, batch_size)
-        images = ray.data.read_datasource(source.images(done), num_cpus=TASK_CPUS)
+        images = ray.data.read_datasource(
+            source.images(done, retry_seconds=retry_seconds), num_cpus=TASK_CPUS
+        )
         loaded = images.map_batches(
             load_rows,
             fn_kwargs={"stage": stage, "digests": "sha256" in schema.names},
@@ -167,6 +150,8 @@ def run_pipeline(
                 "stage": stage,
                 "schema": schema,
                 "counter": progress.counter,
+                "aside": output.work(UNREADABLE),
+                "retry_seconds": retry_seconds,
             },
             compute=ActorPoolStrategy(size=pool.size),
             batch_size=batch_size,
@@ -183,12 +168,15 @@ def run_pipeline(
                 write_page_checksum=True,
                 ray_remote_args={"num_cpus": WRITE_CPUS},
             )
-        except OSError as error:
-            raise StoreError(f"cannot write {output.uri(directory)}: {_reason(error)}") from error
+        except (RayTaskError, OSError) as error:
+            if (ours := _told(error, output.uri(directory))) is None:
+                raise
+            raise ours from error
         except KeyboardInterrupt:
             kept = count_done(output)
             logger.info("%s of %s images are done and kept", f"{kept:,}", f"{total:,}")
             raise
+    settle_unreadable(output, directory, schema, total, accept=accept_unreadable)
 
 
 def rows_per_file(total: int, schema: pa.Schema) -> int:
@@ -231,13 +219,18 @@ def _configure(
         # A run killed between its last row and its manifest still needs them.
         delete_checkpoint_on_success=False,
     )
+    # So that an error of ours arrives as what it is.
+    context.raise_original_map_exception = True
     context.arrow_fixed_shape_tensor_format = FixedShapeTensorFormat.ARROW_NATIVE
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=object_store
     )
 
 
-def _reason(error: OSError) -> str:
-    if error.errno == errno.ENOSPC or "No space left" in str(error):
-        return "no space left on the device"
-    return " ".join(str(error).split())[-300:]
+def _told(error: Exception, uri: str) -> CaptionerError | None:
+    """What ended a run, where it is an error of ours from a task, or one of the file system that is written to."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, CaptionerError):
+        # Ray Data adds lines of advice.
+        return type(cause)(str(cause).partition("\n")[0])
+    return told("write", uri, cause) if isinstance(cause, OSError) else None

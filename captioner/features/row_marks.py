@@ -16,7 +16,7 @@ from captioner.artifacts.id_set import IdSet
 from captioner.artifacts.manifests import Counts, FileEntry
 from captioner.artifacts.output import Output
 from captioner.artifacts.tables import RETRYABLE
-from captioner.errors import OutOfReachError, SourceError, StoreError
+from captioner.errors import OutOfReachError, StoreError
 from captioner.runtime.ray_private import PENDING
 
 CHECKPOINT = "marks"
@@ -26,6 +26,7 @@ _ONCE = ".once.parquet"
 _OUTCOME = pa.schema(
     [("image_id", pa.string()), ("error", pa.string()), ("error_kind", pa.string())]
 )
+_URI = pa.schema([("uri", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Rows:
 
     good: IdSet
     failed: pa.Table
-    """image_id, error and error_kind of the others."""
+    """image_id, uri, error and error_kind of the others."""
     files: list[FileEntry]
     """Where they are."""
     repeated: dict[str, list[str]]
@@ -44,8 +45,8 @@ class Rows:
         return len(self.good) + len(self.failed)
 
 
-def finish_rows(output: Output, directory: str, total: int, max_reject_fraction: float) -> Rows:
-    """Find every image's row, and check that few enough were rejected.
+def finish_rows(output: Output, directory: str, total: int) -> Rows:
+    """Find every image's row.
 
     Two runs on one output may have written an image each: a row without an error counts before one with it, then that
     in the first file. Files that are not whole do not count.
@@ -53,7 +54,6 @@ def finish_rows(output: Output, directory: str, total: int, max_reject_fraction:
     Raises:
         StoreError: there are more images than in the source.
         OutOfReachError: rows are missing; the same command makes them.
-        SourceError: more than ``max_reject_fraction`` of the images were rejected.
     """
     found = _parquet_files(output.uri(directory))
     counts = dict(zip(found, _count_rows(found), strict=True))
@@ -80,12 +80,6 @@ def finish_rows(output: Output, directory: str, total: int, max_reject_fraction:
         raise OutOfReachError(
             f"{output.root}: the rows of {total - len(rows)} of {total} images are lost; the same command makes them"
         )
-    if len(rows.failed) > max_reject_fraction * total:
-        first = rows.failed.slice(0, 1).to_pylist()[0]
-        raise SourceError(
-            f"{len(rows.failed)} of {total} images were rejected, more than max-reject-fraction "
-            f"{max_reject_fraction}; the first: {first['image_id']}: {first['error']}"
-        )
     return rows
 
 
@@ -93,14 +87,19 @@ def _outcomes(
     files: list[storage.FileInfo], without: Mapping[str, list[str]]
 ) -> tuple[IdSet, pa.Table]:
     """Ids of the good rows, and the others."""
-    failed = [_OUTCOME.empty_table()]
+    failed = [_OUTCOME.insert(1, _URI.field(0)).empty_table()]
 
     def good_ids() -> Iterator[list[str]]:
         for file, table in zip(files, _read(files, _OUTCOME), strict=True):
+            has_failed = pc.any(table["error"].is_valid()).as_py()
+            if has_failed:
+                (uris,) = _read([file], _URI)
+                table = table.add_column(1, _URI.field(0), uris["uri"])
             if ids := without.get(file.path):
                 table = table.filter(pc.invert(pc.is_in(table["image_id"], pa.array(ids))))
             bad = table["error"].is_valid()
-            failed.append(table.filter(bad))
+            if has_failed:
+                failed.append(table.filter(bad))
             yield table.filter(pc.invert(bad))["image_id"].to_pylist()
 
     good = IdSet(good_ids())

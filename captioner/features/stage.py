@@ -9,6 +9,7 @@ import pyarrow as pa
 from captioner.artifacts.tables import THUMBNAIL
 from captioner.config import ImageLimits
 from captioner.encoders.spec import EncoderSpec
+from captioner.images.fence import memory_limit
 from captioner.images.load import load_image
 
 PIXELS = "pixels"
@@ -22,9 +23,14 @@ class Stage(ABC):
     loaded: pa.Schema
     """What ``load`` gives, by name: tensors of fixed shape, or bytes."""
 
+    loading_bytes = memory_limit(ImageLimits())
+    """Memory that ``load`` may take for one picture."""
+
     @abstractmethod
     def load(self, data: bytes) -> dict[str, Any]:
         """One encoded picture on a CPU: an array for every tensor of ``loaded``, and bytes or None.
+
+        Called in a child process, inside a ``Fence``: whatever else it raises, and its end, is an error of the picture.
 
         Raises:
             ImageError: it is no picture that is accepted.
@@ -56,6 +62,7 @@ class PixelStage(Stage):
 
     def __init__(self, spec: EncoderSpec, limits: ImageLimits, *, thumbnails: bool):
         self.spec, self.limits, self.thumbnails = spec, limits, thumbnails
+        self.loading_bytes = memory_limit(limits)
         pixels = pa.field(PIXELS, pa.fixed_shape_tensor(pa.uint8(), [*spec.input_size, 3]))
         self.loaded = pa.schema([pixels, *[THUMBNAIL] * thumbnails])
 

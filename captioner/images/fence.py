@@ -7,37 +7,28 @@ picture has ended a second one that it had to itself: somebody else may have kil
 
 import contextlib
 import json
-import mmap
 import os
-import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Pipe
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
 
 from captioner.config import ImageLimits
-from captioner.errors import ImageError, ImageTooLargeError, ImageTypeError
+from captioner.errors import ImageError, OutOfReachError
+from captioner.images.fenced import ERRORS, PATIENCE, ROUND_BYTES, Found, Region
 
-Found = dict[str, Any]
-"""What a loader makes of a picture: arrays, bytes, and what JSON can say."""
-
-# Encoded bytes handed over at a time, but one picture at least.
-_ROUND_BYTES = 2**25
 # Processes that a picture may end before it is given up: those that somebody else ended (the kernel, when memory runs
 # out on the machine) say little about it.
 _TRIES, _TRIES_WHEN_KILLED = 2, 3
-_TRIES_TO_START = 5
+_TRIES_TO_START = 10
 _START_SECONDS = 120.0
-# A picture may take so many times longer than it may keep a processor busy.
-_PATIENCE = 10
 
 _ENVIRONMENT = {
     # A thread for each core has its own stack and buffers, and a picture needs none.
@@ -48,13 +39,11 @@ _ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**26),
 }
 
-_ERRORS = {kind.__name__: kind for kind in (ImageError, ImageTypeError, ImageTooLargeError)}
 
-
-def loading_bytes(limits: ImageLimits) -> int:
-    """Memory that suffices for loading any one picture within the limits."""
-    # Pillow holds four bytes a pixel, and up to four such copies while it decodes and converts.
-    return 16 * limits.max_pixels + 4 * limits.max_bytes + 2**28
+def memory_limit(limits: ImageLimits) -> int:
+    """Bytes of address space that suffice for loading any one picture within the limits."""
+    # That of memory is estimated from the header, and what is addressed is more than what is used.
+    return 3 * limits.max_load_bytes // 2 + 4 * limits.max_bytes + 2**28
 
 
 class Fence:
@@ -67,7 +56,7 @@ class Fence:
         self,
         load: Callable[[bytes], Any] | bytes,
         *,
-        memory: int = loading_bytes(ImageLimits()),  # noqa: B008 a number
+        memory: int = memory_limit(ImageLimits()),  # noqa: B008 a number
         seconds: float = 60.0,
     ):
         """
@@ -86,6 +75,7 @@ class Fence:
 
         Raises:
             RuntimeError: the child processes do not start: the loader cannot be unpickled or imported there.
+            OutOfReachError: somebody kills them as they start.
         """
         found: list[Found | ImageError] = []
         deaths = 0
@@ -120,21 +110,23 @@ class Fence:
     def _take(self) -> "_Child":
         with contextlib.suppress(IndexError):
             return self._idle.pop()
-        for tries in range(_TRIES_TO_START):
+        for _ in range(_TRIES_TO_START):
             try:
                 return _Child(self._pickled, self._memory, self._seconds)
             except _DeathError as death:
                 # An exception says the same each time; a process that is killed was in somebody's way.
-                if death.tries != _TRIES_WHEN_KILLED or tries == _TRIES_TO_START - 1:
+                if death.tries != _TRIES_WHEN_KILLED:
                     raise RuntimeError(f"no process for loading pictures starts: {death}") from None
-                time.sleep(2.0**tries)
-        raise AssertionError
+                time.sleep(1.0)
+        raise OutOfReachError(
+            "processes for loading pictures are killed as they start: is memory short?"
+        )
 
 
 def _round(pictures: Sequence[Any], start: int) -> int:
     """The end of those that are handed over together."""
     size, stop = len(pictures[start]), start + 1
-    while stop < len(pictures) and size + len(pictures[stop]) <= _ROUND_BYTES:
+    while stop < len(pictures) and size + len(pictures[stop]) <= ROUND_BYTES:
         size += len(pictures[stop])
         stop += 1
     return stop
@@ -158,11 +150,11 @@ class _Child:
     def __init__(self, pickled: bytes, memory: int, seconds: float):
         self._memory, self._seconds = memory, seconds
         shared = os.memfd_create("pictures")
-        self._region = _Region(shared)
+        self._region = Region(shared)
         self._connection, theirs = Pipe()
         program = (
             f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from captioner.images.fence import _serve; _serve({theirs.fileno()}, {shared})"
+            f"from captioner.images.fenced import serve; serve({theirs.fileno()}, {shared})"
         )
         with tempfile.TemporaryFile() as said, theirs:
             self._process = subprocess.Popen(
@@ -211,7 +203,7 @@ class _Child:
                         f"loading it takes more than {self._memory >> 20} MiB of memory"
                     )
                 else:
-                    yield _ERRORS[said["type"]](said["error"])
+                    yield ERRORS[said["type"]](said["error"])
         except (EOFError, OSError):
             raise self._death() from None
 
@@ -234,109 +226,9 @@ class _Child:
         if status == -signal.SIGPROF:
             return _DeathError(f"not loaded after {self._seconds:g} s of processor time")
         if status == -signal.SIGALRM:
-            return _DeathError(f"not loaded after {_PATIENCE * self._seconds:g} s")
+            return _DeathError(f"not loaded after {PATIENCE * self._seconds:g} s")
         if status >= 0:
             return _DeathError(f"loading it ends the process (status {status})")
         how = signal.Signals(-status).name
         tries = _TRIES_WHEN_KILLED if status == -signal.SIGKILL else _TRIES
         return _DeathError(f"loading it ends the process ({how})", tries)
-
-
-class _Region:
-    """Memory that two processes share, and that grows as either needs."""
-
-    def __init__(self, file: int):
-        os.ftruncate(file, max(os.fstat(file).st_size, mmap.PAGESIZE))
-        self._map = mmap.mmap(file, 0)
-
-    def write(self, start: int, data: Any) -> None:
-        if (end := start + len(data)) > len(self._map):
-            # The other process may have made it larger.
-            self._map.resize(max(2 * end, self._map.size()))
-        self._map[start:end] = data
-
-    def read(self, start: int, size: int) -> bytes:
-        if start + size > len(self._map):
-            self._map.resize(self._map.size())
-        return self._map[start : start + size]
-
-    def close(self) -> None:
-        self._map.close()
-
-
-@dataclass
-class _Shelf:
-    """Where the child process puts what it made, behind the pictures that it was given."""
-
-    region: _Region
-    end: int
-
-    def put(self, value: Any) -> Found:
-        """What JSON can say of a value."""
-        if isinstance(value, np.ndarray):
-            data = np.ascontiguousarray(value)
-            place = self._keep(data.reshape(-1).view(np.uint8).data)
-            return place | {"dtype": value.dtype.str, "shape": value.shape}
-        return self._keep(value) if isinstance(value, bytes) else {"value": value}
-
-    def _keep(self, data: Any) -> Found:
-        start = self.end
-        self.region.write(start, data)
-        self.end += len(data)
-        return {"start": start, "bytes": len(data)}
-
-
-def _serve(connection_file: int, memory_file: int) -> None:
-    """The life of a child process. It ends when its parent does, if need be by the alarm of its last picture."""
-    connection, region = Connection(connection_file), _Region(memory_file)
-    load = connection.recv()
-    memory, seconds = connection.recv()
-    _limit_memory(memory)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff and others talk
-    # By default they end a process even where native code never returns.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    with contextlib.suppress(EOFError, OSError):
-        connection.send_bytes(b"ready")
-        while True:
-            lengths = json.loads(connection.recv_bytes())
-            start, shelf = 0, _Shelf(region, sum(lengths))
-            for length in lengths:
-                _set_alarms(seconds)
-                said = _load_one(load, region.read(start, length), shelf)
-                _set_alarms(0)
-                connection.send_bytes(json.dumps(said).encode())
-                if said.get("type") == "MemoryError":
-                    return  # a new process says whether it was this picture's doing
-                start += length
-
-
-def _load_one(load: Callable[[bytes], Any], data: bytes, shelf: _Shelf) -> Found:
-    try:
-        found = load(data)
-        fields = found if isinstance(found, dict) else vars(found)
-        return {"found": {name: shelf.put(value) for name, value in fields.items()}}
-    except MemoryError:
-        return {"type": "MemoryError"}
-    except ImageError as error:
-        kind = type(error).__name__
-        return {"type": kind if kind in _ERRORS else "ImageError", "error": str(error)}
-    except BaseException as error:  # the fence
-        text = " ".join(f"cannot be loaded: {type(error).__name__}: {error}".split())
-        return {"type": "ImageError", "error": text[:300].removesuffix(":")}
-
-
-def _set_alarms(seconds: float) -> None:
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, _PATIENCE * seconds)
-
-
-def _limit_memory(memory: int) -> None:
-    """Let this process take so many bytes beyond what it has, which then is MemoryError or its own end."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    limit = now + memory + 4 * _ROUND_BYTES
-    limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

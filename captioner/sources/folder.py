@@ -12,23 +12,23 @@ from functools import partial
 
 import pyarrow as pa
 import ray
-from pyarrow.fs import FileSystem
+from pyarrow.fs import FileSystem, FileType
 
 from captioner import storage
 from captioner.artifacts.id_set import NONE, IdSet
 from captioner.artifacts.manifests import SourceIdentity
 from captioner.artifacts.tables import CAPTION_ROWS, FINAL
 from captioner.config import Split
-from captioner.errors import SourceError
+from captioner.errors import OutOfReachError, SourceError
 from captioner.images.load import HEIF_EXTRA, has_loader, sniff_format
 from captioner.sources.base import Listed
 from captioner.sources.columns import IMAGE_SUFFIX
 from captioner.sources.nearby import SIDECARS, TABLES, Nearby, find_captions
-from captioner.sources.outage import RETRY_SECONDS, Outage, kind_of
+from captioner.sources.outage import RETRY_SECONDS, Outage, kind_of, reason_of
 from captioner.sources.place import Place, suffix_of
 from captioner.sources.splits import hashed_split, split_of_folder, split_of_list, splits_called
 from captioner.sources.tasks import BYTES_PER_PIECE, Piece, PieceSource, source_rows
-from captioner.storage.faults import one_line
+from captioner.storage.faults import Fault, fault_of
 
 MOST_ROWS_PER_PIECE = 64
 LEAST_ROWS_PER_PIECE = 8
@@ -330,30 +330,35 @@ def _read(
     errors: list[str | None] = [None] * len(rows)
     kinds: list[str | None] = [None] * len(rows)
     files = [row.file for row in rows]
+    waiting: deque[int] = deque()
+    for number, file in enumerate(files):
+        if file.size <= max_bytes:
+            waiting.append(number)
+            continue
+        errors[number] = f"{file.size} bytes, over the limit of {max_bytes}"
+        kinds[number] = FINAL
     outage = Outage(retry_seconds)
-    waiting = deque(range(len(rows)))
     while waiting:
         number = waiting.popleft()
-        file = files[number]
-        if file.size > max_bytes:
-            errors[number] = f"{file.size} bytes, over the limit of {max_bytes}"
-            kinds[number] = FINAL
-            continue
         try:
             with filesystem.open_input_file(placed[number][1]) as handle:
                 data[number] = handle.read()
             outage.over()
         except (OSError, pa.ArrowException) as problem:
+            error: Exception = problem
+            path = placed[number][1]
+            root = path.removesuffix(f"/{files[number].path}")
+            if fault_of(problem) == Fault.ABSENT and root != path and _is_gone(filesystem, root):
+                error = OutOfReachError(f"{root} is gone")  # a disk, say, and not its pictures
             # Another one comes next: what fails alone keeps nobody waiting.
             waiting.append(number)
-            if outage.wait(problem, file.uri):
+            if outage.wait(error, files[number].uri):
                 continue
             # Of an outage that lasts, all that is left hears the same.
-            kind = kind_of(problem)
-            failed = [number] if kind == FINAL else list(waiting)
-            for each in failed:
+            kind = kind_of(error)
+            for each in [number] if kind == FINAL else list(waiting):
                 waiting.remove(each)
-                errors[each], kinds[each] = f"cannot be read: {one_line(problem)}", kind
+                errors[each], kinds[each] = f"cannot be read: {reason_of(error)}", kind
     yield source_rows(
         [row.image_id for row in rows],
         [file.uri for file in files],
@@ -363,3 +368,10 @@ def _read(
         sizes=[file.size for file in files],
         mtime=[file.mtime for file in files],
     )
+
+
+def _is_gone(filesystem: FileSystem, root: str) -> bool:
+    try:
+        return bool(filesystem.get_file_info(root).type == FileType.NotFound)
+    except OSError:
+        return True

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from captioner import storage
 from captioner.artifacts.output import CLAIM
 from captioner.errors import SourceError
+from captioner.storage.faults import Fault, fault_of, told
 
 # What other programs leave among pictures: thumbnails, the recycled, resource forks.
 _FOREIGN = ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini")
@@ -28,6 +29,7 @@ def list_place(
 
     Raises:
         SourceError: a glob matches nothing.
+        OutOfReachError: something in it cannot be listed now.
         StoreError, OSError: the directory cannot be listed.
     """
     left_out: Counter[str] = Counter()
@@ -60,7 +62,8 @@ def _walk(root: str, uri: str, left_out: Counter[str]) -> Iterator[storage.FileI
         below, real, reached_from = todo.pop()
         try:
             entries = sorted(os.scandir(real), key=lambda entry: entry.name)
-        except OSError:
+        except OSError as error:
+            _pass_on(error, f"{uri}/{below}")
             if not below:
                 raise
             left_out["unreadable folder"] += 1
@@ -70,7 +73,8 @@ def _walk(root: str, uri: str, left_out: Counter[str]) -> Iterator[storage.FileI
             try:
                 status = entry.stat()
                 is_folder = entry.is_dir()
-            except OSError:
+            except OSError as error:
+                _pass_on(error, f"{uri}/{name}")
                 left_out["broken link" if entry.is_symlink() else "unreadable file"] += 1
                 continue
             if is_folder and entry.is_symlink():
@@ -89,6 +93,15 @@ def _walk(root: str, uri: str, left_out: Counter[str]) -> Iterator[storage.FileI
                 left_out[_NOT_TEXT] += 1
             else:
                 yield storage.FileInfo(f"{uri}/{name}", name, status.st_size, status.st_mtime_ns)
+
+
+def _pass_on(error: OSError, uri: str) -> None:
+    """
+    Raises:
+        OutOfReachError: it is a fault that passes: what cannot be seen now is not to be left out.
+    """
+    if fault_of(error) == Fault.PASSING:
+        raise told("list", uri, error) from error
 
 
 def _is_inside(path: str, folder: str) -> bool:

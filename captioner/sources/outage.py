@@ -1,19 +1,22 @@
 """Outages of the store that a task reads from: waited for, up to a time, and told apart from pictures that are bad."""
 
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from captioner.artifacts.tables import FINAL, RETRYABLE
-from captioner.errors import OutOfReachError
+from captioner.errors import CaptionerError, OutOfReachError, SourceError
 from captioner.storage import is_local
-from captioner.storage.faults import Fault, fault_of, told
+from captioner.storage.faults import Fault, fault_of, one_line, told
 
 Result = TypeVar("Result")
 
 RETRY_SECONDS = 60.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 8.0
+# Before it stands the key, and behind it what the server said.
+_OF_ARROW = re.compile(r"AWS Error [^:]+ during \w+ operation")
 
 
 class Outage:
@@ -41,10 +44,10 @@ class Outage:
         Raises:
             StoreError: access to a remote store is denied: to every picture, and until somebody mends it.
         """
-        if fault_of(error) == Fault.DENIED and not is_local(uri):
-            raise told("read", uri, error) from error
-        if kind_of(error) == FINAL:
+        if is_of_picture(error, uri):
             return False
+        if kind_of(error) == FINAL:
+            raise told("read", uri, error) from error
         now = time.monotonic()
         if self._since is None:
             self._since = now
@@ -60,6 +63,25 @@ def kind_of(error: Exception) -> str:
     """Whether another try, later, may read what gave this error."""
     passing = isinstance(error, OutOfReachError) or fault_of(error) == Fault.PASSING
     return RETRYABLE if passing else FINAL
+
+
+def is_of_picture(error: Exception, uri: str) -> bool:
+    """Whether it is about the one picture, not about the store that it lies on."""
+    denied = fault_of(error) == Fault.DENIED and not is_local(uri)
+    return kind_of(error) == FINAL and not denied
+
+
+def reason_of(error: Exception) -> str:
+    """Why something could not be read, in words that are the same for every picture."""
+    text = one_line(error)
+    found = _OF_ARROW.search(text)
+    return found[0] if found else text
+
+
+def told_of(what: str, error: Exception) -> CaptionerError:
+    """Why a source cannot be used as it is, or not now."""
+    kind = OutOfReachError if kind_of(error) == RETRYABLE else SourceError
+    return kind(f"{what}: {one_line(error)}")
 
 
 def patiently(seconds: float, call: Callable[[], Result]) -> Result:

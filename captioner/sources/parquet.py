@@ -20,7 +20,7 @@ from captioner.errors import SourceError, StoreError
 from captioner.sources.base import Listed
 from captioner.sources.columns import NO_CAPTIONS, texts_of
 from captioner.sources.folder import is_image
-from captioner.sources.outage import RETRY_SECONDS
+from captioner.sources.outage import RETRY_SECONDS, told_of
 from captioner.sources.parquet_files import (
     InspectedFile,
     holds_images,
@@ -33,7 +33,6 @@ from captioner.sources.place import Place, suffix_of
 from captioner.sources.shard_index import is_shard
 from captioner.sources.splits import split_in_name, splits_called
 from captioner.sources.tasks import Piece, PieceSource
-from captioner.storage.faults import one_line
 
 _ROWS_PER_BATCH = 10_000
 OPTIONS = frozenset(
@@ -191,9 +190,7 @@ class ParquetSource:
                         if row == rows:
                             break
             except (pa.ArrowException, StoreError, OSError) as error:
-                raise SourceError(
-                    f"{file.uri}: captions cannot be read: {one_line(error)}"
-                ) from error
+                raise told_of(f"{file.uri}: captions cannot be read", error) from error
 
     def _take(self, split_column: bool) -> Iterator[tuple[InspectedFile, Labels, int]]:
         """Each file with its labels, and the number of rows read from its beginning."""

@@ -21,7 +21,7 @@ from captioner.sources.columns import (
     named,
     normal,
 )
-from captioner.storage.faults import one_line
+from captioner.sources.outage import told_of
 
 SUFFIX = ".parquet"
 # Where several columns are binary, the first of these is the picture; webdataset's are called as files end.
@@ -131,7 +131,7 @@ def open_file(
             file = pq.ParquetFile(handle)
             metadata, schema = file.metadata, file.schema_arrow
     except (pa.ArrowException, StoreError, OSError) as error:
-        raise SourceError(f"{info.uri}: not readable as Parquet: {one_line(error)}") from error
+        raise told_of(f"{info.uri}: not readable as Parquet", error) from error
     groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
     return InspectedFile(
         info.uri,
@@ -163,7 +163,7 @@ def read_column(file: InspectedFile, name: str) -> list[str | None]:
         with storage.open_input(file.uri) as handle:
             column = pq.ParquetFile(handle).read(columns=[name])[0]
     except (pa.ArrowException, StoreError, OSError) as error:
-        raise SourceError(f"{file.uri}: column {name} cannot be read: {one_line(error)}") from error
+        raise told_of(f"{file.uri}: column {name} cannot be read", error) from error
     return [None if value is None else str(value).strip() for value in column.to_pylist()]
 
 

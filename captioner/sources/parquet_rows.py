@@ -14,11 +14,10 @@ from captioner import storage
 from captioner.artifacts.id_set import IdSet
 from captioner.artifacts.tables import FINAL
 from captioner.config import Split
-from captioner.sources.outage import RETRY_SECONDS, Outage, kind_of
+from captioner.sources.outage import RETRY_SECONDS, Outage, is_of_picture, kind_of, reason_of
 from captioner.sources.parquet_files import InspectedFile
 from captioner.sources.splits import hashed_split
 from captioner.sources.tasks import source_rows
-from captioner.storage.faults import one_line
 
 ROWS_PER_PIECE = 128
 # Parquet is read from the start of a row group, so a slice of one reads what lies before it too. Eight slices read
@@ -108,7 +107,7 @@ class Slice:
             except (pa.ArrowException, OSError) as problem:
                 if not outage.wait(problem, self.uri):
                     cells = pa.nulls(len(self.rows) - done, pa.large_binary())
-                    why = f"cannot be read: {one_line(problem)}"
+                    why = f"cannot be read: {reason_of(problem)}"
                     yield self._table(done, cells, (why, kind_of(problem)))
                     return
 
@@ -164,9 +163,9 @@ class Slice:
             with self.filesystem.open_input_file(place) as handle:
                 return handle.read(), None
         except (pa.ArrowException, OSError) as problem:
-            if kind_of(problem) != FINAL:
+            if not is_of_picture(problem, self.uri):
                 raise
-            return None, (f"{path} cannot be read: {one_line(problem)}", FINAL)
+            return None, (f"{path} cannot be read: {reason_of(problem)}", FINAL)
 
 
 def _parts(cells: pa.Array) -> tuple[pa.Array, pa.Array | None]:

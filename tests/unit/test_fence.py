@@ -79,7 +79,7 @@ def misbehave(data: bytes) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def fence() -> Fence:
-    return Fence(misbehave, memory=2**28, seconds=SECONDS)
+    return Fence(misbehave, memory=2**28)
 
 
 def test_pictures_are_loaded_as_without_a_fence() -> None:
@@ -131,6 +131,8 @@ def test_a_picture_that_bites_is_one_error_and_the_others_are_loaded(
     fence: Fence, deed: bytes
 ) -> None:
     pictures = [b"first", b"second", deed, b"last"]
+    if deed in (b"spin", b"hang"):
+        fence = Fence(misbehave, seconds=SECONDS)
     found = fence.load(pictures)
     for data, one in zip(pictures, found, strict=True):
         if data == deed:

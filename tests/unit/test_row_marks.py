@@ -31,6 +31,7 @@ def write(
     table = pa.table(
         {
             "image_id": pa.array(list(rows), pa.string()),
+            "uri": pa.array(list(rows), pa.string()),
             "error": pa.array(list(rows.values()), pa.string()),
             "error_kind": pa.array([error and "final" for error in rows.values()], pa.string()),
         }
@@ -58,7 +59,7 @@ def test_of_what_two_runs_wrote_every_image_counts_once(output: Output) -> None:
     write(output, "a_1", {"1": None, "2": "truncated", "3": None})
     write(output, "b_1", {"2": None, "3": None, "4": None})
     write(output, "b_2", {"1": "truncated", "5": "truncated"})
-    rows = finish_rows(output, "features", 5, 1.0)
+    rows = finish_rows(output, "features", 5)
     assert len(rows) == 5
     assert rows.failed["image_id"].to_pylist() == ["5"]
     assert rows.repeated == {
@@ -79,7 +80,7 @@ def test_of_what_two_runs_wrote_every_image_counts_once(output: Output) -> None:
     # Tables that other programs read are without them.
     for _ in range(2):  # as after a kill
         once = []
-        for entry in rewrite_repeated(output, finish_rows(output, "features", 5, 1.0)):
+        for entry in rewrite_repeated(output, finish_rows(output, "features", 5)):
             with storage.open_input(entry.uri(output.root)) as file:
                 once += pq.read_table(file).to_pylist()
         assert {row["image_id"]: row["error"] for row in once} == {
@@ -92,7 +93,7 @@ def test_of_what_two_runs_wrote_every_image_counts_once(output: Output) -> None:
 def test_rows_of_one_run_need_no_repair(output: Output) -> None:
     write(output, "a_1", {"1": None, "2": "truncated"})
     write(output, "a_2", {"3": None})
-    rows = finish_rows(output, "features", 3, 1.0)
+    rows = finish_rows(output, "features", 3)
     assert rows.repeated == {}
     assert write_removed(output, rows) is None
     assert rewrite_repeated(output, rows) == rows.files
@@ -116,7 +117,7 @@ def test_what_a_power_cut_or_another_run_took_is_done_again(
         storage.write_bytes(place, storage.read_bytes(place)[:size])
     if damaged.startswith("features"):
         with pytest.raises(OutOfReachError, match="the rows of 2 of 3 images are lost; the same"):
-            finish_rows(output, "features", 3, 1.0)
+            finish_rows(output, "features", 3)
     discard_unfinished(output, "features")
     left = {"features/a_1-0.parquet", f"_work/{CHECKPOINT}/a_1.parquet"}
     if damaged.startswith("_work") and size is None:
@@ -125,7 +126,7 @@ def test_what_a_power_cut_or_another_run_took_is_done_again(
     assert paths(output) == left
     assert count_done(output) == len(finished(output)) == 1
     write(output, "c_1", {"2": None, "3": None})
-    assert len(finish_rows(output, "features", 3, 1.0)) == 3
+    assert len(finish_rows(output, "features", 3)) == 3
 
 
 def test_a_pending_file_goes_with_all_its_marks(output: Output) -> None:
@@ -143,7 +144,7 @@ def test_a_file_that_is_not_whole_does_not_count(output: Output) -> None:
     write(output, "a_1", {"1": None})
     storage.write_bytes(output.uri("features/b_1-0.parquet"), b"PAR1 half")
     storage.write_bytes(output.uri("features/part.parquet.4711.partial"), b"PAR1 half")
-    assert [entry.path for entry in finish_rows(output, "features", 1, 0.0).files] == [
+    assert [entry.path for entry in finish_rows(output, "features", 1).files] == [
         "features/a_1-0.parquet"
     ]
 
@@ -153,7 +154,7 @@ def test_an_image_twice_in_one_file_is_refused(output: Output) -> None:
     table = pa.concat_tables([pq.read_table(output.uri("features/a_1-0.parquet"))] * 2)
     pq.write_table(table, output.uri("features/a_1-0.parquet"))
     with pytest.raises(StoreError, match="holds 1 twice"):
-        finish_rows(output, "features", 1, 0.0)
+        finish_rows(output, "features", 1)
 
 
 def test_a_store_that_refuses_to_say_loses_nothing(bucket: str, s3_server: S3Server) -> None:

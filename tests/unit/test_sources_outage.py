@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import random
 import threading
 import time
@@ -74,7 +75,8 @@ def test_an_outage_that_lasts_is_waited_for_once_by_a_task(
     with s3_server.failing(SLOW_DOWN):
         rows = [row for table in tasks[0]() for row in table.to_pylist()]
     assert {row["error_kind"] for row in rows} == {"retryable"}
-    assert all("cannot be read: " in row["error"] and row["bytes"] is None for row in rows)
+    assert len({row["error"] for row in rows}) == 1
+    assert rows[0]["error"].startswith("cannot be read: AWS Error ")
     # Each try is four requests of the client, and takes it a second or two.
     assert 4 < time.monotonic() - begun < 4 + 15
 
@@ -158,7 +160,10 @@ class Failing(pafs.FileSystemHandler):
     def _absent(self, *_: object, **__: object) -> Any:
         raise NotImplementedError
 
-    get_type_name = normalize_path = get_file_info = get_file_info_selector = create_dir = _absent
+    def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
+        return [pafs.FileInfo(path, pafs.FileType.Directory) for path in paths]
+
+    get_type_name = normalize_path = get_file_info_selector = create_dir = _absent
     delete_dir = delete_dir_contents = delete_root_dir_contents = delete_file = move = _absent
     copy_file = open_input_stream = open_output_stream = open_append_stream = _absent
 
@@ -189,6 +194,44 @@ def test_faults_of_a_file_system(
     assert rows["a.jpg"]["error_kind"] == kind
     assert (rows["a.jpg"]["bytes"] is None) == (kind is not None)
     assert rows["b.jpg"]["bytes"] == picture("b.jpg")
+
+
+def test_what_cannot_be_listed_now_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path, "a.jpg", "below/b.jpg")
+    scan = os.scandir
+
+    def stale(path: str) -> Any:
+        if path.endswith("below"):
+            raise OSError(errno.ESTALE, "injected")
+        return scan(path)
+
+    monkeypatch.setattr("captioner.sources.listing.os.scandir", stale)
+    with pytest.raises(OutOfReachError, match=f"cannot list {tmp_path}/below: "):
+        open_source(str(tmp_path))
+
+
+def test_a_disk_that_goes_is_no_fault_of_its_pictures(tmp_path: Path) -> None:
+    write_images(tmp_path / "disk", "a.jpg", "b.jpg")
+    (task,) = open_source(str(tmp_path / "disk")).images(retry_seconds=0).get_read_tasks(1)
+    (tmp_path / "disk").rename(tmp_path / "gone")
+    rows = [row for table in task() for row in table.to_pylist()]
+    assert {row["error_kind"] for row in rows} == {"retryable"}
+    assert {row["error"] for row in rows} == {f"cannot be read: {tmp_path}/disk is gone"}
+
+
+def test_tables_that_cannot_be_opened_now_are_out_of_reach(
+    bucket: str, s3_server: S3Server, tmp_path: Path
+) -> None:
+    write_parquet(tmp_path / "a.parquet", 5, captions="caption")
+    storage.write_bytes(f"{bucket}/opened/a.parquet", (tmp_path / "a.parquet").read_bytes())
+    # The size is known, what is in it not.
+    with (
+        s3_server.failing(Fault(503, "SlowDown", "GET", "opened/a")),
+        pytest.raises(OutOfReachError, match="AWS Error"),
+    ):
+        open_source(f"{bucket}/opened")
 
 
 def test_a_file_with_fewer_rows_than_it_had_ends(tmp_path: Path) -> None:
