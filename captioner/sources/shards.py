@@ -23,7 +23,7 @@ from captioner.errors import SourceError
 from captioner.sources.base import Listed
 from captioner.sources.columns import NO_CAPTIONS
 from captioner.sources.folder import is_image
-from captioner.sources.outage import RETRY_SECONDS, Outage, kind_of
+from captioner.sources.outage import RETRY_SECONDS, Outage, kind_of, reason_of
 from captioner.sources.place import Place, suffix_of
 from captioner.sources.shard_index import (
     Sample,
@@ -262,7 +262,7 @@ def _read(
             break
         except (OSError, pa.ArrowException) as problem:
             if not outage.wait(problem, file.uri):
-                why, kind = f"cannot be read: {one_line(problem)}", kind_of(problem)
+                why, kind = f"cannot be read: {reason_of(problem)}", kind_of(problem)
                 break
     if rows:
         yield table()

@@ -97,7 +97,7 @@ def test_json_lines_hold_what_parquet_holds(
 ) -> None:
     names = {file.path for file in storage.list_files(str(jsonl))}
     sheet = {"contact_sheet.html", "grid.png", "tensorboard/events.out.tfevents.captions"}
-    assert names == {"_job.json", "captions.jsonl", "manifest.json"} | sheet
+    assert names == {"_job.json", "captions.jsonl", "manifest.json", "rejects.csv"} | sheet
     lines = (jsonl / "captions.jsonl").read_text().splitlines()
     rows = {row["image_id"]: row for row in map(json.loads, lines)}
     table = pq.read_table(parquet / "captions")
