@@ -11,12 +11,10 @@ import logging
 import os
 import posixpath
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -26,6 +24,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from captioner import storage
 from captioner.config import SourceConfig
@@ -146,31 +145,36 @@ def _away(spec: str, error: Exception) -> OutOfReachError:
 def _write(
     folder: Path, spec: str, path: str, options: SourceConfig, revision: str | None = None
 ) -> None:
-    """Write all splits as ``<split>/00000.parquet`` ...; the folder appears when it is whole."""
-    logger.info("%s: written as Parquet files to %s, once", spec, folder)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    try:
-        # Late, for it takes a second or two.
-        import datasets
+    """Write all splits as ``<split>/00000.parquet`` ...; the folder appears when it is whole.
 
-        datasets.disable_progress_bars()
-        for split, tables in _splits(datasets, path, options.subset, revision):
-            _write_split(partial / split, tables)
+    Who is killed leaves whole files, after which the next one goes on; of two at once the other one waits.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder.with_name(f"{folder.name}.lock")):
+        if folder.is_dir():
+            return
+        logger.info("%s: written as Parquet files to %s, once", spec, folder)
+        try:
+            # Late, for it takes a second or two.
+            import datasets
+
+            datasets.disable_progress_bars()
+            for split, rows in _splits(datasets, path, options.subset, revision):
+                _write_split(datasets, partial / split, rows)
+        except SourceError:
+            raise
+        except (ConnectionError, TimeoutError, HTTPError, OfflineModeIsEnabled) as error:
+            raise _away(spec, error) from error
+        except Exception as error:  # of datasets, or of whatever it reads
+            raise SourceError(f"{spec}: datasets cannot read it: {_line(error)}") from error
         partial.rename(folder)
-    except (SourceError, KeyboardInterrupt):
-        raise
-    except (ConnectionError, TimeoutError, HTTPError, OfflineModeIsEnabled) as error:
-        raise _away(spec, error) from error
-    except Exception as error:  # of datasets, or of whatever it reads
-        raise SourceError(f"{spec}: datasets cannot read it: {_line(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _splits(
     datasets: Any, path: str, subset: str | None, revision: str | None
-) -> Iterator[tuple[str, Iterator[pa.Table]]]:
-    """Each split's name, and its tables with the encoded bytes of its images."""
+) -> Iterator[tuple[str, Any]]:
+    """Each split's name, and its rows, with images as they are encoded."""
     if any(os.path.isfile(os.path.join(path, name)) for name in _SAVED):
         loaded = datasets.load_from_disk(path)
     else:
@@ -187,28 +191,31 @@ def _splits(
         for name, feature in (rows.features or {}).items():
             if isinstance(feature, datasets.Image):
                 rows = rows.cast_column(name, datasets.Image(decode=False))
-        tables = rows.with_format("arrow").iter(batch_size=_ROWS_PER_GROUP)
-        yield str(split), (datasets.table.embed_table_storage(table) for table in tables)
+        yield str(split), rows
 
 
-def _write_split(folder: Path, tables: Iterator[pa.Table]) -> None:
-    folder.mkdir(parents=True)
-    writer: pq.ParquetWriter | None = None
-    try:
-        size = number = 0
-        for table in tables:
-            if writer is None:
-                path = folder / f"{number:05}.parquet"
-                writer, size = pq.ParquetWriter(path, table.schema, write_page_checksum=True), 0
-                number += 1
-            writer.write_table(table.cast(writer.schema))
-            size += table.nbytes
-            if size >= _FILE_BYTES:
-                writer.close()
-                writer = None
-    finally:
-        if writer is not None:
-            writer.close()
+def _write_split(datasets: Any, folder: Path, rows: Any) -> None:
+    """Write the rows that are not in the folder's files yet, with the encoded bytes of their images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = sorted(folder.glob("*.parquet"))
+    number = len(whole)
+    if done := sum(pq.ParquetFile(file).metadata.num_rows for file in whole):
+        rows = rows.skip(done)
+    tables = (
+        datasets.table.embed_table_storage(table)
+        for table in rows.with_format("arrow").iter(batch_size=_ROWS_PER_GROUP)
+    )
+    for table in tables:
+        unfinished = folder / "unfinished"
+        with pq.ParquetWriter(unfinished, table.schema, write_page_checksum=True) as writer:
+            size = 0
+            while True:
+                writer.write_table(table.cast(writer.schema))
+                size += table.nbytes
+                if size >= _FILE_BYTES or (table := next(tables, None)) is None:
+                    break
+        unfinished.rename(folder / f"{number:05}.parquet")
+        number += 1
 
 
 def _line(error: Exception) -> str:

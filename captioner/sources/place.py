@@ -2,6 +2,7 @@
 
 import logging
 import posixpath
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,8 +87,10 @@ class Place:
         """The visible files of a directory, None of a file; and what else is there."""
         try:
             if not storage.exists(self.uri):
+                hub = re.fullmatch(r"[\w-]+/[\w.-]+", self.spec)
                 raise SourceError(
                     f"{self.spec}: no such file or directory, nor one of shapes, flickr8k, flickr30k"
+                    + (f"; of the hub it would be hf:{self.spec}" if hub else "")
                 )
             if not storage.is_directory(self.uri):
                 return None, {}

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 
 from captioner.config import SourceConfig
 from captioner.errors import OutOfReachError, SourceError
-from captioner.sources import open_source
+from captioner.sources import hf, open_source
 from tests.cases import encoded
 from tests.hub import Hub, serve_hub
 from tests.sources import IMAGE, captions_of, picture, read_all, write_images
@@ -26,7 +26,7 @@ READ = """
 import json, sys
 from captioner.config import SourceConfig
 from captioner.errors import CaptionerError
-from captioner.sources import open_source
+from captioner.sources import hf, open_source
 from tests.sources import captions_of, read_all
 try:
     source = open_source(sys.argv[1], SourceConfig.model_validate_json(sys.argv[2]))
@@ -146,6 +146,36 @@ def test_what_datasets_cannot_read_is_one_line(
     assert "\n" not in str(raised.value)
     with pytest.raises(OutOfReachError, match="hf:org/name: not in .* cannot be reached"):
         open_source("hf:org/name")
-    assert not [path for path in home.rglob("*") if path.is_file()]
+    assert not list(home.rglob("*.parquet"))
     with pytest.raises(SourceError, match="expected hf:org/name"):
         open_source("hf:org/name/more", SourceConfig())
+
+
+def test_who_is_killed_while_writing_is_gone_on_after(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(hf, "_FILE_BYTES", 1)
+    monkeypatch.setattr(hf, "_ROWS_PER_GROUP", 4)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "set").mkdir()
+    for split, rows in (("test", 3), ("train", 10)):
+        (tmp_path / f"set/{split}-00000-of-00001.parquet").write_bytes(table(split, rows))
+    embed, seen = datasets.table.embed_table_storage, []
+
+    def killed(rows: pa.Table) -> pa.Table:
+        seen.append(len(rows))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return embed(rows)
+
+    monkeypatch.setattr(datasets.table, "embed_table_storage", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_source(f"hf:{tmp_path}/set")
+    source = open_source(f"hf:{tmp_path}/set")
+    expected = [picture(f"test {number}") for number in range(3)]
+    expected += [picture(f"train {number}") for number in range(10)]
+    assert [row["bytes"] for row in read_all(source)] == expected
+    assert seen == [4, 4, 2, 2, 3]  # nothing but what was being written came twice
+    assert not list(home.rglob("*.partial"))
