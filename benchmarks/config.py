@@ -51,6 +51,19 @@ class BenchmarkExtractConfig(BenchmarkConfig):
     temporary one on this machine."""
 
 
+class BenchmarkDriverConfig(BenchmarkConfig):
+    """Memory of the driver in extraction, by step, in bytes an image; the images are a folder of empty files."""
+
+    images: Annotated[int, Field(ge=1000)] = 1_000_000
+    """Files in the folder."""
+    path_length: Annotated[int, Field(ge=20, le=200)] = 55
+    """Characters of each path below it."""
+    captions: Annotated[int, Field(ge=0)] = 0
+    """Captions of each image, in a file beside them; 0: no such file."""
+    scratch: str | None = None
+    """Directory for the files; default: the system's temporary one."""
+
+
 class BenchmarkKeptConfig(BenchmarkConfig):
     """What a kill costs, by number of CPUs and speed of the encoder: a stand-in extraction is killed and continued."""
 
@@ -62,6 +75,8 @@ class BenchmarkKeptConfig(BenchmarkConfig):
     """Images of the source."""
     kill_after: tuple[Annotated[float, Field(gt=0.0)], ...] = (45.0, 45.0)
     """Seconds between the first image that a run encodes and its kill; of the first run, then of continued ones."""
+    side_by_side: Positive = 1
+    """Runs at the same time: encoders that sleep need no cores."""
 
 
 class BenchmarkTrainConfig(BenchmarkConfig):

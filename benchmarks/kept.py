@@ -9,7 +9,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -121,16 +123,18 @@ class KeptBenchmark(Measurement):
 
 def benchmark_kept(config: BenchmarkKeptConfig) -> KeptBenchmark:
     """Kill and continue a stand-in extraction for each number of CPUs and each speed of ``config``."""
-    kills: list[KeptRow] = []
-    for cpus in config.cpus:
-        for seconds in config.seconds_per_image:
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                run = _Run(cpus, seconds, config.images, folder)
-                kills += _kill_twice(run, config.kill_after)
+
+    def kill(cell: tuple[int, float]) -> list[KeptRow]:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            return list(_kill(_Run(*cell, config.images, folder), config.kill_after))
+
+    cells = list(product(config.cpus, config.seconds_per_image))
+    with ThreadPoolExecutor(config.side_by_side) as threads:
+        kills = [row for rows in threads.map(kill, cells) for row in rows]
     return KeptBenchmark(images=config.images, kills=tuple(kills))
 
 
-def _kill_twice(run: _Run, moments: Sequence[float]) -> Iterator[KeptRow]:
+def _kill(run: _Run, moments: Sequence[float]) -> Iterator[KeptRow]:
     encoded_before = kept_before = files_before = 0
     for number, moment in enumerate(moments):
         child = _start(run)
@@ -139,7 +143,7 @@ def _kill_twice(run: _Run, moments: Sequence[float]) -> Iterator[KeptRow]:
             time.sleep(moment)
             ended = child.poll() is not None
         finally:
-            _kill(child)
+            _end(child)
         if ended:
             return
         with run.output() as output:
@@ -189,7 +193,7 @@ def _wait(happened: Any, child: "subprocess.Popen[bytes]") -> None:
         time.sleep(0.2)
 
 
-def _kill(child: "subprocess.Popen[bytes]") -> None:
+def _end(child: "subprocess.Popen[bytes]") -> None:
     """The driver, and the Ray that it started."""
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGKILL)

@@ -7,12 +7,14 @@ from typing import Any
 
 from benchmarks.config import (
     BenchmarkConfig,
+    BenchmarkDriverConfig,
     BenchmarkExtractConfig,
     BenchmarkKeptConfig,
     BenchmarkScoresConfig,
     BenchmarkServeConfig,
     BenchmarkTrainConfig,
 )
+from benchmarks.driver import benchmark_driver
 from benchmarks.extract import benchmark_extract
 from benchmarks.kept import benchmark_kept
 from benchmarks.measurement import Measurement, append_rows
@@ -22,6 +24,7 @@ from benchmarks.train import benchmark_train
 from captioner import storage
 
 PROGRAMS: dict[str, tuple[Callable[[Any], Measurement], type[BenchmarkConfig]]] = {
+    "driver": (benchmark_driver, BenchmarkDriverConfig),
     "extract": (benchmark_extract, BenchmarkExtractConfig),
     "kept": (benchmark_kept, BenchmarkKeptConfig),
     "train": (benchmark_train, BenchmarkTrainConfig),

@@ -76,7 +76,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
     def fill(output: Output) -> StoreManifest:
         keep_beginning(output, source)
         encoder = output.write(ENCODER_WEIGHTS, safetensors.torch.save(tensors))
-        captions = _write_captions(source, output)
+        captions = write_captions(source, output)
         logger.info("extracting %s images with %s, %s", f"{total:,}", spec.title, _describe(pool))
         stage = EncodeImages(
             output.uri(ENCODER_WEIGHTS),
@@ -116,7 +116,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
             crops=config.crops,
             thumbnails=config.thumbnails,
             counts=counts,
-            splits=_count_splits(rows, output, captions),
+            splits=count_splits(rows, output, captions),
             files=[encoder, *rows.files, *captions, *rejects],
             removed=write_removed(output, rows),
         )
@@ -185,7 +185,7 @@ def _describe(pool: PoolPlan) -> str:
     return f"{pool.size} {kind} encoder{'s' if pool.size > 1 else ''}{threads}"
 
 
-def _write_captions(source: Source, output: Output) -> list[FileEntry]:
+def write_captions(source: Source, output: Output) -> list[FileEntry]:
     """Write the captions table: names and contents are the same in every run, so a restart rewrites it safely."""
     batches: list[pa.RecordBatch] = []
     entries: list[FileEntry] = []
@@ -207,7 +207,7 @@ def _write_captions(source: Source, output: Output) -> list[FileEntry]:
     return entries
 
 
-def _count_splits(rows: Rows, output: Output, files: list[FileEntry]) -> dict[str, SplitCounts]:
+def count_splits(rows: Rows, output: Output, files: list[FileEntry]) -> dict[str, SplitCounts]:
     """Good images of every split, and their captions."""
     images, captions = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     for file in files:

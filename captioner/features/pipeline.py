@@ -5,6 +5,7 @@ renames it once the file is complete. A run that continues deletes files whose m
 encodes what no other mark names.
 """
 
+import contextlib
 import logging
 import math
 
@@ -173,8 +174,10 @@ def run_pipeline(
                 raise
             raise ours from error
         except KeyboardInterrupt:
-            kept = count_done(output)
-            logger.info("%s of %s images are done and kept", f"{kept:,}", f"{total:,}")
+            # A store that is away makes it no less interrupted.
+            with contextlib.suppress(CaptionerError):
+                kept = f"{count_done(output):,}"
+                logger.info("%s of %s images are done and kept", kept, f"{total:,}")
             raise
     settle_unreadable(output, directory, schema, total, accept=accept_unreadable)
 

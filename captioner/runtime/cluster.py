@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 # without CPUs. Writing takes as little: Ray Data serves the first of its operators first, and would write nothing
 # before the last picture is loaded where loading can have all CPUs.
 TASK_CPUS = 0.99
-ACTOR_CPUS = WRITE_CPUS = 0.001
+ACTOR_CPUS = WRITE_CPUS = 0.0002
 # Of a Ray that is started here: one for the trial of a search or the driver of a job beside one for its tasks.
 LOCAL_CPUS = 2
 # Below that, another model actor costs more in starting than it gives.

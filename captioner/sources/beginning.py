@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -21,17 +21,8 @@ logger = logging.getLogger(__name__)
 
 _FILE = "listing.parquet"
 _ABOUT = b"about"
-_ROWS = pa.schema(
-    [
-        pa.field(
-            "image_id", pa.string()
-        ),  # null where it is the path, or where a file holds many images
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("size", pa.int64()),
-        pa.field("mtime", pa.int64()),
-    ]
-)
-_BATCH = 50_000
+# The id is null where it is the path, or where a file holds many images.
+_ROWS = pa.schema([pa.field("image_id", pa.string()), *storage.FILE_SCHEMA])
 
 
 @dataclass(frozen=True)
@@ -42,10 +33,10 @@ class Beginning:
     """Of the source."""
     kind: str
     """Of the source, too."""
-    files: list[storage.FileInfo]
-    """Those with images, as paths below the source."""
-    ids: dict[str, str]
-    """By path, of files that are an image each."""
+    files: storage.FileTable
+    """Those with images."""
+    ids: pa.ChunkedArray | None
+    """Of files that are an image each, where an id is not the path."""
     left_out: dict[str, int]
     """What else was there, by kind."""
 
@@ -62,6 +53,10 @@ def keep_beginning(output: Output, source: Source) -> None:
         return
     if storage.exists(uri):
         if _open(uri)[1].get("listing") != identity.listing:
+            if not storage.is_directory(identity.uri):  # a name, or a list of files
+                raise StoreError(
+                    f"{output.root}: {identity.uri} has changed since the run began: --restart begins anew"
+                )
             raise OutOfReachError(
                 f"{output.root}: another run began here with other files: the same command goes on with those"
             )
@@ -88,11 +83,8 @@ def read_beginning(output: str, uri: str) -> Beginning | None:
     table, about = _open(place)
     if about["uri"] != uri:
         return None
-    files, ids = [], {}
-    for batch in table.to_batches(_BATCH):
-        for name, path, size, mtime in zip(*batch.to_pydict().values(), strict=True):
-            files.append(storage.FileInfo(f"{uri}/{path}", path, size, mtime))
-            ids[path] = name or path
+    ids = table["image_id"] if table["image_id"].null_count < len(table) else None
+    files = storage.FileTable(uri, table.drop_columns("image_id").to_batches(storage.BATCH))
     return Beginning(uri, about["kind"], files, ids, about["left_out"])
 
 
@@ -106,7 +98,7 @@ def _open(place: str) -> tuple[pa.Table, dict[str, Any]]:
         raise StoreError(f"{place} is damaged: --restart begins anew") from error
 
 
-def describe_change(then: Sequence[storage.FileInfo], now: Sequence[storage.FileInfo]) -> str:
+def describe_change(then: storage.FileTable, now: storage.FileTable) -> str:
     """How two listings differ, in a few words; none where they do not."""
     kept, found = (IdSet(_states(files)) for files in (then, now))
     here = sum(int(kept.holds(states).sum()) for states in _states(now))
@@ -127,12 +119,13 @@ def tell_change(then: SourceIdentity, now: SourceIdentity, output: str) -> None:
     )
 
 
-def _states(files: Sequence[storage.FileInfo]) -> Iterator[list[str]]:
-    for start in range(0, len(files), _BATCH):
-        yield [f"{f.path}\n{f.size}\n{f.mtime}" for f in files[start : start + _BATCH]]
+def _states(files: storage.FileTable) -> Iterator[list[str]]:
+    for batch in files.batches():
+        yield ["\n".join(map(str, row)) for row in zip(*batch.to_pydict().values(), strict=True)]
 
 
 def _batches(files: Iterator[Listed]) -> Iterator[pa.RecordBatch]:
-    while some := list(islice(files, _BATCH)):
-        rows = [(name if name != f.path else None, f.path, f.size, f.mtime) for name, f in some]
-        yield pa.record_batch([list(column) for column in zip(*rows, strict=True)], schema=_ROWS)
+    while some := list(islice(files, storage.BATCH)):
+        ids = pa.array([name if name != file.path else None for name, file in some], pa.string())
+        (batch,) = storage.FileTable.collect("", (file for _, file in some)).batches()
+        yield pa.record_batch([ids, *batch.columns], schema=_ROWS)

@@ -4,34 +4,37 @@ import hashlib
 import json
 import math
 import posixpath
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import groupby
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
-from pyarrow.fs import FileSystem, FileType
+from pyarrow.fs import FileSystem
 
 from captioner import storage
 from captioner.artifacts.id_set import NONE, IdSet
 from captioner.artifacts.manifests import SourceIdentity
-from captioner.artifacts.tables import CAPTION_ROWS, FINAL
+from captioner.artifacts.tables import CAPTION_ROWS, SPLITS
 from captioner.config import Split
-from captioner.errors import OutOfReachError, SourceError
+from captioner.errors import SourceError
 from captioner.images.load import HEIF_EXTRA, has_loader, sniff_format
 from captioner.sources.base import Listed
-from captioner.sources.columns import IMAGE_SUFFIX
+from captioner.sources.columns import IMAGE_SUFFIX, column_flags
+from captioner.sources.folder_files import MOST_ROWS, cut, read
 from captioner.sources.nearby import SIDECARS, TABLES, Nearby, find_captions
-from captioner.sources.outage import RETRY_SECONDS, Outage, kind_of, reason_of
+from captioner.sources.outage import RETRY_SECONDS
 from captioner.sources.place import Place, suffix_of
 from captioner.sources.splits import hashed_split, split_of_folder, split_of_list, splits_called
-from captioner.sources.tasks import BYTES_PER_PIECE, Piece, PieceSource, source_rows
-from captioner.storage.faults import Fault, fault_of
+from captioner.sources.tasks import BYTES_PER_PIECE, Piece, PieceSource
 
-MOST_ROWS_PER_PIECE = 64
 LEAST_ROWS_PER_PIECE = 8
+_MOST_PIECES = 2**14
 _CAPTIONS_PER_BATCH = 10_000
 OPTIONS = frozenset(
     (
@@ -54,22 +57,19 @@ OPTIONS = frozenset(
 def open_place(place: Place) -> "FolderSource | None":
     """A directory with images, or one file."""
     if place.files is None:
-        return FolderSource(place.uri, [_single(place.uri)], {}, place, single=True)
+        image = storage.FileTable.collect(posixpath.dirname(place.uri), [_single(place.uri)])
+        return FolderSource(place.uri, image, {}, place, single=True)
     sniffed: set[str] = set()
     if place.options.sniff:
         unknown = [file for file in place.files if not _is_known(file.path)]
         sniffed.update(file.path for file in _sniff(unknown))
-    images = place.taken("folder", lambda path: is_image(path) or path in sniffed)
-    return FolderSource(place.uri, images, place.left_out, place) if images else None
+    # The images are then no longer among the place's files, or those of a large folder would be held twice.
+    today = place.files.take(lambda file: is_image(file.path) or file.path in sniffed)
+    images = place.or_begun("folder", today)
+    return FolderSource(place.uri, images, place.left_out, place, today=today) if images else None
 
 
-@dataclass(frozen=True)
-class _Row:
-    """An image that is taken."""
-
-    image_id: str
-    file: storage.FileInfo
-    split: Split
+Codes = np.ndarray[Any, np.dtype[np.int8]]
 
 
 class FolderSource:
@@ -84,16 +84,18 @@ class FolderSource:
     def __init__(
         self,
         uri: str,
-        images: list[storage.FileInfo],
+        images: storage.FileTable,
         left_out: dict[str, int],
         place: Place,
         *,
+        today: storage.FileTable | None = None,
         single: bool = False,
     ):
         """
         Args:
             images: their paths are relative to ``uri``.
             left_out: what the listing passed over, by kind.
+            today: what would be the images of a run that begins today.
             single: ``uri`` is itself the image, or a list of images wherever they are.
 
         Raises:
@@ -103,39 +105,38 @@ class FolderSource:
         self.options = place.options
         self.limits = place.limits
         self._single = single
-        taken = {file.path for file in images}
-        others = [
-            file for file in place.files or () if file.path not in taken and not is_image(file.path)
-        ]
+        others = list(place.files or ())
         found = Nearby()
-        if place.captions or place.options.id_column:
+        asked = place.options.captions is not None or column_flags(place.options)
+        if (place.captions and (others or asked)) or place.options.id_column is not None:
             # Captions of pictures that came after the run began are no mistake.
-            today = (f.path for f in place.files or () if place.beginning and is_image(f.path))
-            found = find_captions(uri, others, sorted(taken.union(today)), place.options)
+            paths = {file.path for table in (images, today or ()) for file in table}
+            found = find_captions(uri, others, sorted(paths), place.options)
         self._captions = found.captions if place.captions else {}
-        splits = self._splits(found, images, others) if place.captions else {}
         begun = place.beginning
-        ids = self._ids(found, images) if begun is None else begun.ids
-        # A run that goes on has chosen.
-        limit = self.options.limit if begun is None else None
-        self._rows = self._choose(images, splits, ids, limit)
-        if begun is not None:
+        self._files = images
+        self._ids = self._own_ids(found) if begun is None else begun.ids
+        self._splits = self._split(*((found, others) if place.captions else (Nearby(), [])))
+        if begun is not None:  # it has chosen, and counted
             self._left_out = begun.left_out
             return
         kinds = Counter(left_out)
         read = set(found.files)
         kinds.update("captions file" if file.uri in read else _kind(file.path) for file in others)
         kinds["missing picture"] = found.missing
-        kinds["over the limit"] = len(images) - len(self._rows)
+        kinds["over the limit"] = self._limit()
         self._left_out = {kind: count for kind, count in kinds.most_common() if count}
 
     def identity(self) -> SourceIdentity:
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> SourceIdentity:
         listing, captions = hashlib.sha256(), hashlib.sha256()
-        for row in self._rows:
-            file = row.file
-            state = [row.image_id, file.path, file.size, file.mtime]
+        for image_id, file, split in self._rows():
+            state = [image_id, file.path, file.size, file.mtime]
             listing.update(json.dumps(state).encode())
-            captions.update(json.dumps([row.split, self._captions.get(file.path)]).encode())
+            captions.update(json.dumps([split, self._captions.get(file.path)]).encode())
         return SourceIdentity(
             kind="folder",
             uri=self.uri,
@@ -145,11 +146,11 @@ class FolderSource:
         )
 
     def files(self) -> Iterator[Listed]:
-        for row in () if self._single else self._rows:
-            yield row.image_id, row.file
+        for image_id, file, _ in () if self._single else self._rows():
+            yield image_id, file
 
     def num_images(self) -> int:
-        return len(self._rows)
+        return len(self._files)
 
     def left_out(self) -> dict[str, int]:
         return dict(self._left_out)
@@ -157,40 +158,40 @@ class FolderSource:
     def images(self, done: IdSet = NONE, /, *, retry_seconds: float = RETRY_SECONDS) -> PieceSource:
         # Two tasks for each CPU at least, so that a small folder too is read and loaded by all of them.
         cpus = int(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else 1
-        left = ~done.holds([row.image_id for row in self._rows])
-        rows = [row for row, wanted in zip(self._rows, left, strict=True) if wanted]
-        most = math.ceil(len(rows) / (2 * cpus))
-        most = min(max(most, LEAST_ROWS_PER_PIECE), MOST_ROWS_PER_PIECE)
-        # Opened once and sent along: opening S3 may ask it for the bucket's region, and workers may lack its endpoint.
-        whole, root = storage.resolve(self.uri)
+        left = max(len(self._files) - len(done), 1)
+        most = min(max(math.ceil(left / (2 * cpus)), LEAST_ROWS_PER_PIECE), MOST_ROWS)
+        # What Ray Data keeps of a task would be more than what is known of its images.
+        most = max(most, left // _MOST_PIECES)
         pieces: list[Piece] = []
-        chosen: list[tuple[_Row, str]] = []
-        size = 0
-        for number, row in enumerate(rows, 1):
-            # Files of a list may lie anywhere.
-            here = (
-                storage.resolve(row.file.uri)
-                if self._single
-                else (whole, f"{root}/{row.file.path}")
-            )
-            filesystem, path = here
-            chosen.append((row, path))
-            size += min(row.file.size, self.limits.max_bytes)
-            last = number == len(rows) or (
-                self._single and not filesystem.equals(storage.resolve(rows[number].file.uri)[0])
-            )
-            if len(chosen) == most or size >= BYTES_PER_PIECE // 2 or last:
-                read = partial(_read, chosen, filesystem, self.limits.max_bytes, retry_seconds)
-                pieces.append(Piece(read, len(chosen), size))
-                chosen, size = [], 0
+        for table in self._batches():
+            wanted = ~done.holds(table["image_id"].to_pylist())
+            table = table if wanted.all() else table.filter(pa.array(wanted))
+            # One copy on every node that needs it, instead of one in the driver and one in each task.
+            held = ray.put(table) if ray.is_initialized() else table
+            sizes = np.minimum(table["size"].to_numpy(), self.limits.max_bytes)
+            largest = math.inf if most > MOST_ROWS else BYTES_PER_PIECE / 2
+            for filesystem, paths, rows in self._places(table):
+                for start, stop in cut(sizes[rows.start : rows.stop], most, largest):
+                    run = rows[start:stop]
+                    piece = partial(
+                        read,
+                        held,
+                        run,
+                        self._files.uri,
+                        filesystem,
+                        paths if isinstance(paths, str) else paths[start:stop],
+                        max_bytes=self.limits.max_bytes,
+                        retry_seconds=retry_seconds,
+                    )
+                    pieces.append(Piece(piece, len(run), int(sizes[run.start : run.stop].sum())))
         return PieceSource("Folder", pieces)
 
     def captions(self) -> Iterator[pa.RecordBatch]:
         rows = []
-        for row in self._rows:
-            texts: list[str | None] = [*self._captions.get(row.file.path, [])] or [None]
+        for image_id, file, split in self._rows():
+            texts: list[str | None] = [*self._captions.get(file.path, [])] or [None]
             for index, caption in enumerate(texts):
-                head = {"image_id": row.image_id, "split": row.split, "caption": caption}
+                head = {"image_id": image_id, "split": split, "caption": caption}
                 rows.append({**head, "index": None if caption is None else index})
             if len(rows) >= _CAPTIONS_PER_BATCH:
                 yield pa.RecordBatch.from_pylist(rows, CAPTION_ROWS)
@@ -198,28 +199,66 @@ class FolderSource:
         if rows:
             yield pa.RecordBatch.from_pylist(rows, CAPTION_ROWS)
 
-    def _splits(
-        self, found: Nearby, images: list[storage.FileInfo], others: list[storage.FileInfo]
-    ) -> dict[str, Split]:
-        """The split of each image that has one, by its path."""
+    def _places(self, table: pa.Table) -> Iterator[tuple[FileSystem, str | list[str], range]]:
+        """File systems and the rows of ``table`` that lie there: below a directory, or each at a path of its own."""
+        # Opened once and sent along: opening S3 may ask it for the bucket's region, and workers may lack its endpoint.
+        if not self._single:
+            yield *storage.resolve(self.uri), range(len(table))
+            return
+        batches = table.select(storage.FILE_SCHEMA.names).to_batches()
+        files = list(storage.FileTable(self._files.uri, batches, anywhere=self._files.anywhere))
+        start = 0
+        for _, group in groupby(files, lambda file: storage.resolve(file.uri)[0]):
+            some = [storage.resolve(file.uri) for file in group]
+            yield some[0][0], [path for _, path in some], range(start, start + len(some))
+            start += len(some)
+
+    def _batches(self) -> Iterator[pa.Table]:
+        """image_id, path, size and mtime of the images, some at a time."""
+        start = 0
+        for batch in self._files.batches():
+            ids = batch["path"] if self._ids is None else self._ids[start : start + len(batch)]
+            start += len(batch)
+            table = pa.table(batch)
+            if self._ids is not None:
+                ids = pc.coalesce(ids, table["path"])
+            yield table.add_column(0, "image_id", ids)
+
+    def _rows(self) -> Iterator[tuple[str, storage.FileInfo, Split]]:
+        """Id, file and split of the images."""
+        ids = (name for table in self._batches() for name in table["image_id"].to_pylist())
+        splits = (SPLITS[code] for code in self._splits)
+        yield from zip(ids, self._files, splits, strict=True)
+
+    def _split(self, found: Nearby, others: list[storage.FileInfo]) -> Codes:
+        """The split of each image, int8 [images], by its number in ``SPLITS``."""
         listed = _listed_splits(others)
         called = splits_called(found.splits.values(), self.uri)
-        splits: dict[str, Split] = {}
-        for file in images:
-            split = called.get(found.splits.get(file.path, ""))
-            split = split or listed.get(posixpath.basename(file.path))
-            if split is None and self._captions and file.path not in found.splits:
-                split = split_of_folder(file.path)
-            if split is not None:
-                splits[file.path] = split
-        return splits
+        told = np.full(len(self._files), -1, np.int8)
+        if listed or called or self._captions:
+            for number, file in enumerate(self._files):
+                split = called.get(found.splits.get(file.path, ""))
+                split = split or listed.get(posixpath.basename(file.path))
+                if split is None and self._captions and file.path not in found.splits:
+                    split = split_of_folder(file.path)
+                if split is not None:
+                    told[number] = SPLITS.index(split)
+        missing = np.flatnonzero(told < 0)
+        if len(missing):
+            others_have_one = len(missing) < len(told)
+            if self.options.split == "auto" and not others_have_one and self._captions:
+                ids = (name for table in self._batches() for name in table["image_id"].to_pylist())
+                told[:] = [SPLITS.index(hashed_split(name)) for name in ids]
+            else:
+                told[missing] = SPLITS.index(self._default_split(others_have_one))
+        return told
 
-    def _ids(self, found: Nearby, images: list[storage.FileInfo]) -> dict[str, str]:
-        """The user's own id of each image by its path; the path itself where no column of ids was asked for."""
+    def _own_ids(self, found: Nearby) -> pa.ChunkedArray | None:
+        """The user's own id of each image; None where no column of ids was asked for."""
         if self.options.id_column is None:
-            return {file.path: file.path for file in images}
+            return None
         owners: dict[str, str] = {}
-        for file in images:
+        for file in self._files:
             own = found.ids.get(file.path)
             if own is None:
                 raise SourceError(f"source-options.id-column: image {file.path} has no id")
@@ -227,32 +266,30 @@ class FolderSource:
                 raise SourceError(
                     f"source-options.id-column: {owners[own]} and {file.path} have the same id {own!r}"
                 )
-        return {path: own for own, path in owners.items()}
+        return pa.chunked_array([pa.array(owners, pa.string())])
 
-    def _choose(
-        self,
-        images: list[storage.FileInfo],
-        splits: dict[str, Split],
-        ids: dict[str, str],
-        limit: int | None,
-    ) -> list[_Row]:
-        """The images taken, each with its split."""
-        taken: dict[Split, int] = {}
-        rows = []
-        for file in images:
-            image_id = ids[file.path]
-            split = splits.get(file.path) or self._default_split(image_id, bool(splits))
-            taken[split] = taken.get(split, 0) + 1
-            if limit is None or taken[split] <= limit:
-                rows.append(_Row(image_id, file, split))
-        return rows
+    def _limit(self) -> int:
+        """Leave out the images of each split over the limit.
 
-    def _default_split(self, image_id: str, others_have_one: bool) -> Split:
+        Returns:
+            how many.
+        """
+        if self.options.limit is None:
+            return 0
+        taken = np.zeros(len(self._splits), bool)
+        for code in range(len(SPLITS)):
+            taken[np.flatnonzero(self._splits == code)[: self.options.limit]] = True
+        chosen = iter(taken.tolist())
+        self._files = self._files.take(lambda _: next(chosen))
+        self._splits = self._splits[taken]
+        if self._ids is not None:
+            self._ids = self._ids.filter(pa.array(taken))
+        return int((~taken).sum())
+
+    def _default_split(self, others_have_one: bool) -> Split:
         if self.options.split != "auto":
             return self.options.split
-        if others_have_one:
-            return "train"
-        return hashed_split(image_id) if self._captions else "test"
+        return "train" if others_have_one else "test"
 
 
 def is_image(path: str) -> bool:
@@ -319,59 +356,3 @@ def _listed_splits(files: list[storage.FileInfo]) -> dict[str, Split]:
                 if listed.setdefault(name, split) != split:
                     raise SourceError(f"{file.uri}: {name} is in the {listed[name]} list too")
     return listed
-
-
-def _read(
-    placed: list[tuple[_Row, str]], filesystem: FileSystem, max_bytes: int, retry_seconds: float
-) -> Iterator[pa.Table]:
-    """Images, each with its path on the file system."""
-    rows = [row for row, _ in placed]
-    data: list[bytes | None] = [None] * len(rows)
-    errors: list[str | None] = [None] * len(rows)
-    kinds: list[str | None] = [None] * len(rows)
-    files = [row.file for row in rows]
-    waiting: deque[int] = deque()
-    for number, file in enumerate(files):
-        if file.size <= max_bytes:
-            waiting.append(number)
-            continue
-        errors[number] = f"{file.size} bytes, over the limit of {max_bytes}"
-        kinds[number] = FINAL
-    outage = Outage(retry_seconds)
-    while waiting:
-        number = waiting.popleft()
-        try:
-            with filesystem.open_input_file(placed[number][1]) as handle:
-                data[number] = handle.read()
-            outage.over()
-        except (OSError, pa.ArrowException) as problem:
-            error: Exception = problem
-            path = placed[number][1]
-            root = path.removesuffix(f"/{files[number].path}")
-            if fault_of(problem) == Fault.ABSENT and root != path and _is_gone(filesystem, root):
-                error = OutOfReachError(f"{root} is gone")  # a disk, say, and not its pictures
-            # Another one comes next: what fails alone keeps nobody waiting.
-            waiting.append(number)
-            if outage.wait(error, files[number].uri):
-                continue
-            # Of an outage that lasts, all that is left hears the same.
-            kind = kind_of(error)
-            for each in [number] if kind == FINAL else list(waiting):
-                waiting.remove(each)
-                errors[each], kinds[each] = f"cannot be read: {reason_of(error)}", kind
-    yield source_rows(
-        [row.image_id for row in rows],
-        [file.uri for file in files],
-        data,
-        errors,
-        kinds,
-        sizes=[file.size for file in files],
-        mtime=[file.mtime for file in files],
-    )
-
-
-def _is_gone(filesystem: FileSystem, root: str) -> bool:
-    try:
-        return bool(filesystem.get_file_info(root).type == FileType.NotFound)
-    except OSError:
-        return True

@@ -51,7 +51,9 @@ def open_place(place: Place) -> Source | None:
         return ParquetSource(place.uri, files, place.options, captions=captions, others=left_out)
     if is_shard(files[0].path):
         return ShardSource(place, files, single=True)
-    return FolderSource(place.uri, files, left_out, place, single=True)
+    where = posixpath.dirname(place.uri)
+    images = storage.FileTable.collect(where, files, anywhere=True)
+    return FolderSource(place.uri, images, left_out, place, single=True)
 
 
 def _look_up(place: Place, lines: list[str]) -> list[storage.FileInfo]:

@@ -2,8 +2,9 @@
 
 import os
 import posixpath
+import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from captioner import storage
@@ -17,9 +18,7 @@ _NO_MEDIA = ".nomedia"
 _NOT_TEXT = "name that is not UTF-8"
 
 
-def list_place(
-    uri: str, exclude: Sequence[str] = ()
-) -> tuple[list[storage.FileInfo], dict[str, int]]:
+def list_place(uri: str, exclude: Sequence[str] = ()) -> tuple[storage.FileTable, dict[str, int]]:
     """Files below a directory, sorted by path; and how many were left out, by kind.
 
     A folder that a link names is entered under the link's name, but not one that leads back up or is listed anyway.
@@ -34,65 +33,95 @@ def list_place(
     """
     left_out: Counter[str] = Counter()
     if storage.is_local(uri):
-        root = storage.resolve(uri)[1]
-        found = sorted(_walk(root, uri.rstrip("/"), left_out), key=lambda file: file.path)
+        every = _walk(storage.resolve(uri)[1], uri.rstrip("/"), left_out)
     else:
-        found = storage.list_files(uri)
+        every = storage.iter_files(uri)
+    found = storage.FileTable.collect(uri.rstrip("/"), every)
     written = _folders_with(CLAIM, found)
     no_media = _folders_with(_NO_MEDIA, found)
-    for glob in exclude:
-        if not any(_matches(file.path, glob) for file in found):
-            raise SourceError(f"source-options.exclude: {glob!r} matches no file below {uri}")
-    files = []
-    for file in found:
+    unmatched = set(exclude)
+
+    def is_taken(file: storage.FileInfo) -> bool:
+        unmatched.difference_update([glob for glob in unmatched if _matches(file.path, glob)])
         if kind := _left_out(file.path, written, no_media, exclude):
             left_out[kind] += 1
-        else:
-            files.append(file)
-    return files, dict(left_out)
+        return kind is None
+
+    found = found.take(is_taken)
+    for glob in exclude:
+        if glob in unmatched:
+            raise SourceError(f"source-options.exclude: {glob!r} matches no file below {uri}")
+    return found, dict(left_out)
 
 
 def _walk(root: str, uri: str, left_out: Counter[str]) -> Iterator[storage.FileInfo]:
-    """Files below a local directory. Arrow's own listing follows links in circles, and fails on any name or folder
-    that is out of order."""
+    """Files below a local directory, in the order of their paths. Arrow's own listing follows links in circles, and
+    fails on any name or folder that is out of order."""
     real = os.path.realpath(root)
-    # A directory still to be listed: its name below the root, its real path, and the folders that it was reached from.
-    todo: list[tuple[str, str, tuple[str, ...]]] = [("", real, (real,))]
-    while todo:
-        below, real, reached_from = todo.pop()
+    yield from _walk_folder("", real, (real,), uri, left_out)
+
+
+def _walk_folder(
+    below: str, real: str, reached_from: tuple[str, ...], uri: str, left_out: Counter[str]
+) -> Iterator[storage.FileInfo]:
+    """
+    Args:
+        below: name of the folder below the root, with a slash behind it; "" for the root.
+        real: its real path.
+        reached_from: the folders that it was reached from by links, the root first.
+    """
+    try:
+        # Names alone, the last one first: each is let go of when its file goes into the listing.
+        names = os.listdir(os.fsencode(real))
+    except OSError as error:
+        _pass_on(error, f"{uri}/{below}".rstrip("/"))
+        if not below:
+            raise
+        left_out["unreadable folder"] += 1
+        return
+    names.sort(reverse=True)
+    while names:
+        raw = names.pop()
+        entry = os.fsdecode(raw.removesuffix(b"/"))
+        name, path = below + entry, f"{real.rstrip('/')}/{entry}"
+        is_link = False
         try:
-            entries = sorted(os.scandir(real), key=lambda entry: entry.name)
+            status = os.lstat(path)
+            if is_link := stat.S_ISLNK(status.st_mode):
+                status = os.stat(path)
         except OSError as error:
-            _pass_on(error, f"{uri}/{below}")
-            if not below:
-                raise
-            left_out["unreadable folder"] += 1
+            _pass_on(error, f"{uri}/{name}")
+            left_out["broken link" if is_link else "unreadable file"] += 1
             continue
-        for entry in entries:
-            name = f"{below}/{entry.name}" if below else entry.name
-            try:
-                status = entry.stat()
-                is_folder = entry.is_dir()
-            except OSError as error:
-                _pass_on(error, f"{uri}/{name}")
-                left_out["broken link" if entry.is_symlink() else "unreadable file"] += 1
+        if stat.S_ISDIR(status.st_mode):
+            if not raw.endswith(b"/"):
+                # Its files come after those that begin with its name and a character before the slash.
+                _put_back(names, raw + b"/")
                 continue
-            if is_folder and entry.is_symlink():
-                target = os.path.realpath(entry.path)
-                if _is_inside(real, target):
-                    left_out["circular link"] += 1
-                elif any(_lists(start, target) for start in reached_from):
-                    left_out["repeated link"] += 1
-                else:
-                    todo.append((name, target, (*reached_from, target)))
-            elif is_folder:
-                todo.append((name, f"{real.rstrip('/')}/{entry.name}", reached_from))
-            elif not entry.is_file():
-                left_out["special file"] += 1
-            elif not _is_text(name):
-                left_out[_NOT_TEXT] += 1
+            target = os.path.realpath(path) if is_link else path
+            if not is_link:
+                yield from _walk_folder(f"{name}/", path, reached_from, uri, left_out)
+            elif _is_inside(real, target):
+                left_out["circular link"] += 1
+            elif any(_lists(start, target) for start in reached_from):
+                left_out["repeated link"] += 1
             else:
-                yield storage.FileInfo(f"{uri}/{name}", name, status.st_size, status.st_mtime_ns)
+                yield from _walk_folder(f"{name}/", target, (*reached_from, target), uri, left_out)
+        elif not stat.S_ISREG(status.st_mode):
+            left_out["special file"] += 1
+        elif not _is_text(name):
+            left_out[_NOT_TEXT] += 1
+        else:
+            yield storage.FileInfo(f"{uri}/{name}", name, status.st_size, status.st_mtime_ns)
+
+
+def _put_back(names: list[bytes], name: bytes) -> None:
+    """Into a list in descending order."""
+    low, high = 0, len(names)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if names[middle] > name else (low, middle)
+    names.insert(low, name)
 
 
 def _pass_on(error: OSError, uri: str) -> None:
@@ -121,7 +150,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _folders_with(name: str, files: list[storage.FileInfo]) -> tuple[str, ...]:
+def _folders_with(name: str, files: Iterable[storage.FileInfo]) -> tuple[str, ...]:
     """Those that hold a file of this name, with a slash at the end; the listed directory itself is ""."""
     paths = (file.path for file in files if posixpath.basename(file.path) == name)
     return tuple(path.removesuffix(name) for path in paths)

@@ -64,17 +64,17 @@ def open_place(place: Place) -> "ParquetSource | None":
     else:
         tables = place.taken("parquet", is_parquet)
         place.check_unchanged(tables)
-        images = [file for file in place.files if is_image(file.path)]
-        others = images or any(is_shard(file.path) for file in place.files)
-        if others and not any(map(holds_images, tables)):
-            return None  # captions of the images, or what a downloader notes
-        if tables and images:
-            raise SourceError(
-                f"{place.spec}: holds both Parquet files ({tables[0].path}, ...) and images "
-                f"({images[0].path}, ...): give the folder of one kind, or leave one out with source-options.exclude"
-            )
         if not tables:
             return None
+        image = next((file.path for file in place.files if is_image(file.path)), None)
+        others = image is not None or any(is_shard(file.path) for file in place.files)
+        if others and not any(map(holds_images, tables)):
+            return None  # captions of the images, or what a downloader notes
+        if image is not None:
+            raise SourceError(
+                f"{place.spec}: holds both Parquet files ({tables[0].path}, ...) and images "
+                f"({image}, ...): give the folder of one kind, or leave one out with source-options.exclude"
+            )
     return ParquetSource(
         place.uri,
         tables,

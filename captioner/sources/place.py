@@ -35,7 +35,7 @@ class Place:
         return storage.absolute(self.spec)
 
     @property
-    def files(self) -> list[storage.FileInfo] | None:
+    def files(self) -> storage.FileTable | None:
         """The visible files of a directory, sorted; None of a single file.
 
         Raises:
@@ -52,17 +52,21 @@ class Place:
         """
         return None if self.output is None else read_beginning(self.output, self.uri)
 
-    def taken(self, kind: str, wanted: Callable[[str], bool]) -> list[storage.FileInfo]:
-        """Files whose paths are wanted: those of today, or those that the run began with, as a source of a ``kind``."""
-        today = [file for file in self.files or () if wanted(file.path)]
+    def or_begun(self, kind: str, today: storage.FileTable) -> storage.FileTable:
+        """Today's files with images, or those that the run began with, of a source of the ``kind``."""
         begun = self.beginning
         if begun is None:
             return today
         if begun.kind != kind:
-            return []
+            return storage.FileTable(self.uri, ())
         if change := describe_change(begun.files, today):
             logger.info("%s: %s; the run goes on with what it began with", self.spec, change)
         return begun.files
+
+    def taken(self, kind: str, wanted: Callable[[str], bool]) -> list[storage.FileInfo]:
+        """The same of files that hold many images each, by their paths."""
+        today = (file for file in self.files or () if wanted(file.path))
+        return list(self.or_begun(kind, storage.FileTable.collect(self.uri, today)))
 
     def check_unchanged(self, taken: list[storage.FileInfo]) -> None:
         """Where a file holds many pictures, it may be no other than the one that a run began with.
@@ -70,7 +74,8 @@ class Place:
         Raises:
             SourceError: one is gone, or another.
         """
-        today = {file.path: file.size for file in self.files or ()}
+        paths = {file.path for file in taken}
+        today = {file.path: file.size for file in self.files or () if file.path in paths}
         for file in taken:
             if self.beginning is not None and today.get(file.path) != file.size:
                 raise SourceError(
@@ -83,7 +88,7 @@ class Place:
         return dict(self._listed[1])
 
     @cached_property
-    def _listed(self) -> tuple[list[storage.FileInfo] | None, dict[str, int]]:
+    def _listed(self) -> tuple[storage.FileTable | None, dict[str, int]]:
         """The visible files of a directory, None of a file; and what else is there."""
         try:
             if not storage.exists(self.uri):

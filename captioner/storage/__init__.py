@@ -1,6 +1,7 @@
 """Files behind URIs, and directories that a job publishes in one step."""
 
 from captioner.storage.exclusive import create_exclusively
+from captioner.storage.file_table import BATCH, FILE_SCHEMA, FileTable, iter_files
 from captioner.storage.files import (
     S3_ADDRESS_VARIABLES,
     DamagedError,
@@ -24,9 +25,12 @@ from captioner.storage.files import (
 )
 
 __all__ = [
+    "BATCH",
+    "FILE_SCHEMA",
     "S3_ADDRESS_VARIABLES",
     "DamagedError",
     "FileInfo",
+    "FileTable",
     "absolute",
     "atomic_writer",
     "copy_file",
@@ -36,6 +40,7 @@ __all__ = [
     "is_directory",
     "is_local",
     "is_partial",
+    "iter_files",
     "join",
     "list_files",
     "open_input",

@@ -93,7 +93,7 @@ def test_on_one_cpu_files_are_written_all_along_and_nothing_finished_is_read_aga
                 batch_size=32,
                 pool=pool,
             )
-            finish_rows(output, "features", images, 0.0)
+            finish_rows(output, "features", images)
         return [(name, int(files)) for name, files in map(str.split, log.read_text().splitlines())]
 
     with pytest.raises(ray.exceptions.RayTaskError):

@@ -1,8 +1,10 @@
 """Ray's private names in a running Ray: they do what is needed of them."""
 
 import os
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
@@ -10,6 +12,7 @@ from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_cli
 )
 
 from captioner.runtime import ray_private
+from captioner.runtime.data_context import data_context
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -25,6 +28,44 @@ def test_the_coordinator_that_train_asks_is_the_one_that_was_started() -> None:
     asked = TrainAutoscalingCoordinatorClient("test")._autoscaling_coordinator
     started = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
     assert asked._actor_id == started._actor_id
+
+
+class Same:
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return batch
+
+
+def test_a_dataset_is_cut_as_it_is_steered(tmp_path: Path) -> None:
+    begun: list[bool] = []
+    tasks: list[int] = []
+    files: list[int] = []
+
+    def is_task_full(rows: int) -> bool:
+        tasks.append(rows)
+        return rows >= 10
+
+    def is_file_full(rows: int) -> bool:
+        files.append(rows)
+        return rows >= 40
+
+    steering = ray_private.Steering(
+        begins=lambda: begun.append(True),
+        block_bytes=lambda: 5 * 8,
+        is_task_full=is_task_full,
+        is_file_full=is_file_full,
+    )
+    with data_context() as context:
+        ray_private.steer(context, steering)
+        rows = ray.data.range(200, override_num_blocks=1).map_batches(
+            lambda batch: batch, num_cpus=0.5
+        )
+        rows = rows.map_batches(Same, compute=ray.data.ActorPoolStrategy(size=1), num_cpus=0.1)
+        rows.write_parquet(str(tmp_path))
+    assert begun == [True]
+    # Loaded five rows at a time, encoded ten, written forty.
+    assert (max(tasks), max(files)) == (10, 40)
+    written = [pq.read_metadata(file).num_rows for file in tmp_path.iterdir()]
+    assert written == [40] * 5
 
 
 def test_the_object_store_is_measured() -> None:

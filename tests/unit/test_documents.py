@@ -24,6 +24,7 @@ from tests.pictures import picture
 
 CONFIGS = {
     **JOBS,
+    "benchmark driver": benchmarks.BenchmarkDriverConfig,
     "benchmark extract": benchmarks.BenchmarkExtractConfig,
     "benchmark kept": benchmarks.BenchmarkKeptConfig,
     "benchmark scores": benchmarks.BenchmarkScoresConfig,

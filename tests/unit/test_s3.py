@@ -43,3 +43,17 @@ def test_a_key_is_taken_as_it_is(bucket: str, name: str) -> None:
     odd.check(f"{bucket}/{name}/{name}")
     found = boto3.client("s3").list_objects_v2(Bucket="bucket", Prefix=f"{name}/{name}/")
     assert f"{name}/{name}/{name}" in [entry["Key"] for entry in found["Contents"]]
+
+
+def test_a_listing_page_by_page_is_the_whole_one(bucket: str) -> None:
+    client, names = boto3.client("s3"), [f"{number:04d} ü+%.jpg" for number in range(1100)]
+    for name in [*names, "folder/", "folder/a//b.jpg"]:
+        client.put_object(Bucket="bucket", Key=f"many/{name}", Body=b"x")
+    found = list(storage.iter_files(f"{bucket}/many"))
+    assert [file.path for file in found] == [*names, "folder/a//b.jpg"]
+    whole = storage.list_files(f"{bucket}/many")
+    assert found[:1100] == [file for file in whole if "folder" not in file.path]
+    assert list(storage.iter_files(f"{bucket}/nothing")) == []
+    with pytest.raises(StoreError) as one:
+        list(storage.iter_files("s3://no-such-bucket/photos"))
+    assert "\n" not in str(one.value)

@@ -200,14 +200,14 @@ def test_what_cannot_be_listed_now_is_not_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_images(tmp_path, "a.jpg", "below/b.jpg")
-    scan = os.scandir
+    listed = os.listdir
 
-    def stale(path: str) -> Any:
-        if path.endswith("below"):
+    def stale(path: bytes) -> Any:
+        if path.endswith(b"below"):
             raise OSError(errno.ESTALE, "injected")
-        return scan(path)
+        return listed(path)
 
-    monkeypatch.setattr("captioner.sources.listing.os.scandir", stale)
+    monkeypatch.setattr("captioner.sources.listing.os.listdir", stale)
     with pytest.raises(OutOfReachError, match=f"cannot list {tmp_path}/below: "):
         open_source(str(tmp_path))
 
