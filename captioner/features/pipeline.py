@@ -63,10 +63,11 @@ class _StageActor:
         retry_seconds: float,
     ):
         patiently(retry_seconds, stage.prepare)
-        self.stage, self.schema, self.counter, self.aside = stage, schema, counter, aside
+        self.stage, self.schema, self.counter = stage, schema, counter
+        self.aside, self.retry_seconds = aside, retry_seconds
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        rows = set_aside(rows, self.aside)
+        rows = set_aside(rows, self.aside, self.retry_seconds)
         good = rows["error"].is_null()
         count = int(pc.sum(good).as_py() or 0)
         loaded = [name for name in self.stage.loaded.names if name not in self.schema.names]

@@ -13,13 +13,18 @@ from captioner.artifacts.output import Output
 from captioner.artifacts.tables import RETRYABLE
 from captioner.errors import OutOfReachError
 from captioner.features.row_marks import finished
+from captioner.sources.outage import patiently
 
 UNREADABLE = "unreadable"
 _READERS = 16
 
 
-def set_aside(rows: pa.Table, folder: str) -> pa.Table:
-    """The rows without those that could not be read, which are noted in a file of ``folder``."""
+def set_aside(rows: pa.Table, folder: str, retry_seconds: float) -> pa.Table:
+    """The rows without those that could not be read, which are noted in a file of ``folder``.
+
+    Raises:
+        OutOfReachError: that cannot be written, for so long.
+    """
     failed = pc.fill_null(pc.equal(rows["error_kind"], RETRYABLE), False)
     if not pc.any(failed).as_py():
         return rows
@@ -27,7 +32,9 @@ def set_aside(rows: pa.Table, folder: str) -> pa.Table:
     file = io.BytesIO()
     pq.write_table(rows.filter(failed).select(columns), file)
     # A task that Ray repeats notes them again, which is no more than that.
-    storage.write_bytes(storage.join(folder, f"{uuid.uuid4().hex}.parquet"), file.getvalue())
+    note = storage.join(folder, f"{uuid.uuid4().hex}.parquet")
+    # The store is often the one that they could not be read from.
+    patiently(retry_seconds, lambda: storage.write_bytes(note, file.getvalue()))
     return rows.filter(pc.invert(failed))
 
 

@@ -6,6 +6,7 @@ picture has ended a second one that it had to itself: somebody else may have kil
 """
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -75,7 +76,7 @@ class Fence:
 
         Raises:
             RuntimeError: the child processes do not start: the loader cannot be unpickled or imported there.
-            OutOfReachError: somebody kills them as they start.
+            OutOfReachError: the machine has no room for them, or somebody kills them as they start.
         """
         found: list[Found | ImageError] = []
         deaths = 0
@@ -117,10 +118,11 @@ class Fence:
                 # An exception says the same each time; a process that is killed was in somebody's way.
                 if death.tries != _TRIES_WHEN_KILLED:
                     raise RuntimeError(f"no process for loading pictures starts: {death}") from None
-                time.sleep(1.0)
-        raise OutOfReachError(
-            "processes for loading pictures are killed as they start: is memory short?"
-        )
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.ENOMEM):
+                    raise
+            time.sleep(1.0)
+        raise OutOfReachError("no process for loading pictures starts: is memory short?")
 
 
 def _round(pictures: Sequence[Any], start: int) -> int:

@@ -1,6 +1,7 @@
 """Whatever a picture does to the process that loads it, the others are loaded."""
 
 import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -186,6 +187,18 @@ def test_the_processes_end_with_their_parent() -> None:
     while child.exists() and "\nState:\tZ" not in (child / "status").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_machine_that_is_full_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, failures = subprocess.Popen, iter([errno.EAGAIN, errno.ENOMEM])
+
+    def fork(*arguments: Any, **options: Any) -> Any:
+        if (error := next(failures, None)) is not None:
+            raise OSError(error, "injected")
+        return start(*arguments, **options)
+
+    monkeypatch.setattr("captioner.images.fence.subprocess.Popen", fork)
+    assert Fence(misbehave).load([b"one"])[0]["bytes"] == b"one"
 
 
 def test_a_loader_that_cannot_be_had_says_why() -> None:

@@ -53,10 +53,10 @@ def half_read(output: Output) -> Output:
     """A run of six images, of which one is rejected and two could not be read; a task that was repeated read one."""
     folder = output.work(UNREADABLE)
     rows = loaded(None, "final", "retryable", None, "retryable", None)
-    kept = set_aside(rows, folder)
+    kept = set_aside(rows, folder, 0.0)
     assert kept["image_id"].to_pylist() == ["0", "1", "3", "5"]
-    assert set_aside(kept, folder) is kept
-    set_aside(rows, folder)
+    assert set_aside(kept, folder, 0.0) is kept
+    set_aside(rows, folder, 0.0)
     finish_file(output, kept)
     late = rows.slice(4, 1).set_column(5, "error", pa.nulls(1, pa.string()))
     finish_file(output, late.set_column(6, "error_kind", pa.nulls(1, pa.string())))
