@@ -235,7 +235,7 @@ def _strike(
         "statuses": " ".join(map(str, statuses)),
         "lost": sum(len(set(a) - set(b)) for a, b in zip(wanted, rows, strict=True)),
         "repeated": sum(len(b) - len(set(b)) for b in rows),
-        "equal": found == whole,
+        "differs": " ".join(store_fuzz.differing(found, whole)),
         "seconds": f"{time.monotonic() - started:.0f}",
         "undisturbed": f"{ground.seconds[job]:.0f}",
         "said": "" if 0 in statuses else " ".join(last.split())[-300:],
@@ -243,7 +243,7 @@ def _strike(
 
 
 def is_sound(row: dict[str, Any]) -> bool:
-    return (str(row["lost"]), str(row["repeated"]), str(row["equal"])) == ("0", "0", "True")
+    return (str(row["lost"]), str(row["repeated"]), row["differs"]) == ("0", "0", "")
 
 
 def main() -> None:
