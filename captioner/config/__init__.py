@@ -30,7 +30,7 @@ from captioner.config.parts import (
     Split,
     TextConfig,
 )
-from captioner.config.serving import ServeConfig, UploadBounds
+from captioner.config.serving import ReplicaSettings, ServeConfig, UploadBounds
 from captioner.config.tuning import TuneConfig
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "ImageLimits",
     "OptimizerConfig",
     "Positive",
+    "ReplicaSettings",
     "ServeConfig",
     "ShapesConfig",
     "SourceConfig",

@@ -31,7 +31,7 @@ class DecodeConfig(Config):
     mbr_samples: Annotated[int, Field(ge=0, le=1000)] = 0
     """Minimum-Bayes-risk decoding: captions sampled per image, against which candidates are compared; 0: beam search
     alone."""
-    mbr_temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 0.8
+    mbr_temperature: Annotated[float, Field(ge=0.01, le=10.0)] = 0.8
     """Minimum-Bayes-risk decoding: what the logits are divided by before sampling. Below 1 rare words, mostly slips,
     get rarer."""
     mbr_candidates: Annotated[int, Field(ge=0, le=100)] = 5

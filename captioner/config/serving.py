@@ -89,14 +89,30 @@ class UploadBounds(Config):
     """Also log a line for every request: its id, method, path, status and time; no token, no file name."""
 
 
-class ServeConfig(UploadBounds, Served):
+class ReplicaSettings(Config):
+    """What a replica of a model goes by. A change of other settings starts none again."""
+
+    limits: ImageLimits = ImageLimits(max_bytes=16 * 2**20)
+    max_loading_bytes: Positive = 2**30
+    """Memory that a model replica takes for loading images at once, in bytes; others wait, or get 503."""
+    request_timeout_s: Seconds = 30.0
+    """Longest time to the answer once a request is complete, in seconds. Who could not be answered in it gets 503 at
+    once, and when to come back."""
+    max_queued: Positive = 128
+    """Requests that a model replica holds, waiting or under way; beyond it clients get 503."""
+    max_batch_size: Positive = 32
+    """Most images in one forward pass."""
+    threads: Positive | None = None
+    """Threads of one model replica on CPU; default: the cores of its node."""
+
+
+class ServeConfig(ReplicaSettings, UploadBounds, Served):
     """Serve models over HTTP: an API and a web page."""
 
     decode: DecodeOverrides = DecodeOverrides()
     """What a request that says nothing else gets, over each model's own search."""
     decode_of: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """The same for one of several models: MODEL.SETTING=VALUE, such as small.beam-size=1; repeat the flag for more."""
-    limits: ImageLimits = ImageLimits(max_bytes=16 * 2**20)
     types: Annotated[tuple[ImageType, ...], Field(min_length=1)] = (
         "jpeg",
         "png",
@@ -110,15 +126,6 @@ class ServeConfig(UploadBounds, Served):
     max_cost: Positive = 200_000
     """Most that the search of one request may take: images x longest caption in words x (beams x captions + samples);
     beyond it clients get 422."""
-    max_loading_bytes: Positive = 2**30
-    """Memory that a model replica takes for loading images at once, in bytes; others wait, or get 503."""
-    request_timeout_s: Seconds = 30.0
-    """Longest time to the answer once a request is complete, in seconds. Who could not be answered in it gets 503 at
-    once, and when to come back."""
-    max_queued: Positive = 128
-    """Requests that a model replica holds, waiting or under way; beyond it clients get 503."""
-    max_batch_size: Positive = 32
-    """Most images in one forward pass."""
     min_replicas: Positive = 1
     """Fewest replicas of each model."""
     max_replicas: Positive = 1
@@ -132,8 +139,6 @@ class ServeConfig(UploadBounds, Served):
     all models would not fit. Name it where GPUs join the cluster later."""
     cpus_per_replica: Annotated[float, Field(gt=0.0)] | None = None
     """CPUs one model replica reserves; default: at most 1, less where the cluster could not hold a second version."""
-    threads: Positive | None = None
-    """Threads of one model replica on CPU; default: the cores of its node."""
     token_file: str | None = None
     """File with accepted bearer tokens, one a line (path or URI). The variable CAPTIONER_TOKENS may hold them instead.
     With tokens, only /healthz is open to clients without one."""

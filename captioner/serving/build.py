@@ -10,7 +10,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
 from captioner.artifacts.model_directory import ModelDirectory, open_model
-from captioner.config import DecodeConfig, ServeConfig
+from captioner.config import DecodeConfig, ReplicaSettings, ServeConfig
 from captioner.decoders import decoder_class
 from captioner.errors import ConfigError
 from captioner.runtime.cluster import num_cpus, num_gpus
@@ -45,8 +45,11 @@ def application(args: ServeConfig, kind: type[CaptionModel]) -> serve.Applicatio
     """
     cards = describe_models(args)
     model = model_deployment(args, kind)
+    settings = ReplicaSettings(**args.model_dump(include=set(ReplicaSettings.model_fields)))
     handles = {
-        name: model.options(name=deployment_name(name)).bind(name, open_model(uri).uri, args)
+        name: model.options(name=deployment_name(name)).bind(
+            name, open_model(uri).uri, settings, args.max_upload_bytes
+        )
         for name, uri in args.models.items()
     }
     return api_deployment(args).bind(args, GuardSettings.of(args), cards, handles)

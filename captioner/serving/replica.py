@@ -14,7 +14,7 @@ from PIL import Image
 
 from captioner.artifacts.model_directory import check_search
 from captioner.captioning.captioner import Candidate, Caption, Captioner
-from captioner.config import DecodeConfig, ServeConfig
+from captioner.config import DecodeConfig, ReplicaSettings
 from captioner.errors import CaptionerError, ConfigError
 from captioner.images.load import Loaded
 from captioner.runtime.device import prepare_device
@@ -45,24 +45,28 @@ class _Item:
 class CaptionModel:
     """A replica of one model. Ready once it has captioned a picture."""
 
-    def __init__(self, name: str, uri: str, config: ServeConfig):
+    def __init__(self, name: str, uri: str, settings: ReplicaSettings, max_bytes: int):
+        """
+        Args:
+            max_bytes: of images that it holds at once.
+        """
         self._name = name
-        self._captioner = Captioner.load(uri, prepare_device(threads=config.threads))
+        self._captioner = Captioner.load(uri, prepare_device(threads=settings.threads))
         self._version = self._captioner.model.directory.version[:12]
         self._queue: ModelQueue[_Item, Caption] = ModelQueue(
             self._run,
-            max_batch_size=config.max_batch_size,
-            max_requests=config.max_queued,
-            max_bytes=config.max_upload_bytes,
-            timeout_s=config.request_timeout_s,
+            max_batch_size=settings.max_batch_size,
+            max_requests=settings.max_queued,
+            max_bytes=max_bytes,
+            timeout_s=settings.request_timeout_s,
         )
         fit = self._captioner.model.record.encoder.spec.fit
-        self._loader = Loader(fit, config.limits, config.max_loading_bytes)
+        self._loader = Loader(fit, settings.limits, settings.max_loading_bytes)
         for module in self._captioner.model.decoder.modules():
             # Every step of a search ends in it.
             if isinstance(output := getattr(module, "output", None), torch.nn.Module):
                 output.register_forward_pre_hook(lambda *_: self._queue.step())
-        self._warm_up(config.max_batch_size)
+        self._warm_up(settings.max_batch_size)
 
     async def caption(
         self,

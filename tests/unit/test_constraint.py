@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pytest
+from pydantic import ValidationError
 
 from captioner.captioning.captioner import Captioner
 from captioner.config import DecodeConfig
@@ -93,3 +94,12 @@ def test_every_caption_of_every_kind_of_search_keeps_to_it(
             assert math.isfinite(candidate.log_prob)
             if candidate.attention is not None:
                 assert len(candidate.attention) == len(candidate.words)
+
+
+def test_coldest_samples_are_captions_still(captioner: Captioner) -> None:
+    """What a request may ask for at all is searched: a temperature that divides by nothing would draw nothing."""
+    with pytest.raises(ValidationError):
+        DecodeConfig(mbr_temperature=5e-324)
+    coldest = DecodeConfig(mbr_temperature=0.01, mbr_samples=4, beam_size=2, max_length=1)
+    for one in captioner.caption(PICTURES, coldest):
+        assert math.isfinite(one.log_prob)
