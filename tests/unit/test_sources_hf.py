@@ -26,25 +26,26 @@ READ = """
 import json, sys
 from captioner.config import SourceConfig
 from captioner.errors import CaptionerError
-from captioner.sources import hf, open_source
+from captioner.sources import open_source
 from tests.sources import captions_of, read_all
-try:
-    source = open_source(sys.argv[1], SourceConfig.model_validate_json(sys.argv[2]))
-    rows = [[row["image_id"], row["split"], row["bytes"].decode()] for row in read_all(source)]
-    print(json.dumps([rows, list(captions_of(source).values()), source.identity().uri]))
-except CaptionerError as error:
-    print(json.dumps([type(error).__name__, str(error)]))
+for spec in sys.argv[2:]:
+    try:
+        source = open_source(spec, SourceConfig.model_validate_json(sys.argv[1]))
+        rows = [[row["image_id"], row["split"], row["bytes"].decode()] for row in read_all(source)]
+        print(json.dumps([rows, list(captions_of(source).values()), source.identity().uri]))
+    except CaptionerError as error:
+        print(json.dumps([type(error).__name__, str(error)]))
 """
 
 
-def read(spec: str, hub: Hub, home: Path, **options: Any) -> Any:
+def read(hub: Hub, home: Path, *specs: str, **options: Any) -> list[Any]:
     environment = os.environ | hub.environment | {"HF_HOME": str(home)}
     done = subprocess.run(
-        [sys.executable, "-c", READ, spec, json.dumps(options)],
+        [sys.executable, "-c", READ, json.dumps(options), *specs],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def table(split: str, rows: int, **columns: Any) -> bytes:
@@ -64,7 +65,7 @@ def test_a_data_set_of_the_hub_is_fetched_once(tmp_path: Path) -> None:
     with serve_hub() as hub:
         hub.commits["org/name"] = {}
         commit = hub.commit("org/name", files)
-        rows, captions, uri = read("hf:org/name", hub, tmp_path)
+        ((rows, captions, uri),) = read(hub, tmp_path, "hf:org/name")
         assert uri == f"hf:org/name@{commit}"
         assert [(row[1], row[2]) for row in rows] == [
             ("train", "bytes of train 0"), ("train", "bytes of train 1"), ("train", "bytes of train 2"),
@@ -77,20 +78,20 @@ def test_a_data_set_of_the_hub_is_fetched_once(tmp_path: Path) -> None:
         hub.commit("org/name", {"data/train-00000-of-00001.parquet": table("train", 1)})
         hub.failing = True
         before = len(hub.requests)
-        assert read("hf:org/name", hub, tmp_path) == [rows, captions, uri]
-        assert len(hub.requests) == before
-        kind, told = read("hf:org/other", hub, tmp_path)
+        again, (kind, told) = read(hub, tmp_path, "hf:org/name", "hf:org/other")
+        assert again == [rows, captions, uri]
+        assert not [asked for asked in hub.requests[before:] if "org/name" in asked]
         assert kind == "OutOfReachError"
         assert "the hub cannot be reached" in told
         hub.failing = False
-        for spec in ("hf:org/absent", "hf:org/name@v9", "hf:nothing", "hf:a b/c"):
-            kind, told = read(spec, hub, tmp_path)
+        wrong = ("hf:org/absent", "hf:org/name@v9", "hf:nothing", "hf:a b/c")
+        part, *others = read(hub, tmp_path, f"hf:org/name@{commit}", *wrong, limit=1)
+        assert part[2] == f"hf:org/name@{commit}"
+        assert len(part[0]) == 2
+        for spec, (kind, told) in zip(wrong, others, strict=True):
             assert kind == "SourceError"
             assert told.startswith(f"{spec}: ")
             assert "\n" not in told
-        rows, _, uri = read(f"hf:org/name@{commit}", hub, tmp_path, limit=1)
-        assert uri == f"hf:org/name@{commit}"
-        assert len(rows) == 2
 
 
 @pytest.fixture
