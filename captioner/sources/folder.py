@@ -6,7 +6,6 @@ import math
 import posixpath
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
@@ -23,13 +22,13 @@ from captioner.artifacts.manifests import SourceIdentity
 from captioner.artifacts.tables import CAPTION_ROWS, SPLITS
 from captioner.config import Split
 from captioner.errors import SourceError
-from captioner.images.load import HEIF_EXTRA, has_loader, sniff_format
 from captioner.sources.base import Listed
-from captioner.sources.columns import IMAGE_SUFFIX, column_flags
+from captioner.sources.columns import column_flags
 from captioner.sources.folder_files import MOST_ROWS, cut, read
-from captioner.sources.nearby import SIDECARS, TABLES, Nearby, find_captions
+from captioner.sources.image_files import is_image, is_known, kind_of_file, sniff
+from captioner.sources.nearby import Nearby, find_captions
 from captioner.sources.outage import RETRY_SECONDS
-from captioner.sources.place import Place, suffix_of
+from captioner.sources.place import Place
 from captioner.sources.splits import hashed_split, split_of_folder, split_of_list, splits_called
 from captioner.sources.tasks import BYTES_PER_PIECE, Piece, PieceSource
 
@@ -61,8 +60,8 @@ def open_place(place: Place) -> "FolderSource | None":
         return FolderSource(place.uri, image, {}, place, single=True)
     sniffed: set[str] = set()
     if place.options.sniff:
-        unknown = [file for file in place.files if not _is_known(file.path)]
-        sniffed.update(file.path for file in _sniff(unknown))
+        unknown = [file for file in place.files if not is_known(file.path)]
+        sniffed.update(file.path for file in sniff(unknown))
     # The images are then no longer among the place's files, or those of a large folder would be held twice.
     today = place.files.take(lambda file: is_image(file.path) or file.path in sniffed)
     images = place.or_begun("folder", today)
@@ -122,7 +121,9 @@ class FolderSource:
             return
         kinds = Counter(left_out)
         read = set(found.files)
-        kinds.update("captions file" if file.uri in read else _kind(file.path) for file in others)
+        kinds.update(
+            "captions file" if file.uri in read else kind_of_file(file.path) for file in others
+        )
         kinds["missing picture"] = found.missing
         kinds["over the limit"] = self._limit()
         self._left_out = {kind: count for kind, count in kinds.most_common() if count}
@@ -290,55 +291,6 @@ class FolderSource:
         if self.options.split != "auto":
             return self.options.split
         return "train" if others_have_one else "test"
-
-
-def is_image(path: str) -> bool:
-    """Whether a file is taken for a picture that can be loaded here, by its suffix."""
-    base = posixpath.basename(path)
-    return IMAGE_SUFFIX.fullmatch(base) is not None and (has_loader("HEIF") or not _is_heif(base))
-
-
-def _is_heif(path: str) -> bool:
-    return path.lower().endswith((".heic", ".heif", ".hif"))
-
-
-def _is_known(path: str) -> bool:
-    """Whether a suffix says what a file is, and what it says is right."""
-    return IMAGE_SUFFIX.fullmatch(path) is not None or path.lower().endswith(
-        (
-            *TABLES,
-            *SIDECARS,
-            ".tar",
-            ".md",
-            ".html",
-            ".xml",
-            ".yaml",
-            ".yml",
-            ".py",
-            ".pdf",
-            ".zip",
-            ".mp4",
-            ".mov",
-        )
-    )
-
-
-def _sniff(files: list[storage.FileInfo]) -> list[storage.FileInfo]:
-    """Those whose content is a picture's that can be loaded here."""
-
-    def is_picture(file: storage.FileInfo) -> bool:
-        with storage.open_input(file.uri) as handle:
-            found = sniff_format(handle.read(64))
-        return found is not None and (found != "image/heic" or has_loader("HEIF"))
-
-    with ThreadPoolExecutor(16) as pool:
-        return [file for file, fine in zip(files, pool.map(is_picture, files), strict=True) if fine]
-
-
-def _kind(path: str) -> str:
-    """What a file that is left out is counted as."""
-    suffix = suffix_of(path)
-    return f"{suffix} (needs the extra {HEIF_EXTRA})" if _is_heif(path) else suffix
 
 
 def _single(uri: str) -> storage.FileInfo:

@@ -29,7 +29,7 @@ from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 from captioner import storage
 from captioner.config import SourceConfig
 from captioner.errors import OutOfReachError, SourceError
-from captioner.sources.folder import is_image
+from captioner.sources.image_files import is_image
 from captioner.sources.listing import list_place
 from captioner.sources.parquet import ParquetSource
 from captioner.sources.parquet_files import is_parquet

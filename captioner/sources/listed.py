@@ -9,7 +9,7 @@ from captioner import storage
 from captioner.errors import SourceError
 from captioner.sources import folder, parquet, shards
 from captioner.sources.base import Source
-from captioner.sources.captions import decode_text
+from captioner.sources.encodings import decode_text
 from captioner.sources.folder import FolderSource
 from captioner.sources.parquet import ParquetSource
 from captioner.sources.parquet_files import is_parquet

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from captioner import storage
 from captioner.config import SourceConfig
 from captioner.errors import SourceError, StoreError
-from captioner.sources.captions import CaptionFile, decode_text, parse_captions, record_texts
+from captioner.sources.captions import CaptionFile, parse_captions, record_texts
 from captioner.sources.columns import NO_CAPTIONS, column_flags
+from captioner.sources.encodings import decode_text
 from captioner.sources.matching import ImageNames
 from captioner.sources.splits import split_in_name
 

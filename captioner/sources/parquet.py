@@ -19,7 +19,7 @@ from captioner.config import SourceConfig, Split
 from captioner.errors import SourceError, StoreError
 from captioner.sources.base import Listed
 from captioner.sources.columns import NO_CAPTIONS, texts_of
-from captioner.sources.folder import is_image
+from captioner.sources.image_files import is_image
 from captioner.sources.outage import RETRY_SECONDS, told_of
 from captioner.sources.parquet_files import (
     InspectedFile,

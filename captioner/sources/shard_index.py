@@ -18,7 +18,6 @@ from pyarrow.fs import FileSystem, LocalFileSystem
 from captioner import storage
 from captioner.config import SourceConfig
 from captioner.errors import SourceError, StoreError
-from captioner.sources.captions import decode_text
 from captioner.sources.columns import (
     IMAGE_SUFFIX,
     NO_CAPTIONS,
@@ -26,6 +25,7 @@ from captioner.sources.columns import (
     named,
     texts_of,
 )
+from captioner.sources.encodings import decode_text
 from captioner.storage.faults import one_line
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")

@@ -22,7 +22,7 @@ from captioner.config import Split
 from captioner.errors import SourceError
 from captioner.sources.base import Listed
 from captioner.sources.columns import NO_CAPTIONS
-from captioner.sources.folder import is_image
+from captioner.sources.image_files import is_image
 from captioner.sources.outage import RETRY_SECONDS, Outage, kind_of, reason_of
 from captioner.sources.place import Place, suffix_of
 from captioner.sources.shard_index import (

@@ -266,7 +266,7 @@ def test_heic_without_its_loader_is_counted_by_name(
     write_images(tmp_path, "a.jpg", "b.HEIC", "c.heic")
     (tmp_path / "d").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0heicmif1")
     assert len(read_all(open_source(str(tmp_path), SourceConfig(sniff=True)))) == 4
-    monkeypatch.setattr("captioner.sources.folder.has_loader", lambda name: False)
+    monkeypatch.setattr("captioner.sources.image_files.has_loader", lambda name: False)
     source = open_source(str(tmp_path), SourceConfig(sniff=True))
     assert [row["image_id"] for row in read_all(source)] == ["a.jpg"]
     assert source.left_out() == {".heic (needs the extra heif)": 2, "no suffix": 1}
