@@ -39,6 +39,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         ModelError: the model directory is unusable.
         StoreError: the output belongs to another run or cannot be written.
         ConfigError: the cluster has too few CPUs, or the model cannot be searched as asked.
+        OutOfReachError: images could not be read, or a store or a cluster cannot be had now.
     """
     source = patiently(
         config.retry_seconds,

@@ -53,6 +53,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
         StoreError: the output belongs to another run or cannot be written.
         ModelError: the encoder's weights cannot be had.
         ConfigError: there is no such encoder, or the cluster has too few CPUs.
+        OutOfReachError: images could not be read, or a store or a cluster cannot be had now.
     """
     family, _ = family_of(config.encoder.name)
     source = patiently(
