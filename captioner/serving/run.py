@@ -16,6 +16,7 @@ from ray.serve.schema import LoggingConfig
 
 from captioner.config import ServeConfig
 from captioner.errors import ConfigError, ModelError
+from captioner.images.load import HEIF_EXTRA, has_loader
 from captioner.runtime.cluster import start_ray
 from captioner.serving import proxy
 from captioner.serving.build import application, describe_models
@@ -34,7 +35,7 @@ def serve_models(config: ServeConfig, kind: type[CaptionModel] = CaptionModel) -
     On such a cluster a second call replaces the models of the first one by one, without a failed request.
 
     Raises:
-        ConfigError: the port is taken, or the token file cannot be used.
+        ConfigError: the port is taken, the token file cannot be used, or a type of images cannot be loaded.
         ModelError: a model directory is unusable.
     """
     describe_models(config)
@@ -44,6 +45,7 @@ def serve_models(config: ServeConfig, kind: type[CaptionModel] = CaptionModel) -
         deploy(config, kind)
         logger.info("serving %s at %s", ", ".join(config.models), url(config))
         return
+    _check_types(config)
     _check_certificate(config)
     _check_port(config.host, config.port)
     with tempfile.TemporaryDirectory(prefix="captioner-") as folder:
@@ -102,6 +104,11 @@ def deploy(config: ServeConfig, kind: type[CaptionModel] = CaptionModel) -> None
 def url(config: ServeConfig) -> str:
     host = f"[{config.host}]" if ":" in config.host else config.host
     return f"{'https' if config.certificate else 'http'}://{host}:{config.port}"
+
+
+def _check_types(config: ServeConfig) -> None:
+    if "heic" in config.types and not has_loader("HEIF"):
+        raise ConfigError(f"--types: heic takes the extra: pip install 'captioner[{HEIF_EXTRA}]'")
 
 
 def _check_certificate(config: ServeConfig) -> None:

@@ -61,3 +61,14 @@ def test_wrong_input_is_one_line_and_status_2_before_ray_starts(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_a_type_that_cannot_be_loaded_is_refused(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "has_loader", lambda name: False)
+    monkeypatch.setattr("sys.argv", ["serve", "--model", model, "--types", "jpeg", "heic"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "--types: heic takes the extra: pip install 'captioner[heif]'" in capsys.readouterr().err
