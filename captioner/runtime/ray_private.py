@@ -36,6 +36,9 @@ _LOCAL = {
     "RAY_raylet_start_wait_time_s": "180",
     # It would start one more process for every training, and nobody takes this node away.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # How long a thread of torch's looks at a barrier before it sleeps there: by libgomp's default for milliseconds, on
+    # cores that another process wants. So many looks are some 50 microseconds. Read when the library is loaded.
+    "GOMP_SPINCOUNT": "1000",
 }
 
 

@@ -39,6 +39,7 @@ def test_settings_of_a_local_ray_are_the_users_or_ours_and_end_with_it(
         assert os.environ["RAY_ADDRESS"] == "127.0.0.1:1234"
         assert os.environ["RAY_raylet_start_wait_time_s"] == "7"
         assert os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR] == "0"
+        assert os.environ["GOMP_SPINCOUNT"] == "1000"
     assert dict(os.environ) == before
     monkeypatch.setenv("RAY_GCS_SERVER_PORT", "5678")
     with ray_private.local_settings(1234):
