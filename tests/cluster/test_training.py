@@ -261,6 +261,37 @@ def test_a_run_that_stopped_early_and_was_killed_before_publishing_only_publishe
     assert len(result.history) == result.best.epoch + 2 < 40
 
 
+def test_drawn_captions_teach_a_model_that_is_published_already(
+    unbroken: TrainResult, features: str, tmp_path: Path
+) -> None:
+    config = TrainConfig(
+        features=features,
+        output=str(tmp_path / "model"),
+        init=unbroken.uri,
+        objective="self_critical",
+        samples=3,
+        global_batch=18,
+        epochs=2,
+        patience=None,
+        num_workers=2,
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        compute="float32",
+    )
+    result = run_training(config)
+    assert [record.train_loss for record in result.history] == [None, None]
+    for record in result.history:
+        assert record.train_cider is not None
+        assert 0 < record.train_cider < 10
+        assert record.validation_cider is not None
+    model, there = load_model(result.uri), load_model(unbroken.uri)
+    assert model.record.decoder == there.record.decoder
+    assert model.record.decode == there.record.decode
+    assert weights(result) != weights(unbroken)
+    assert run_training(config) == result
+    with pytest.raises(StoreError, match="training.samples: 3 there, 4 asked"):
+        run_training(config.model_copy(update={"samples": 4}))
+
+
 def test_finished_model_is_left_alone_and_another_is_refused(
     unbroken: TrainResult, features: str, caplog: pytest.LogCaptureFixture
 ) -> None:
