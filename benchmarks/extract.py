@@ -117,6 +117,9 @@ class RepeatedSource:
     def files(self) -> Iterator[Listed]:
         yield from ()
 
+    def states(self) -> Iterator[pa.RecordBatch]:
+        yield from ()
+
     def num_images(self) -> int:
         return sum(piece.rows for piece in self._pieces())
 

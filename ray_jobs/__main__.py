@@ -20,6 +20,7 @@ JOBS: dict[str, type[config.Config]] = {
     "caption": config.CaptionConfig,
     "serve": config.ServeConfig,
     "search": config.SearchConfig,
+    "compact": config.CompactConfig,
     "verify": config.VerifyConfig,
     "push": config.PushConfig,
     "demo": config.DemoConfig,

@@ -110,8 +110,8 @@ class FeatureStore:
 
     @property
     def encoder_weights_uri(self) -> str:
-        """The weights every embedding of the store was made with."""
-        return storage.join(self.uri, ENCODER_WEIGHTS)
+        """The weights every embedding of the store was made with; of one that was extended, the first part's."""
+        return self._encoder_weights.uri(self.uri)
 
     def read_encoder_weights(self) -> bytes:
         """The file behind ``encoder_weights_uri``.
@@ -119,13 +119,23 @@ class FeatureStore:
         Raises:
             StoreError: it is missing, or another than was published.
         """
-        data = storage.read_bytes(self.encoder_weights_uri)
-        digests = [entry.sha256 for entry in self.manifest.files if entry.path == ENCODER_WEIGHTS]
-        if digests != [hashlib.sha256(data).hexdigest()]:
-            raise StoreError(
-                f"{self.encoder_weights_uri} is damaged: not the file that was published"
-            )
+        entry = self._encoder_weights
+        data = storage.read_bytes(entry.uri(self.uri))
+        if entry.sha256 != hashlib.sha256(data).hexdigest():
+            raise StoreError(f"{entry.uri(self.uri)} is damaged: not the file that was published")
         return data
+
+    @property
+    def encoder_weights_entry(self) -> FileEntry:
+        """The file, for the manifest of a store elsewhere."""
+        return self._encoder_weights.model_copy(update={"path": self.encoder_weights_uri})
+
+    @property
+    def _encoder_weights(self) -> FileEntry:
+        for entry in self.manifest.files:
+            if entry.path.rpartition("/")[2] == ENCODER_WEIGHTS:
+                return entry
+        raise StoreError(f"{self.uri}: its manifest lists no {ENCODER_WEIGHTS}")
 
     def require(
         self,

@@ -1,5 +1,6 @@
 """Image ids at 16 bytes each, whatever they look like: which are in a set, and where they stand in a list."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -25,6 +26,7 @@ class IdSet:
         """How many ids came again."""
         self._digests = every[np.concatenate([[True], ~again])] if self.repeated else every
         self._again = np.unique(every[1:][again])
+        self._prefix = ""
 
     def came_again(self) -> "IdSet":
         """Those that came more than once."""
@@ -35,10 +37,24 @@ class IdSet:
     def __len__(self) -> int:
         return len(self._digests)
 
+    def __or__(self, other: "IdSet") -> "IdSet":
+        both = IdSet()
+        both._digests = np.union1d(self._digests, other._digests)
+        both._prefix = self._prefix
+        return both
+
+    def behind(self, prefix: str) -> "IdSet":
+        """The same set for who leaves away a prefix that the ids have."""
+        short = copy.copy(self)
+        short._prefix = self._prefix + prefix
+        return short
+
     def holds(self, ids: Sequence[str]) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Whether each of the ids is in, bool [N]."""
         if not len(self):
             return np.zeros(len(ids), bool)
+        if self._prefix:
+            ids = [self._prefix + one for one in ids]
         asked = np.frombuffer(_digest(ids), _TYPE)
         place = np.searchsorted(self._digests, asked).clip(max=len(self) - 1)
         return np.asarray(self._digests[place] == asked)
@@ -62,6 +78,15 @@ class IdRows:
         asked = np.frombuffer(_digest(ids), _TYPE)
         place = np.searchsorted(self._digests, asked).clip(max=len(self._digests) - 1)
         return np.where(self._digests[place] == asked, self._order[place], -1)
+
+
+def content_key(image_id: str, digest: str | None) -> str:
+    """Image and content as one id.
+
+    Args:
+        digest: SHA-256 of the encoded bytes.
+    """
+    return f"{image_id}\n{digest}"
 
 
 def _digest(ids: Sequence[str]) -> bytes:

@@ -29,6 +29,8 @@ class FileEntry(Record):
     """Of a table."""
     sha256: str | None = None
     """Of files that are read whole; Parquet pages carry checksums of their own."""
+    part: str | None = None
+    """Key of the source that its rows are of, in a collection that has grown."""
 
     def uri(self, root: str) -> str:
         """Where it lies, given the directory of the manifest."""
@@ -65,6 +67,11 @@ class SourceIdentity(Record):
     captions: str | None = None
     """Digest of their captions and splits."""
 
+    @property
+    def key(self) -> str:
+        """What part of a collection its images are: the same source's, whatever is chosen or changed in it."""
+        return " ".join([self.kind, self.uri, str(self.options.get("id_prefix") or "")])
+
     def claim(self) -> dict[str, Any]:
         """What must be the same for a run to continue another."""
         return self.model_dump(mode="json", include={"kind", "uri", "options"})
@@ -92,6 +99,26 @@ class Counts(Record):
         return self.images + sum(self.left_out.values())
 
 
+class Part(Record):
+    """A source of a collection that has grown."""
+
+    source: SourceIdentity
+    left_out: dict[str, int] = {}
+    """Of its files, not taken, by kind."""
+
+
+class Collection(Manifest):
+    """Of rows about pictures, which may have grown from older parts."""
+
+    source: SourceIdentity
+    """The newest part's."""
+    counts: Counts
+    parts: dict[str, Part] = {}
+    """All sources, by key; empty where nothing was extended."""
+    removed: FileEntry | None = None
+    """Table (file, image_id) of rows that no longer count."""
+
+
 class SplitCounts(Record):
     """Good pictures of a split, and their captions."""
 
@@ -109,12 +136,11 @@ class EncoderRecord(Record):
     """How it was run: changes speed, not features."""
 
 
-class StoreManifest(Manifest):
+class StoreManifest(Collection):
     """Of a feature store."""
 
     kind: Literal["features"] = "features"
     encoder: EncoderRecord
-    source: SourceIdentity
     grid: bool
     """Whether the grid is there beside the pooled vector."""
     mirrored: bool = False
@@ -122,10 +148,7 @@ class StoreManifest(Manifest):
     crops: int = 0
     """Random crops of every image whose features are there, too."""
     thumbnails: bool = True
-    counts: Counts
     splits: dict[str, SplitCounts]
-    removed: FileEntry | None = None
-    """Table (file, image_id) of rows that no longer count."""
 
 
 class ModelManifest(Manifest):
@@ -134,7 +157,7 @@ class ModelManifest(Manifest):
     kind: Literal["model"] = "model"
 
 
-class CaptionsManifest(Manifest):
+class CaptionsManifest(Collection):
     """Of a captioned collection."""
 
     kind: Literal["captions"] = "captions"
@@ -143,8 +166,6 @@ class CaptionsManifest(Manifest):
     version: str
     """SHA-256 of the model's weights."""
     decode: DecodeConfig
-    source: SourceIdentity
-    counts: Counts
 
 
 class ReportManifest(Manifest):

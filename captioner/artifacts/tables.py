@@ -9,6 +9,8 @@ from captioner.encoders.spec import Column, FeatureShape
 SPLITS = ("train", "validation", "test")
 # Kinds of error: the picture itself is to blame, or what it lies on.
 FINAL, RETRYABLE = "final", "retryable"
+# Of a row that was read again and found to be what an older part of the collection has: it counts for nothing.
+UNCHANGED = "unchanged"
 
 _PICTURE = [
     pa.field("image_id", pa.string(), nullable=False),
@@ -36,9 +38,19 @@ CAPTION_ROWS = pa.schema(
     ]
 )
 
+# What a collection that grows compares.
+STATES = pa.schema([_PICTURE[0], *_PICTURE[2:]])
+REMOVED_ROWS = pa.schema(
+    [
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("image_id", pa.string(), nullable=False),
+    ]
+)
+
 CAPTIONED_ROWS = pa.schema(
     [
-        *_PICTURE[:2],
+        *_PICTURE,
+        pa.field("sha256", pa.string()),  # of the encoded bytes, hexadecimal
         pa.field("caption", pa.string()),
         pa.field("log_prob", pa.float32()),  # natural logarithm, summed over the words and <end>
         pa.field(

@@ -1,20 +1,26 @@
 """Captioning of whole collections: any source of images -> a directory of captions, on Ray Data."""
 
 import logging
+from dataclasses import replace
+from typing import Any
 
-from captioner.artifacts.manifests import CaptionsManifest
+from captioner import storage
+from captioner.artifacts.collection import Tables
+from captioner.artifacts.manifests import CaptionsManifest, Part, open_manifest
 from captioner.artifacts.model_directory import load_model
-from captioner.artifacts.output import WORK, Output, publish_once
+from captioner.artifacts.output import WORK, Output, differences, publish_once
 from captioner.artifacts.tables import CAPTIONED_ROWS, THUMBNAIL
 from captioner.captioning.contact_sheet import write_contact_sheet
 from captioner.captioning.exports import check_exports, write_exports
 from captioner.captioning.stage import CaptionImages
 from captioner.config import CaptionConfig
 from captioner.encoders.weights import ENCODER_WEIGHTS
+from captioner.errors import StoreError
 from captioner.features.extract import describe_counts
+from captioner.features.growth import plan_growth
 from captioner.features.pipeline import run_pipeline
 from captioner.features.rejects import report_rejects
-from captioner.features.row_marks import count_rows, finish_rows, rewrite_repeated
+from captioner.features.row_marks import count_rows, finish_rows, rewrite_repeated, write_removed
 from captioner.runtime.cluster import plan_pool, start_ray
 from captioner.sources import open_source
 from captioner.sources.beginning import keep_beginning, tell_change
@@ -57,55 +63,81 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
     directory, spec = model.directory, model.record.encoder.spec
     directory.read(ENCODER_WEIGHTS)
     decode = directory.search(config.decode)
-    start_ray()
-    total = source.num_images()
-    pool = plan_pool(total, size=config.num_captioners, cpus_per_actor=config.cpus_per_captioner)
+    base = None if config.extends is None else _open_base(config.extends)
+    growth, total = None, source.num_images()
+    if base is not None:
+        growth = plan_growth(
+            base,
+            source,
+            look_at_all=config.source_options.digest,
+            accept_gone=config.accept_gone,
+        )
+        total = growth.source.num_images()
+    pool = None
+    if total:
+        start_ray()
+        pool = plan_pool(
+            total, size=config.num_captioners, cpus_per_actor=config.cpus_per_captioner
+        )
 
     def fill(output: Output) -> CaptionsManifest:
         keep_beginning(output, source)
-        logger.info("captioning %s images with %s", f"{total:,}", directory.uri)
         # What is handed over as one other file is written as tables first, as everything is.
         in_one = config.format in ("jsonl", "csv")
         tables = f"{WORK}/{CAPTIONS}" if in_one else CAPTIONS
-        stage = CaptionImages(
-            directory.uri,
-            spec,
-            decode,
-            config.limits,
-            thumbnails=config.contact_sheet,
-            sentences=config.sentences,
-            threads=pool.threads,
-        )
-        schema = CAPTIONED_ROWS
-        if config.contact_sheet:
-            schema = schema.insert(schema.get_field_index("error"), THUMBNAIL)
-        run_pipeline(
-            source,
-            output,
-            tables,
-            schema,
-            stage,
-            batch_size=config.batch_size,
-            pool=pool,
-            retry_seconds=config.retry_seconds,
-            accept_unreadable=config.accept_unreadable,
-        )
+        if pool is not None:
+            logger.info("captioning %s images with %s", f"{total:,}", directory.uri)
+            stage = CaptionImages(
+                directory.uri,
+                spec,
+                decode,
+                config.limits,
+                thumbnails=config.contact_sheet,
+                sentences=config.sentences,
+                threads=pool.threads,
+            )
+            schema = CAPTIONED_ROWS
+            if config.contact_sheet:
+                schema = schema.insert(schema.get_field_index("error"), THUMBNAIL)
+            run_pipeline(
+                source if growth is None else growth.source,
+                output,
+                tables,
+                schema,
+                stage,
+                batch_size=config.batch_size,
+                pool=pool,
+                retry_seconds=config.retry_seconds,
+                accept_unreadable=config.accept_unreadable,
+                unchanged=growth.unchanged if growth else None,
+            )
         rows = finish_rows(output, tables, total)
-        counts = count_rows(rows, source.left_out())
-        rejects = report_rejects(output, rows.failed, total, config.max_reject_fraction)
-        files = rewrite_repeated(output, rows)
-        sheet = write_contact_sheet(output, files, config) if config.contact_sheet else []
-        exports = write_exports(output, files, config)
-        files = exports if in_one else [*files, *exports]
+        # Whatever reads Parquet reads captions.
+        rows = replace(rows, files=rewrite_repeated(output, rows), repeated={})
+        left_out = source.left_out()
+        parts: dict[str, Part] = {}
+        if growth is not None:
+            rows, parts, left_out = growth.finish(rows, output)
+        counts = count_rows(rows, left_out)
+        rejects = report_rejects(output, rows.failed, len(rows), config.max_reject_fraction)
         logger.info(describe_counts(counts))
-        return CaptionsManifest(
+        manifest = CaptionsManifest(
             model=directory.uri,
             version=directory.version,
             decode=decode,
             source=source.identity(),
             counts=counts,
-            files=[*files, *sheet, *rejects],
+            files=rows.files,
+            parts=parts,
+            removed=write_removed(output, rows),
         )
+        found = Tables(output.root, manifest, CAPTIONS)
+        sheet = write_contact_sheet(output, found, config) if config.contact_sheet else []
+        exports = write_exports(output, found, config)
+        listed = [*([] if in_one else rows.files), *exports, *sheet, *rejects]
+        # What is in one file has all rows that count.
+        alone = {"removed": None} if in_one else {}
+        return manifest.model_copy(update={"files": listed, **alone})
 
     identity = {
         "job": "caption",
@@ -114,7 +146,39 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         "decode": decode.model_dump(mode="json"),
         "limits": config.limits.model_dump(mode="json"),
         **config.model_dump(include=_OUT),
+        **(growth.identity if growth else {}),
     }
+    if base is not None:
+        _check_alike(base, identity)
     manifest = publish_once(config.output, identity, CaptionsManifest, fill, restart=config.restart)
     tell_change(manifest.source, source.identity(), config.output)
     return manifest
+
+
+def _open_base(uri: str) -> Tables:
+    """The captions that are extended.
+
+    Raises:
+        StoreError: there are none, or they are in one file that nothing can be added to.
+    """
+    uri = storage.absolute(uri)
+    base = Tables(uri, open_manifest(uri, CaptionsManifest), CAPTIONS)
+    if not base.entries() and base.manifest.counts.images:
+        raise StoreError(
+            f"{uri} has its captions in one file: only those in tables can be extended"
+        )
+    return base
+
+
+def _check_alike(base: Tables, identity: dict[str, Any]) -> None:
+    """
+    Raises:
+        StoreError: the captions that are extended are another model's, or were searched for in another way.
+    """
+    assert isinstance(base.manifest, CaptionsManifest)
+    there = {
+        "model": base.manifest.version,
+        "decode": base.manifest.decode.model_dump(mode="json"),
+    }
+    if different := differences(there, {name: identity[name] for name in there}):
+        raise StoreError(f"{base.uri} was captioned otherwise: {'; '.join(different)}")

@@ -3,22 +3,25 @@
 import base64
 import html
 import io
-from collections.abc import Iterator
 from heapq import nsmallest
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
-from captioner import storage
+from captioner.artifacts.collection import Tables
 from captioner.artifacts.manifests import FileEntry
 from captioner.artifacts.output import Output
+from captioner.artifacts.tables import CAPTIONED_ROWS, THUMBNAIL
 from captioner.artifacts.tensorboard import add_picture, event_file
 from captioner.config import CaptionConfig
 from captioner.plots import Captioned, caption_grids
 
+_SHOWN = pa.schema(
+    [*(CAPTIONED_ROWS.field(name) for name in ("image_id", "caption", "error")), THUMBNAIL]
+)
 CONTACT_SHEET, GRID = "contact_sheet.html", "grid.png"
 GRID_IMAGES = 16
 
@@ -45,32 +48,34 @@ _PAGE = """<!doctype html>
 """
 
 
-def write_contact_sheet(
-    output: Output, files: list[FileEntry], config: CaptionConfig
-) -> list[FileEntry]:
+def write_contact_sheet(output: Output, tables: Tables, config: CaptionConfig) -> list[FileEntry]:
     """Write ``contact_sheet.html`` into ``output``: the first images by id, at most ``contact_sheet_images``.
 
     ``grid.png``, also written for TensorBoard, shows the first 16 of them that are pictures.
 
     Args:
-        files: the Parquet files of the captions, with thumbnails.
+        tables: the captions, with thumbnails.
 
     Returns:
         what was written.
     """
-    first = pa.array(nsmallest(config.contact_sheet_images, _ids(output, files)), pa.string())
+    ids = pa.schema([CAPTIONED_ROWS.field("image_id")])
+    found = (table["image_id"].to_pylist() for table in tables.rows(tables.entries(), ids))
+    first = pa.array(
+        nsmallest(config.contact_sheet_images, chain.from_iterable(found)), pa.string()
+    )
     pieces = []
-    for entry in files:
-        with storage.open_input(output.uri(entry.path)) as handle:
-            file = pq.ParquetFile(handle)
-            there = pc.is_in(file.read(["image_id"])["image_id"], first)
-            if pc.any(there).as_py():  # the thumbnails of the others are left where they are
-                pieces.append(file.read().filter(there))
+    for entry in tables.entries():
+        (names,) = tables.rows([entry], ids)
+        if pc.any(pc.is_in(names["image_id"], first)).as_py():
+            # The thumbnails of the others are left where they are.
+            (table,) = tables.rows([entry], _SHOWN)
+            pieces.append(table.filter(pc.is_in(table["image_id"], first)))
     chosen = pa.concat_tables(pieces).sort_by("image_id").to_pylist()
     page = _PAGE.format(
         title=f"Captions of {html.escape(config.images)}",
         shown=f"{len(chosen):,}",
-        total=f"{sum(entry.rows or 0 for entry in files):,}",
+        total=f"{tables.manifest.counts.images:,}",
         model=html.escape(config.model),
         figures="\n".join(map(_figure, chosen)),
     )
@@ -86,12 +91,6 @@ def write_contact_sheet(
         with event_file(output, "captions", written) as writer:
             add_picture(writer, "grid", png)
     return written
-
-
-def _ids(output: Output, files: list[FileEntry]) -> Iterator[str]:
-    for entry in files:
-        with storage.open_input(output.uri(entry.path)) as handle:
-            yield from pq.read_table(handle, columns=["image_id"])["image_id"].to_pylist()
 
 
 def _figure(row: dict[str, Any]) -> str:

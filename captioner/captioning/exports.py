@@ -15,9 +15,9 @@ from xml.sax.saxutils import escape
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from captioner import storage
+from captioner.artifacts.collection import Tables
 from captioner.artifacts.manifests import FileEntry
 from captioner.artifacts.output import Output
 from captioner.artifacts.tables import CAPTIONED_ROWS
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 JSON_LINES, CSV, METADATA = "captions.jsonl", "captions.csv", "metadata.jsonl"
 FOLDER = "imagefolder"
+_EXPORTED = pa.schema(
+    [field for field in CAPTIONED_ROWS if field.name not in ("size", "mtime", "sha256")]
+)
 _COLUMNS = ("image_id", "uri", "caption", "log_prob", "alternatives", "error")  # of CSV
 # Small files are written so many at a time: an object store answers late.
 _WRITERS = 16
@@ -47,15 +50,13 @@ _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 """
 
 
-def write_exports(
-    output: Output, tables: list[FileEntry], config: CaptionConfig
-) -> list[FileEntry]:
+def write_exports(output: Output, tables: Tables, config: CaptionConfig) -> list[FileEntry]:
     """Write ``config.format``, made of the tables.
 
     Pictures without a caption are rows of JSON lines and CSV, and have no file of their own.
 
     Args:
-        tables: the Parquet files of the captions.
+        tables: the captions.
 
     Returns:
         what the manifest is to list: files of many rows, but not the one that each picture has.
@@ -64,9 +65,9 @@ def write_exports(
         StoreError: something cannot be written.
     """
     if config.format == "jsonl":
-        return [_write_rows(output, JSON_LINES, _json_lines(_rows(output, tables)))]
+        return [_write_rows(output, JSON_LINES, _json_lines(_rows(tables)))]
     if config.format == "csv":
-        lines = _csv_lines(_rows(output, tables))
+        lines = _csv_lines(_rows(tables))
         return [_write_rows(output, CSV, lines, _csv_line(_COLUMNS))]
     if config.format == "imagefolder":
         return _write_imagefolder(output, tables, config)
@@ -88,15 +89,14 @@ def check_exports(config: CaptionConfig, kind: str) -> None:
         raise ConfigError(f"{flag}: the pictures of {config.images} are no files of their own")
     if config.beside and not storage.is_local(config.images):
         raise ConfigError(f"beside: {config.images} is not on this machine")
+    if config.beside and config.format == "imagefolder" and not storage.is_directory(config.images):
+        raise ConfigError(f"beside: {config.images} is no folder, which an imagefolder is")
 
 
-def _rows(output: Output, tables: list[FileEntry]) -> Iterator[Row]:
-    """In the order of the files; thumbnails are left out."""
-    for entry in tables:
-        with storage.open_input(output.uri(entry.path)) as handle:
-            file = pq.ParquetFile(handle)
-            for batch in file.iter_batches(_ROWS, columns=CAPTIONED_ROWS.names):
-                yield from batch.to_pylist()
+def _rows(tables: Tables) -> Iterator[Row]:
+    """In the order of the files; thumbnails, and what a collection that grows compares, are left out."""
+    for table in tables.rows(tables.entries(), _EXPORTED):
+        yield from table.to_pylist()
 
 
 def _write_rows(
@@ -130,15 +130,13 @@ def _csv_line(values: Iterable[object]) -> bytes:
     return buffer.getvalue().encode()
 
 
-def _write_imagefolder(
-    output: Output, tables: list[FileEntry], config: CaptionConfig
-) -> list[FileEntry]:
+def _write_imagefolder(output: Output, tables: Tables, config: CaptionConfig) -> list[FileEntry]:
     """``metadata.jsonl`` as the ``imagefolder`` of ``datasets`` reads it, with the pictures if asked for."""
 
     def lines() -> Iterator[bytes]:
         return _json_lines(
             {"file_name": _inside(row["image_id"]), "text": row["caption"]}
-            for row in _rows(output, tables)
+            for row in _rows(tables)
             if row["error"] is None
         )
 
@@ -153,13 +151,13 @@ def _write_imagefolder(
         def copy(row: Row) -> None:
             storage.copy_file(row["uri"], output.uri(FOLDER, _inside(row["image_id"])))
 
-        _each(copy, (row for row in _rows(output, tables) if row["error"] is None))
+        _each(copy, (row for row in _rows(tables) if row["error"] is None))
     return [_write_rows(output, f"{FOLDER}/{METADATA}", lines())]
 
 
-def _write_sidecars(output: Output, tables: list[FileEntry], config: CaptionConfig) -> None:
+def _write_sidecars(output: Output, tables: Tables, config: CaptionConfig) -> None:
     """A file a picture, named after it: ``a.txt`` of ``a.jpg``, and ``a.jpg.txt`` where there is an ``a.png``, too."""
-    shared = _shared_stems(output, tables)
+    shared = _shared_stems(tables)
     kept = []
 
     def write(row: Row) -> None:
@@ -174,7 +172,7 @@ def _write_sidecars(output: Output, tables: list[FileEntry], config: CaptionConf
         ):
             kept.append(path)
 
-    _each(write, (row for row in _rows(output, tables) if row["error"] is None))
+    _each(write, (row for row in _rows(tables) if row["error"] is None))
     if kept:
         logger.warning(
             "%s files were there already, and were left as they are: %s",
@@ -189,13 +187,11 @@ def _sidecar(caption: str, form: str) -> bytes:
     return _XMP.format(caption=escape(caption)).encode()
 
 
-def _shared_stems(output: Output, tables: list[FileEntry]) -> set[str]:
+def _shared_stems(tables: Tables) -> set[str]:
     """Names without suffix that several pictures have."""
     found = []
-    for entry in tables:
-        with storage.open_input(output.uri(entry.path)) as handle:
-            ids = pq.read_table(handle, columns=["image_id"])["image_id"]
-        stems = [posixpath.splitext(_inside(name))[0] for name in ids.to_pylist()]
+    for table in tables.rows(tables.entries(), pa.schema([CAPTIONED_ROWS.field("image_id")])):
+        stems = [posixpath.splitext(_inside(name))[0] for name in table["image_id"].to_pylist()]
         found.append(pa.array(stems, pa.string()))
     counts = pc.value_counts(pa.chunked_array(found, pa.string()))
     several = counts.filter(pc.greater(counts.field("counts"), 1))

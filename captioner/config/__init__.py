@@ -6,6 +6,7 @@ A docstring under a field is its ``--help`` text. "Per worker" and "global" are 
 from captioner.config.decoding import DecodeConfig, DecodeOverrides
 from captioner.config.jobs import (
     CaptionConfig,
+    CompactConfig,
     DemoConfig,
     EvaluateConfig,
     ExtractConfig,
@@ -36,6 +37,7 @@ from captioner.config.tuning import TuneConfig
 __all__ = [
     "DECODER_KINDS",
     "CaptionConfig",
+    "CompactConfig",
     "Compute",
     "Config",
     "DecodeConfig",

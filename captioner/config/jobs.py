@@ -27,6 +27,8 @@ from captioner.config.parts import (
     check_gpu_share,
 )
 
+AcceptGone = Annotated[bool, Field(description="Let more than 5 % of the images of the source go.")]
+
 
 class ExtractConfig(Config):
     """Extract features: images -> frozen image network -> feature store."""
@@ -38,6 +40,10 @@ class ExtractConfig(Config):
     """Directory of the feature store (path or URI)."""
     encoder: EncoderConfig = EncoderConfig()
     source_options: SourceConfig = SourceConfig()
+    extends: str | None = None
+    """A feature store (path or URI), which stays as it is: the new one is that and what is new in the source, by its
+    encoder; what changed or went in the source since counts no more in the new one."""
+    accept_gone: AcceptGone = False
     grid: bool = False
     """Also store the grid of vectors (float16), for decoders that look at parts of the picture."""
     mirrored: bool = False
@@ -185,6 +191,10 @@ class CaptionConfig(Config):
     """Model directory (path or URI), or hf:org/name[@revision]."""
     output: str
     """Directory of the captions (path or URI)."""
+    extends: str | None = None
+    """Captions (path or URI) of the same model, which stay as they are: the new ones are those and what is new in the
+    images; what changed or went there since counts no more in the new ones."""
+    accept_gone: AcceptGone = False
     format: Literal["parquet", "jsonl", "csv", "txt", "imagefolder", "xmp"] = "parquet"
     """parquet: files of many rows in captions/. jsonl, csv: one file, captions.jsonl or captions.csv. txt, xmp: also a
     file a picture, in a tree txt/ or xmp/ like the pictures'; xmp is what photo programs read. imagefolder: also
@@ -232,6 +242,16 @@ class VerifyConfig(Config):
 
     uri: tyro.conf.Positional[str]
     """Feature store, model, captions, report or search (path or URI)."""
+
+
+class CompactConfig(Config):
+    """Publish a feature store that has grown as one that needs no older parts."""
+
+    features: str
+    """Feature store (path or URI)."""
+    output: str
+    """Directory of the new one (path or URI)."""
+    restart: Restart = False
 
 
 class SearchConfig(Config):

@@ -143,6 +143,10 @@ class SourceConfig(Config):
     where other images do carry one."""
     limit: Positive | None = None
     """Take only the first N images of each split."""
+    id_prefix: str | None = None
+    """What ids begin with, where those of two sources of one collection would be the same."""
+    digest: bool = False
+    """When a collection is extended, look at the content of images whose size and time are what they were, too."""
     shapes: ShapesConfig = ShapesConfig()
 
 

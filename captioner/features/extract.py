@@ -11,20 +11,24 @@ import ray
 import safetensors.torch
 
 from captioner import storage
+from captioner.artifacts.collection import Tables
 from captioner.artifacts.feature_store import FeatureStore
 from captioner.artifacts.manifests import (
     Counts,
     EncoderRecord,
     FileEntry,
+    Part,
     SplitCounts,
     StoreManifest,
 )
-from captioner.artifacts.output import CLAIM, Output, publish_once
+from captioner.artifacts.output import CLAIM, Output, differences, publish_once
 from captioner.artifacts.tables import CAPTION_ROWS, SPLITS, feature_rows
-from captioner.config import Compute, ExtractConfig
+from captioner.config import Compute, EncoderConfig, ExtractConfig
 from captioner.encoders.family import family_of
 from captioner.encoders.weights import ENCODER_WEIGHTS
+from captioner.errors import StoreError
 from captioner.features.encode import EncodeImages
+from captioner.features.growth import plan_growth
 from captioner.features.leaks import tell_leaks
 from captioner.features.pipeline import run_pipeline
 from captioner.features.rejects import report_rejects
@@ -39,6 +43,8 @@ from captioner.sources.outage import patiently
 
 logger = logging.getLogger(__name__)
 
+# What else the rows hold, beside the vectors of the image itself.
+_VIEWS = ("grid", "mirrored", "crops", "thumbnails")
 _CAPTIONS_PER_FILE, _CAPTIONS_PER_BATCH = 1_000_000, 50_000
 
 
@@ -55,7 +61,9 @@ def extract(config: ExtractConfig) -> StoreManifest:
         ConfigError: there is no such encoder, or the cluster has too few CPUs.
         OutOfReachError: images could not be read, or a store or a cluster cannot be had now.
     """
-    family, _ = family_of(config.encoder.name)
+    base = None if config.extends is None else FeatureStore.open(config.extends)
+    if base is not None:
+        config = _settings_of(base, config)
     source = patiently(
         config.retry_seconds,
         lambda: open_source(
@@ -65,52 +73,70 @@ def extract(config: ExtractConfig) -> StoreManifest:
             output=None if config.restart else config.output,
         ),
     )
-    tensors, weights = family.weights(config.encoder)
-    start_ray()
-    begun = config.encoder.compute == "auto" and not config.restart
-    compute = _begun_with(config.output) if begun else None
-    compute = compute or compute_on_cluster(config.encoder.compute)
-    spec = family.spec(config.encoder, tensors, compute)
-    total = source.num_images()
-    pool = plan_pool(total, size=config.num_encoders, cpus_per_actor=config.cpus_per_encoder)
+    encoder, tensors = _choose_encoder(config, base)
+    spec = encoder.spec
+    growth, total = None, source.num_images()
+    if base is not None:
+        growth = plan_growth(
+            Tables(base.uri, base.manifest, "features"),
+            source,
+            look_at_all=config.source_options.digest,
+            accept_gone=config.accept_gone,
+        )
+        total = growth.source.num_images()
+    pool = None
+    if total:
+        start_ray()
+        pool = plan_pool(total, size=config.num_encoders, cpus_per_actor=config.cpus_per_encoder)
 
     def fill(output: Output) -> StoreManifest:
         keep_beginning(output, source)
-        encoder = output.write(ENCODER_WEIGHTS, safetensors.torch.save(tensors))
+        weights = (
+            output.write(ENCODER_WEIGHTS, tensors) if base is None else base.encoder_weights_entry
+        )
         captions = write_captions(source, output)
-        logger.info("extracting %s images with %s, %s", f"{total:,}", spec.title, _describe(pool))
-        stage = EncodeImages(
-            output.uri(ENCODER_WEIGHTS),
-            spec,
-            config.limits,
-            grid=config.grid,
-            mirrored=config.mirrored,
-            crops=config.crops,
-            thumbnails=config.thumbnails,
-            threads=pool.threads,
-        )
-        schema = feature_rows(
-            spec.shape,
-            grid=config.grid,
-            views=view_names(config.mirrored, config.crops),
-            thumbnails=config.thumbnails,
-        )
-        run_pipeline(
-            source,
-            output,
-            "features",
-            schema,
-            stage,
-            batch_size=config.batch_size,
-            pool=pool,
-            retry_seconds=config.retry_seconds,
-            accept_unreadable=config.accept_unreadable,
-        )
+        if pool is not None:
+            logger.info(
+                "extracting %s images with %s, %s", f"{total:,}", spec.title, _describe(pool)
+            )
+            stage = EncodeImages(
+                weights.uri(output.root),
+                spec,
+                config.limits,
+                grid=config.grid,
+                mirrored=config.mirrored,
+                crops=config.crops,
+                thumbnails=config.thumbnails,
+                threads=pool.threads,
+            )
+            schema = feature_rows(
+                spec.shape,
+                grid=config.grid,
+                views=view_names(config.mirrored, config.crops),
+                thumbnails=config.thumbnails,
+            )
+            run_pipeline(
+                source if growth is None else growth.source,
+                output,
+                "features",
+                schema,
+                stage,
+                batch_size=config.batch_size,
+                pool=pool,
+                retry_seconds=config.retry_seconds,
+                accept_unreadable=config.accept_unreadable,
+                unchanged=growth.unchanged if growth else None,
+            )
         rows = finish_rows(output, "features", total)
-        counts = count_rows(rows, source.left_out())
-        rejects = report_rejects(output, rows.failed, total, config.max_reject_fraction)
+        left_out = source.left_out()
+        parts: dict[str, Part] = {}
+        if growth is not None:
+            rows, parts, left_out = growth.finish(rows, output)
+            captions = growth.captions(captions)
+        counts = count_rows(rows, left_out)
+        rejects = report_rejects(output, rows.failed, len(rows), config.max_reject_fraction)
         return StoreManifest(
-            encoder=EncoderRecord(spec=spec, weights=weights),
+            encoder=encoder,
             source=source.identity(),
             grid=config.grid,
             mirrored=config.mirrored,
@@ -118,7 +144,8 @@ def extract(config: ExtractConfig) -> StoreManifest:
             thumbnails=config.thumbnails,
             counts=counts,
             splits=count_splits(rows, output, captions),
-            files=[encoder, *rows.files, *captions, *rejects],
+            files=[weights, *rows.files, *captions, *rejects],
+            parts=parts,
             removed=write_removed(output, rows),
         )
 
@@ -127,13 +154,55 @@ def extract(config: ExtractConfig) -> StoreManifest:
         "encoder": spec.model_dump(mode="json"),
         "source": source.identity().claim(),
         "limits": config.limits.model_dump(mode="json"),
-        **config.model_dump(include={"grid", "mirrored", "crops", "thumbnails"}),
+        **config.model_dump(include=set(_VIEWS)),
+        **(growth.identity if growth else {}),
     }
     manifest = publish_once(config.output, identity, StoreManifest, fill, restart=config.restart)
     tell_change(manifest.source, source.identity(), config.output)
     logger.info(describe(manifest))
     tell_leaks(FeatureStore.open(config.output), *manifest.splits)
     return manifest
+
+
+def _settings_of(base: FeatureStore, config: ExtractConfig) -> ExtractConfig:
+    """The settings with those of the store that is extended in the place of defaults.
+
+    Raises:
+        StoreError: others are asked for.
+    """
+    there = {name: getattr(base.manifest, name) for name in _VIEWS}
+    for name, value in there.items():
+        asked = getattr(config, name)
+        if asked not in (value, ExtractConfig.model_fields[name].default):
+            raise StoreError(
+                f"{base.uri} was made with {name} {value}, and so is what extends it, not with {asked}"
+            )
+    return config.model_copy(update=there)
+
+
+def _choose_encoder(
+    config: ExtractConfig, base: FeatureStore | None
+) -> tuple[EncoderRecord, bytes]:
+    """The encoder and the content of its file of weights.
+
+    Raises:
+        StoreError: the store that is extended has another.
+        ModelError: the weights cannot be had.
+    """
+    if base is not None and config.encoder == EncoderConfig():
+        return base.manifest.encoder, base.read_encoder_weights()
+    family, _ = family_of(config.encoder.name)
+    tensors, weights = family.weights(config.encoder)
+    start_ray()
+    begun = config.encoder.compute == "auto" and not config.restart
+    compute = _begun_with(config.output) if begun else None
+    compute = compute or compute_on_cluster(config.encoder.compute)
+    spec = family.spec(config.encoder, tensors, compute)
+    if base is not None:
+        there = base.manifest.encoder.spec.model_dump(mode="json")
+        if different := differences(there, spec.model_dump(mode="json")):
+            raise StoreError(f"{base.uri} has another encoder: {'; '.join(different)}")
+    return EncoderRecord(spec=spec, weights=weights), safetensors.torch.save(tensors)
 
 
 def describe(manifest: StoreManifest) -> str:
@@ -212,7 +281,7 @@ def count_splits(rows: Rows, output: Output, files: list[FileEntry]) -> dict[str
     """Good images of every split, and their captions."""
     images, captions = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     for file in files:
-        with storage.open_input(output.uri(file.path)) as handle:
+        with storage.open_input(file.uri(output.root)) as handle:
             for batch in pq.ParquetFile(handle).iter_batches(_CAPTIONS_PER_BATCH):
                 table = pa.table(batch)
                 # The rows of an image follow each other, over the end of a batch or of a file.

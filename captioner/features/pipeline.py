@@ -19,7 +19,9 @@ from ray.data.extensions import FixedShapeTensorFormat
 from ray.exceptions import RayTaskError
 
 from captioner import storage
+from captioner.artifacts.id_set import IdSet
 from captioner.artifacts.output import Output
+from captioner.artifacts.tables import UNCHANGED
 from captioner.errors import CaptionerError
 from captioner.features.loading import load_rows
 from captioner.features.pace import Pace
@@ -83,7 +85,8 @@ class _StageActor:
         for field in self.schema:
             if field.name not in columns.column_names:
                 columns = columns.append_column(field.name, pa.nulls(len(rows), field.type))
-        self.counter.add.remote(len(rows), len(rows) - count)
+        rejected = pc.sum(pc.not_equal(rows["error_kind"], UNCHANGED)).as_py() or 0
+        self.counter.add.remote(len(rows), rejected)
         return columns.select(self.schema.names).cast(self.schema)
 
 
@@ -106,6 +109,7 @@ def run_pipeline(
     pool: PoolPlan,
     retry_seconds: float = RETRY_SECONDS,
     accept_unreadable: bool = False,
+    unchanged: IdSet | None = None,
     counter: ActorHandle | None = None,
 ) -> None:
     """Map ``stage`` over every image of ``source`` into ``<output>/<directory>/*.parquet``.
@@ -116,6 +120,7 @@ def run_pipeline(
         schema: of the files; it must hold ``image_id`` and ``error``.
         retry_seconds: how long a task waits while the source is out of reach.
         accept_unreadable: give images that could not be read rows with an error, at the end.
+        unchanged: images and contents (``content_key``) that a collection has already: they get rows that say so.
         counter: for callers who watch the progress themselves.
 
     Raises:
@@ -141,7 +146,11 @@ def run_pipeline(
         )
         loaded = images.map_batches(
             load_rows,
-            fn_kwargs={"stage": stage, "digests": "sha256" in schema.names},
+            fn_kwargs={
+                "stage": stage,
+                "digests": "sha256" in schema.names,
+                "unchanged": None if unchanged is None else ray.put(unchanged),
+            },
             batch_size=batch_size,
             batch_format="pyarrow",
             num_cpus=TASK_CPUS,

@@ -23,10 +23,12 @@ CHECKPOINT = "marks"
 _READERS = 16
 # Of a file that was written again without the rows that do not count.
 _ONCE = ".once.parquet"
-_OUTCOME = pa.schema(
+OUTCOME = pa.schema(
     [("image_id", pa.string()), ("error", pa.string()), ("error_kind", pa.string())]
 )
 _URI = pa.schema([("uri", pa.string())])
+# Of an image without a result.
+FAILED = OUTCOME.insert(1, _URI.field(0))
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,10 @@ def _outcomes(
     files: list[storage.FileInfo], without: Mapping[str, list[str]]
 ) -> tuple[IdSet, pa.Table]:
     """Ids of the good rows, and the others."""
-    failed = [_OUTCOME.insert(1, _URI.field(0)).empty_table()]
+    failed = [FAILED.empty_table()]
 
     def good_ids() -> Iterator[list[str]]:
-        for file, table in zip(files, _read(files, _OUTCOME), strict=True):
+        for file, table in zip(files, _read(files, OUTCOME), strict=True):
             has_failed = pc.any(table["error"].is_valid()).as_py()
             if has_failed:
                 (uris,) = _read([file], _URI)
@@ -108,9 +110,9 @@ def _outcomes(
 
 def _find_repeated(files: list[storage.FileInfo]) -> dict[str, list[str]]:
     """By file, ids whose row counts in another one."""
-    again = IdSet(table["image_id"].to_pylist() for table in _read(files, _OUTCOME)).came_again()
+    again = IdSet(table["image_id"].to_pylist() for table in _read(files, OUTCOME)).came_again()
     seen: list[tuple[str, bool, int]] = []
-    for number, table in enumerate(_read(files, _OUTCOME)):
+    for number, table in enumerate(_read(files, OUTCOME)):
         ids, bad = table["image_id"].to_pylist(), table["error"].is_valid().to_pylist()
         seen += [(ids[row], bad[row], number) for row in np.flatnonzero(again.holds(ids))]
     repeated: dict[str, list[str]] = {}
@@ -211,7 +213,7 @@ def discard_unfinished(output: Output, directory: str) -> None:
 
 def finished(output: Output) -> IdSet:
     """The images whose output files are complete."""
-    tables = _read(_final_marks(output), pa.schema([_OUTCOME.field("image_id")]))
+    tables = _read(_final_marks(output), pa.schema([OUTCOME.field("image_id")]))
     return IdSet(table["image_id"].to_pylist() for table in tables)
 
 

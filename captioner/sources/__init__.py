@@ -7,10 +7,13 @@ from captioner import storage
 from captioner.config import ImageLimits, SourceConfig
 from captioner.errors import SourceError
 from captioner.sources.base import Source
+from captioner.sources.growing import Prefixed
 from captioner.sources.place import Place
 
 logger = logging.getLogger(__name__)
 
+# What is no matter of the source's kind.
+_ANY = {"id_prefix", "digest"}
 # Modules with an ``open_place``, which gives the source, or None for a place of another kind. The first takes it. Each
 # names the settings that it reads in ``OPTIONS``.
 KINDS = (
@@ -54,7 +57,7 @@ def open_source(
         if source is None:
             continue
         for option, default in SourceConfig():
-            if option not in module.OPTIONS and getattr(place.options, option) != default:
+            if option not in module.OPTIONS | _ANY and getattr(place.options, option) != default:
                 raise SourceError(
                     f"source-options.{option.replace('_', '-')} says nothing to a source of this kind: {spec}"
                 )
@@ -67,7 +70,8 @@ def open_source(
             logger.warning(
                 "%s is the data set of that name; what lies here under it is ./%s", spec, spec
             )
-        return source
+        prefix = place.options.id_prefix
+        return Prefixed(source, prefix) if prefix else source
     left_out = ", ".join(f"{count} {kind}" for kind, count in place.left_out.items())
     raise SourceError(
         f"{spec}: no images, no shards and no Parquet files"

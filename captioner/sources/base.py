@@ -10,10 +10,8 @@ from captioner.artifacts.manifests import SourceIdentity
 from captioner.sources.outage import RETRY_SECONDS
 from captioner.storage import FileInfo
 
-if (
-    TYPE_CHECKING
-):  # importing ray.data takes seconds, which the parsers beside this file can do without
-    from ray.data import Datasource
+if TYPE_CHECKING:  # ray.data takes seconds, which the parsers beside this file can do without
+    from captioner.sources.tasks import PieceSource
 
 
 # A file, and the id of the image that it is; None where it holds many.
@@ -34,13 +32,18 @@ class Source(Protocol):
         """The files of a place that may change: what a run keeps of its source when it begins."""
         ...
 
+    def states(self) -> Iterator[pa.RecordBatch]:
+        """Batches of ``tables.STATES``: every image with what its place says of it, null where that says nothing; an
+        image of which these are what they were counts as the same."""
+        ...
+
     def num_images(self) -> int:
         """Number of images, read from metadata or a listing (never by reading the images)."""
         ...
 
     def images(
         self, done: IdSet = NONE, /, *, retry_seconds: float = RETRY_SECONDS
-    ) -> "Datasource":
+    ) -> "PieceSource":
         """A Ray Data datasource that emits ``tables.SOURCE_ROWS`` of all images but those that are ``done``, which are
         not read either.
 

@@ -112,9 +112,9 @@ def tell_change(then: SourceIdentity, now: SourceIdentity, output: str) -> None:
     if then == now:
         return
     logger.warning(
-        "%s changed since %s was published, which stays as it is. One that --extends it by what is new cannot be made "
-        "yet: give another --output to begin anew",
+        "%s changed since %s was published, which stays as it is: --extends %s with another --output takes it up",
         "the images have" if then.listing != now.listing else "captions or splits have",
+        output,
         output,
     )
 

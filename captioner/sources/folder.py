@@ -7,7 +7,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property, partial
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from captioner.sources.nearby import Nearby, find_captions
 from captioner.sources.outage import RETRY_SECONDS
 from captioner.sources.place import Place
 from captioner.sources.splits import hashed_split, split_of_folder, split_of_list, splits_called
-from captioner.sources.tasks import BYTES_PER_PIECE, Piece, PieceSource
+from captioner.sources.tasks import BYTES_PER_PIECE, Piece, PieceSource, states
 
 LEAST_ROWS_PER_PIECE = 8
 _MOST_PIECES = 2**14
@@ -149,6 +149,13 @@ class FolderSource:
     def files(self) -> Iterator[Listed]:
         for image_id, file, _ in () if self._single else self._rows():
             yield image_id, file
+
+    def states(self) -> Iterator[pa.RecordBatch]:
+        rows = self._rows()
+        while some := list(islice(rows, _CAPTIONS_PER_BATCH)):
+            files = [file for _, file, _ in some]
+            ids = [image_id for image_id, _, _ in some]
+            yield states(ids, [file.size for file in files], [file.mtime for file in files])
 
     def num_images(self) -> int:
         return len(self._files)

@@ -32,7 +32,7 @@ from captioner.sources.parquet_rows import Labels, slices
 from captioner.sources.place import Place, suffix_of
 from captioner.sources.shard_index import is_shard
 from captioner.sources.splits import split_in_name, splits_called
-from captioner.sources.tasks import Piece, PieceSource
+from captioner.sources.tasks import Piece, PieceSource, states
 
 _ROWS_PER_BATCH = 10_000
 OPTIONS = frozenset(
@@ -147,6 +147,11 @@ class ParquetSource:
     def files(self) -> Iterator[Listed]:
         for file in () if self._single else self._files:
             yield None, storage.FileInfo(file.uri, file.path, file.size, file.mtime)
+
+    def states(self) -> Iterator[pa.RecordBatch]:
+        for file, labels, rows in self._taken:
+            ids = [labels.image_id(row) for row in labels.taken(range(rows))]
+            yield states(ids, [None] * len(ids), [file.mtime] * len(ids))
 
     def num_images(self) -> int:
         return sum(len(labels.taken(range(rows))) for _, labels, rows in self._taken)

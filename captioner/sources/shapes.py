@@ -13,7 +13,7 @@ from captioner.sources.base import Listed
 from captioner.sources.outage import RETRY_SECONDS
 from captioner.sources.place import Place
 from captioner.sources.scenes import draw_scene, make_scene
-from captioner.sources.tasks import Piece, PieceSource, source_rows
+from captioner.sources.tasks import Piece, PieceSource, source_rows, states
 
 ROWS_PER_PIECE = 100
 _BYTES_PER_IMAGE = 3_000
@@ -46,6 +46,11 @@ class ShapesSource:
 
     def files(self) -> Iterator[Listed]:
         yield from ()
+
+    def states(self) -> Iterator[pa.RecordBatch]:
+        for split in SPLITS:
+            ids = [_image_id(split, index) for index in range(self._size(split))]
+            yield states(ids, [None] * len(ids), [None] * len(ids))
 
     def num_images(self) -> int:
         return sum(self._size(split) for split in SPLITS)

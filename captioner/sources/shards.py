@@ -36,7 +36,7 @@ from captioner.sources.shard_index import (
     stem_of,
 )
 from captioner.sources.splits import hashed_split, split_in_name
-from captioner.sources.tasks import Piece, PieceSource, source_rows
+from captioner.sources.tasks import Piece, PieceSource, source_rows, states
 from captioner.storage.faults import one_line
 
 _BYTES_PER_TABLE = 16 * 2**20
@@ -140,6 +140,11 @@ class ShardSource:
     def files(self) -> Iterator[Listed]:
         for shard in () if self._single else self._shards:
             yield None, shard.file
+
+    def states(self) -> Iterator[pa.RecordBatch]:
+        for shard, rows in zip(self._shards, self._rows, strict=True):
+            ids = [row.image_id for row in rows]
+            yield states(ids, [None] * len(ids), [shard.file.mtime] * len(ids))
 
     def num_images(self) -> int:
         return sum(map(len, self._rows))

@@ -8,7 +8,7 @@ from ray.data import DataContext, Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from captioner.artifacts.tables import SOURCE_ROWS
+from captioner.artifacts.tables import SOURCE_ROWS, STATES
 
 BYTES_PER_PIECE = 64 * 2**20
 
@@ -32,13 +32,13 @@ class PieceSource(Datasource):
     def __init__(self, name: str, pieces: Sequence[Piece]):
         super().__init__()
         self._name = name
-        self._pieces = pieces
+        self.pieces = pieces
 
     def get_name(self) -> str:
         return self._name
 
     def estimate_inmemory_data_size(self) -> int | None:
-        return sum(piece.size for piece in self._pieces)
+        return sum(piece.size for piece in self.pieces)
 
     def get_read_tasks(
         self,
@@ -55,7 +55,7 @@ class PieceSource(Datasource):
                 schema=SOURCE_ROWS,
                 per_task_row_limit=per_task_row_limit,
             )
-            for piece in self._pieces
+            for piece in self.pieces
         ]
 
 
@@ -78,3 +78,16 @@ def source_rows(
     times = [mtime] * len(ids) if mtime is None or isinstance(mtime, int) else mtime
     columns = (ids, uris, sizes, times, data, errors, kinds)
     return pa.table(dict(zip(SOURCE_ROWS.names, columns, strict=True)), schema=SOURCE_ROWS)
+
+
+def states(
+    ids: Sequence[str], sizes: Sequence[int | None], times: Sequence[int | None]
+) -> pa.RecordBatch:
+    """``tables.STATES`` of images.
+
+    Args:
+        sizes: encoded bytes.
+        times: nanoseconds since 1970.
+    """
+    columns = zip((ids, sizes, times), STATES.types, strict=True)
+    return pa.record_batch([pa.array(values, kind) for values, kind in columns], schema=STATES)

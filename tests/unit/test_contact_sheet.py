@@ -13,6 +13,7 @@ from captioner.artifacts.manifests import FileEntry
 from captioner.artifacts.output import Output
 from captioner.captioning.contact_sheet import write_contact_sheet
 from captioner.config import CaptionConfig
+from tests.captioned import tables_of
 from tests.pictures import picture
 
 ROWS = [
@@ -42,7 +43,7 @@ def write(root: Path, rows: list[dict[str, object]]) -> list[FileEntry]:
         files.append(entry.model_copy(update={"rows": len(part)}))
     config = CaptionConfig(images="photos", model="model", output="out", contact_sheet_images=4)
     with output:
-        return write_contact_sheet(output, files, config)
+        return write_contact_sheet(output, tables_of(output, files), config)
 
 
 def test_the_first_images_are_shown_by_id_with_what_is_known_of_them(tmp_path: Path) -> None:

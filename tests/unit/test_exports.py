@@ -21,6 +21,7 @@ from captioner.captioning.exports import check_exports, write_exports
 from captioner.captioning.stage import sentence
 from captioner.config import CaptionConfig
 from captioner.errors import ConfigError
+from tests.captioned import tables_of
 from tests.pictures import picture
 
 ODD = 'a dog says "no", & <eats> 写真'
@@ -65,9 +66,10 @@ def export(photos: Path, **changes: Any) -> tuple[Path, list[FileEntry]]:
         pq.write_table(
             pa.Table.from_pylist(part, CAPTIONED_ROWS), root / f"captions/{number}.parquet"
         )
-        entries.append(FileEntry(path=f"captions/{number}.parquet", bytes=0))
-    write_exports(output, entries, config)
-    found = write_exports(output, entries, config)
+        entries.append(FileEntry(path=f"captions/{number}.parquet", bytes=0, rows=len(part)))
+    tables = tables_of(output, entries)
+    write_exports(output, tables, config)
+    found = write_exports(output, tables, config)
     output.close()
     return root, found
 
