@@ -21,6 +21,12 @@ Tokenizer = Literal["stanford", "built-in", "stanford, graphemes", "built-in, gr
 Thai ...) was cut into its graphemes first, as neither knows its words."""
 
 
+# Full stops, commas and brackets of other scripts, which count as little as English ones.
+_FOREIGN_MARKS = regex.compile(
+    r"[[\p{Terminal_Punctuation}\p{Ps}\p{Pe}]--[\x00-\x7f\u2018-\u201f]]", regex.V1
+)
+
+
 def has_java() -> bool:
     """Whether METEOR and Stanford's tokenizer can run."""
     return shutil.which("java") is not None
@@ -33,7 +39,7 @@ def tokenize(texts: Iterable[str]) -> tuple[dict[str, str], Tokenizer]:
         ConfigError: there is a Java, and it failed.
     """
     # A line each.
-    lines = {text: " ".join(spaced(text).split()) for text in texts}
+    lines = {text: " ".join(_FOREIGN_MARKS.sub(" ", spaced(text)).split()) for text in texts}
     ordered = sorted({*lines.values()} - {""})
     java = shutil.which("java")
     if java is None:

@@ -184,23 +184,23 @@ def _read_captions(
     """The train split's vocabulary, and where the search ranks by them the n-grams of a sample of its images."""
     images = list(store.captions("train").values())
     rules, longest = config.text.rules, config.text.max_length
+    most = min(longest - 2, config.decode.max_length)
     lengths: Counter[bool] = Counter()
 
     def words() -> Iterator[list[str]]:
         for captions in images:
             for caption in captions:
                 found = clean(caption, rules)
-                lengths[len(found) > longest - 2] += 1
+                lengths[len(found) > most] += 1
                 yield found
 
     vocabulary = Vocabulary.build(words(), config.text.min_count, rules)
-    if lengths[True]:
+    if lengths[True] > 0.05 * lengths.total():
         # Graphemes are many: a Thai caption has twice the tokens of an English one.
         logger.warning(
-            "%s of %s captions are cut at text.max-length %d",
-            f"{lengths[True]:,}",
-            f"{lengths.total():,}",
-            longest,
+            "%d %% of the captions have more words than the %d of text.max-length and decode.max-length",
+            round(100 * lengths[True] / lengths.total()),
+            most,
         )
     if not config.decode.mbr_samples:
         return vocabulary, None
