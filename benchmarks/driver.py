@@ -6,11 +6,11 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from benchmarks.config import BenchmarkDriverConfig
 from benchmarks.measurement import Measurement, Row
@@ -34,7 +34,6 @@ from captioner.features.row_marks import (
     finish_rows,
     finished,
 )
-from captioner.runtime.cluster import start_local_ray
 from captioner.sources import open_source
 from captioner.sources.base import Source
 from captioner.sources.beginning import keep_beginning
@@ -60,7 +59,8 @@ class DriverBenchmark(Measurement):
     continuing: float
     """Opening it in a run that goes on: the kept listing, today's, and what has changed."""
     planning: float
-    """Reading the marks of half the images and planning the tasks for the others, object store included."""
+    """Reading the marks of half the images and planning the tasks for the others. Without a Ray, in whose object store
+    what is known of these would lie once more."""
     publishing: float
     """Writing captions, checking that every image has one row, counting splits."""
     reading: float
@@ -84,7 +84,6 @@ def benchmark_driver(config: BenchmarkDriverConfig) -> DriverBenchmark:
         # What every process needs that imports all of this and has done each step once.
         small = Path(folder, "small")
         _write_photos(small, config.model_copy(update={"images": 100}))
-        start_local_ray(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
         _steps(small, str(Path(folder, "small_out")))
         found = _steps(photos, root)
     return DriverBenchmark(
@@ -118,8 +117,7 @@ def _steps(photos: Path, root: str) -> dict[str, float]:
             source = open_source(str(photos), output=root)
         with measured("planning"):
             tasks = source.images(finished(output)).get_read_tasks(1)
-            planned = [ray.put(task) for task in tasks]
-        del tasks, planned
+        del tasks
         with measured("publishing"):
             files = write_captions(source, output)
             rows = finish_rows(output, "features", source.num_images())
@@ -166,14 +164,13 @@ def _write_photos(folder: Path, config: BenchmarkDriverConfig) -> None:
 
 def _write_rows(source: Source, output: Output, directory: str) -> None:
     """A row for each image, marks for the files of one half."""
-    ids: list[str] = []
     every = (name for name, _ in source.files())
     schema = feature_rows(_spec().shape, grid=False, thumbnails=False)
     files = math.ceil(source.num_images() / _ROWS_PER_FILE)
     for folder in (output.uri(directory), output.work(CHECKPOINT)):
         Path(folder).mkdir(parents=True)
     for number in range(files):
-        ids = [str(name) for name, _ in zip(every, range(_ROWS_PER_FILE), strict=False)]
+        ids = list(map(str, islice(every, _ROWS_PER_FILE)))
         columns = {field.name: pa.nulls(len(ids), field.type) for field in schema}
         columns |= {"image_id": pa.array(ids), "uri": pa.array(ids)}
         pq.write_table(pa.table(columns, schema), f"{output.uri(directory)}/{number:06d}.parquet")
