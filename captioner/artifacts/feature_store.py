@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Rows read at a time where not all of them are wanted in memory.
-_CAPTIONS, _FEATURES, _ROWS = 2**18, 256, 2**12
+_CAPTIONS, _FEATURES, _ROWS = 2**16, 256, 2**12
 _READERS = 16
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 # What else the rows hold, beside the vectors of the image itself.
 _VIEWS = ("grid", "mirrored", "crops", "thumbnails")
-_CAPTIONS_PER_FILE, _CAPTIONS_PER_BATCH = 1_000_000, 50_000
+_CAPTIONS_PER_FILE, _CAPTIONS_PER_BATCH = 250_000, 50_000
 
 
 def extract(config: ExtractConfig) -> StoreManifest:

@@ -71,8 +71,7 @@ def open_place(place: Place) -> ParquetSource | None:
         return _of_hub(place, name)
     if place.files is None or not storage.is_local(place.uri):
         return None
-    bases = {posixpath.basename(file.path) for file in place.files}
-    arrow = any(name.endswith(".arrow") for name in bases)
+    arrow = any(file.path.endswith(".arrow") for file in place.files)
     others = any(is_image(file.path) or is_parquet(file.path) for file in place.files)
     return _of_folder(place, place.uri) if arrow and not others else None
 
