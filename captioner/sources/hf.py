@@ -9,7 +9,6 @@ network any more. On several machines that must be a folder that all of them see
 import hashlib
 import logging
 import os
-import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
