@@ -171,8 +171,9 @@ def worker_slots(gpus_per_worker: float = 1.0) -> int:
 def driver_resource() -> str:
     """The resource of the driver's node alone: what asks for a little of it is placed there."""
     own = ray.get_runtime_context().get_node_id()
-    (address,) = [node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == own]
-    return f"node:{address}"
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == own)
+    is_head = ray_private.HEAD in node["Resources"]
+    return ray_private.HEAD if is_head else f"node:{node['NodeManagerAddress']}"
 
 
 def beside_driver() -> NodeAffinitySchedulingStrategy:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # ray.data takes seconds, which not everyone who starts Ray n
     from ray.data import DataContext
     from ray.data.checkpoint import CheckpointConfig
 
+# A resource of the head alone: what asks for a little of it is placed there.
+HEAD = "node:__internal_head__"
 # Ray Train's list of a run's checkpoints, in the run's folder.
 CHECKPOINTS = "checkpoint_manager_snapshot.json"
 # How the mark of a file ends, in a checkpoint of Ray Data's, until the file is complete.

@@ -62,12 +62,12 @@ class SearchResult:
             for name in self.trials[0].hyperparameters
             if len({trial.hyperparameters[name] for trial in self.trials}) > 1
         ]
-        lines = [f"trial   status      epochs  {self.metric:>15}  seconds"]
+        lines = [f"trial   status      epochs  {self.metric:>16}  seconds"]
         for trial in order:
             chosen = "*" if trial.number == self.best else ""
             lines.append(
                 f"{f'{trial.number}{chosen}':<6}  {trial.status:<10}  {len(trial.curve):>6}  "
-                f"{trial.best(largest=largest):>15.4f}  {trial.seconds:>7.0f}"
+                f"{trial.best(largest=largest):>16.4f}  {trial.seconds:>7.0f}"
             )
             values = (f"{name} {trial.hyperparameters[name]}" for name in differing)
             said = ", ".join(values) + (f"; {trial.error}" if trial.error else "")

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import ray
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.data.checkpoint.checkpoint_writer import PENDING_CHECKPOINT_SUFFIX
 from ray.train.v2._internal.constants import (
     CHECKPOINT_MANAGER_SNAPSHOT_FILENAME,
@@ -47,5 +48,6 @@ def test_settings_of_a_local_ray_are_the_users_or_ours_and_end_with_it(
 
 
 def test_names_are_those_that_ray_gives() -> None:
+    assert ray_private.HEAD == HEAD_NODE_RESOURCE_NAME
     assert ray_private.CHECKPOINTS == CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
     assert f"{PENDING_CHECKPOINT_SUFFIX}.parquet" == ray_private.PENDING
