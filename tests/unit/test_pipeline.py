@@ -1,11 +1,15 @@
-"""How much a run of Ray Data loads, encodes and writes at a time."""
+"""How much a run of Ray Data loads, encodes and writes at a time, and what is said of one that fails."""
+
+import errno
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from captioner.artifacts.tables import feature_rows
 from captioner.encoders.spec import FeatureShape
+from captioner.errors import OutOfReachError, StoreError
 from captioner.features.pace import FILE_SECONDS, FIRST_ROWS, MOST_ROWS, TASK_SECONDS, Pace
-from captioner.features.pipeline import rows_per_file
+from captioner.features.pipeline import _told, rows_per_file
 
 
 def test_files_are_a_hundredth_of_all_rows_and_fit_in_memory() -> None:
@@ -65,3 +69,28 @@ def test_a_file_holds_no_more_rows_than_it_may() -> None:
     pace.started(0.0)
     full = [pace.is_file_full(rows, rows / 1000) for rows in (8, 16, 24)]
     assert full == [False, False, True]
+
+
+def test_an_error_of_ours_comes_back_from_a_task_as_it_was_raised() -> None:
+    advice = (
+        "\nFailed to read after 1/1 attempts (total backoff 0.0s).\nTo change retry attempts ..."
+    )
+    denied = StoreError(f"cannot read s3://b/a.jpg: AWS Error ACCESS_DENIED{advice}")
+    full = OSError(errno.ENOSPC, "No space left on device", advice)
+    away = OSError(f"AWS Error SLOW_DOWN during PutObject operation: x{advice}")
+    for cause, kind, text in (
+        (denied, StoreError, "cannot read s3://b/a.jpg: AWS Error ACCESS_DENIED"),
+        (full, StoreError, "cannot write s3://b/out: No space left on device"),
+        (
+            away,
+            OutOfReachError,
+            "cannot write s3://b/out: AWS Error SLOW_DOWN during PutObject operation",
+        ),
+    ):
+        raised = RayTaskError("task", "a traceback", cause, "task", 1, "127.0.0.1")
+        found = _told(raised.as_instanceof_cause(), "s3://b/out")
+        assert type(found) is kind
+        assert str(found).startswith(text)
+        assert "\n" not in str(found)
+    ours = RayTaskError("task", "a traceback", KeyError("x"), "task", 1, "127.0.0.1")
+    assert _told(ours.as_instanceof_cause(), "s3://b/out") is None
