@@ -62,10 +62,11 @@ def start_ray() -> None:
         alone = ray_private.alone() if _on_loopback_alone(address) else contextlib.nullcontext()
         with alone, _own_end():
             ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": found})
-        Lifeline(ray.get_runtime_context().get_node_id())
+        lifeline = Lifeline(ray.get_runtime_context().get_node_id())
     else:
-        Lifeline()
+        lifeline = Lifeline()
         start_local_ray(logging_level=logging.WARNING)
+    lifeline.joined()
     resources = ray.cluster_resources()
     logger.info("Ray: %d CPUs, %d GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
 

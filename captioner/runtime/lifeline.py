@@ -34,9 +34,14 @@ class Lifeline:
         """
         self._node_id = node_id
         self._over = threading.Event()
+        self._joined = threading.Event()
         # Ray's own handler, registered before, runs after this one.
         atexit.register(self._over.set)
         threading.Thread(target=self._watch, daemon=True).start()
+
+    def joined(self) -> None:
+        """The driver has its Ray: from now on it may also be the one that ends it."""
+        self._joined.set()
 
     def _watch(self) -> None:
         raylet = self._wait_for_raylet()
@@ -44,15 +49,16 @@ class Lifeline:
         answered, asked = time.monotonic(), 0.0
         with contextlib.closing(_Ending(raylet)) as ending:
             while not self._over.is_set():
-                if ending.wait(_EVERY):
+                gone = ending.wait(_EVERY)
+                if self._joined.is_set() and not ray.is_initialized():
+                    return  # ray.shutdown() lets go before it ends what it started
+                if gone:
                     self._end("its raylet on this machine has ended")
                 if head is None and ray.is_initialized():
                     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
                     head, answered = (host, int(port)), time.monotonic()
                 if head is None or time.monotonic() - asked < _HEAD_EVERY:
                     continue
-                if not ray.is_initialized():
-                    return
                 asked = time.monotonic()
                 if _answers(head):
                     answered = time.monotonic()

@@ -148,3 +148,14 @@ def test_processes_of_a_local_ray_know_which_ray_is_theirs() -> None:
             return "unknown" if found is None else found.state
 
     assert ray.get(Asker.remote().state_of_itself.remote()) == "ALIVE"
+
+
+def test_a_process_outlives_the_ray_that_it_shuts_down() -> None:
+    program = (
+        "import time, ray; from captioner.runtime.cluster import start_ray;"
+        "start_ray(); ray.shutdown(); time.sleep(3); print('alive')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
