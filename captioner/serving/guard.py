@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
@@ -44,6 +45,10 @@ _ATTEMPTS = 2
 # In the scope that a proxy hands to the API, where no client can put it.
 _COUNTED = "captioner.counted"
 _DRAIN, _DRAINED = "drain", "drained"
+
+
+# Ray Serve takes it over from the request, or makes one that answers from here would not have.
+_REQUEST_ID = b"x-request-id"
 
 
 class GuardSettings(UploadBounds):
@@ -120,6 +125,9 @@ class Guard:
             return
         started = time.perf_counter()
         headers = {name.lower(): value for name, value in scope["headers"]}
+        if _REQUEST_ID not in headers:
+            headers[_REQUEST_ID] = uuid.uuid4().hex.encode()
+            scope = {**scope, "headers": [*scope["headers"], (_REQUEST_ID, headers[_REQUEST_ID])]}
         reply = _Reply(send, self.settings.retry_after_s, self._reject, headers)
         outermost = _COUNTED not in scope
         inner = {**scope, _COUNTED: True}
@@ -285,7 +293,7 @@ class _Reply:
         headers: dict[bytes, bytes],
     ):
         self._send, self._retry_after, self._reject = send, retry_after_s, reject
-        self.request_id = headers.get(b"x-request-id", b"").decode("ascii", "replace")[:64]
+        self.request_id = headers[_REQUEST_ID].decode("ascii", "backslashreplace")[:64]
         self.status = 0
         self._replaced = False
 
@@ -325,6 +333,7 @@ class _Reply:
 
     def _with_ours(self, headers: dict[bytes, bytes], status: int) -> list[tuple[bytes, bytes]]:
         ours = {name.encode(): value.encode() for name, value in HEADERS.items()}
+        ours[_REQUEST_ID] = self.request_id.encode()
         if status == 503:
             ours[b"retry-after"] = str(self._retry_after).encode()
         return list((ours | headers).items())

@@ -54,7 +54,7 @@ def test_the_second_names_owner_and_job_while_the_first_works(
     caplog.set_level(logging.INFO)
     submitted = json.dumps({"metadata": {"job_submission_id": "raysubmit_1"}})
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", submitted)
-    first = in_another_thread(root, work=1.5)
+    first = in_another_thread(root, work=6)
     with pytest.raises(
         OutOfReachError,
         match=r"extract_features, job raysubmit_1, process \d+ of \S+ on \S+, since",

@@ -30,16 +30,21 @@ BROKEN, BUSY, MANY = (
 )
 PAGE = Fault(200, "OK", body="<html><title>Welcome</title></html>")
 
-SOURCE = ["extract_features", "--encoder.weights=random", "--source={bucket}/photos"]
+SOURCE = [
+    "extract_features",
+    "--encoder.weights=random",
+    "--retry-seconds=1",
+    "--source={bucket}/photos",
+]
 FEATURES = ["train", "--features={bucket}/features"]
 SPACE = ["tune", "--features={bucket}/features"]
-MODEL = ["caption", "--images={world}/photos", "--model={bucket}/model"]
+MODEL = ["caption", "--retry-seconds=1", "--images={world}/photos", "--model={bucket}/model"]
 SCORED = ["evaluate", "--features={world}/features", "--model={bucket}/model"]
 OUTPUT = ["train", "--features={world}/features", "--output={bucket}/out"]
 VERIFY = ["verify", "{bucket}/features"]
 
 STORE = ["train", "--features={world}/features"]
-CAPTIONER = ["caption", "--images={world}/photos", "--model={world}/model"]
+CAPTIONER = ["caption", "--retry-seconds=1", "--images={world}/photos", "--model={world}/model"]
 
 
 def empty(file: Path) -> None:

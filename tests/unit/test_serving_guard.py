@@ -283,7 +283,23 @@ def test_headers_that_switch_off_time_limits_are_taken_away() -> None:
     headers = {"X-Request-Timeout-Seconds": "0", "x-request-disconnect-disabled": "?1", "a": "b"}
     through_guard(app, headers=headers)
     assert seen[b"a"] == b"b"
-    assert not {name for name in seen if name.startswith(b"x-request")}
+    assert {name for name in seen if name.startswith(b"x-request")} == {b"x-request-id"}
+
+
+@pytest.mark.parametrize("given", [None, "of-the-client", "é" * 200])
+def test_every_answer_names_its_request(given: str | None) -> None:
+    seen: dict[bytes, bytes] = {}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.update(scope["headers"])
+        await respond(send, 404, b"no", b"text/plain")
+
+    headers = {} if given is None else {"X-Request-ID": given.encode()}
+    answer, _ = through_guard(app, headers=headers)
+    found = answer.headers["x-request-id"]
+    assert seen[b"x-request-id"]
+    assert found == (given if given == "of-the-client" else found)
+    assert len(found) >= 8
 
 
 def test_health_is_answered_whatever_else_there_is_to_do() -> None:
