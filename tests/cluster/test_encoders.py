@@ -17,11 +17,11 @@ from captioner.config import (
     EncoderConfig,
     EvaluateConfig,
     ExtractConfig,
-    ImageLimits,
     ShapesConfig,
     SourceConfig,
     TrainConfig,
 )
+from captioner.config.serving import ReplicaSettings
 from captioner.evaluation.evaluate import evaluate
 from captioner.features.extract import extract
 from captioner.serving.messages import CaptionResponse
@@ -93,9 +93,7 @@ def test_any_backbone_goes_the_whole_road(
     assert alone.attention is not None
     assert alone.attention.shape[1:] == grid
     np.testing.assert_allclose(alone.attention.sum(axis=(1, 2)), 1, atol=1e-4)
-    replica = CaptionModel("model", model, ImageLimits(), max_batch_size=2, threads=1)
-    decode = captioner.model.record.decode
-    served = asyncio.run(replica.caption([data], [None], decode, attention=True))
+    served = asyncio.run(serve(model, data, captioner.model.record.decode))
     assert isinstance(served, CaptionResponse)
     assert served.captions[0].caption == alone.text
     assert served.captions[0].attention is not None
@@ -105,3 +103,9 @@ def test_any_backbone_goes_the_whole_road(
         grid[0] * grid[1],
         spec.grid_channels,
     )
+
+
+async def serve(model: str, data: bytes, decode: DecodeConfig) -> object:
+    """The last of what a replica says of a picture."""
+    replica = CaptionModel("model", model, ReplicaSettings(max_batch_size=2, threads=1), 2**24)
+    return [one async for one in replica.caption([data], [None], decode, True, 120.0)][-1]
