@@ -94,8 +94,8 @@ def test_a_picture_of_the_store_is_most_like_itself(road: Path, tmp_path: Path) 
     assert find_alike(config).equals(found)
     with Image.open(tmp_path / "found/grid.png") as sheet:
         assert min(sheet.size) > 200
+    other = {"image": f"{tmp_path}/found/neighbours.parquet", "output": f"{tmp_path}/other"}
     with pytest.raises(ImageError, match="found/neighbours.parquet: "):
-        other = {"image": f"{tmp_path}/found/neighbours.parquet", "output": f"{tmp_path}/other"}
         find_alike(config.model_copy(update=other))
 
 

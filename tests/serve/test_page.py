@@ -171,6 +171,8 @@ def test_everything_works_from_the_keyboard(open_page: OpenPage) -> None:
     page.keyboard.press("Enter")
     captioned(page, 1)
     page.keyboard.press("Tab")
+    expect(page.locator("#csv")).to_be_focused()
+    page.keyboard.press("Tab")
     words = page.locator(".word")
     expect(words.nth(0)).to_be_focused()
     page.keyboard.press("ArrowRight")
