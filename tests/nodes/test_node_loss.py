@@ -1,12 +1,8 @@
 """Every job on three nodes that share only a bucket: a node dies in its middle, and nothing is lost or repeated."""
 
-import functools
 import io
 import random
-import re
-import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +12,6 @@ import pytest
 import safetensors.torch
 import torch
 from ray import serve
-from ray.train import UserCallback
 
 from captioner import storage
 from captioner.artifacts.output import WORK
@@ -24,15 +19,11 @@ from captioner.captioning.collection import caption_collection
 from captioner.config import (
     CaptionConfig,
     DecodeOverrides,
-    DecoderConfig,
     ServeConfig,
-    TrainConfig,
     TuneConfig,
 )
 from captioner.serving.run import deploy, url
 from captioner.sources.scenes import draw_scene
-from captioner.training import run
-from captioner.training.run import run_training
 from captioner.tuning.publish import SearchResult
 from captioner.tuning.search import run_search
 from tests.head import free_port
@@ -72,67 +63,6 @@ def test_training_survives_the_loss_of_a_node(nodes: Nodes, model: str) -> None:
     for expected, found in zip(*histories, strict=True):
         assert found["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-5)
         assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
-
-
-class Paced(UserCallback):
-    """Epochs of half a second at least, and the workers of each noted in a file."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
-    ) -> None:
-        with self.file.open("a") as file:
-            file.write(str(len(metrics)))
-        time.sleep(0.5)
-
-
-def test_elastic_training_shrinks_and_grows_and_ends_as_one_of_a_single_worker(
-    nodes: Nodes, features: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    every_second = functools.partial(run.ScalingConfig, elastic_resize_monitor_interval_s=1.0)
-    monkeypatch.setattr(run, "ScalingConfig", every_second)
-    seen = tmp_path / "workers"
-    seen.touch()
-
-    def config(output: str, workers: int | tuple[int, int]) -> TrainConfig:
-        return TrainConfig(
-            features=features,
-            output=f"{nodes.uri}/{output}",
-            decoder=DecoderConfig(width=16, output_width=16, dropout=0.0),
-            epochs=40,
-            patience=None,
-            num_workers=workers,
-            checkpoint_minutes=1e-9,
-            compute="float32",
-        )
-
-    errors: list[BaseException] = []
-
-    def lose_and_add() -> None:
-        try:
-            while "44" not in seen.read_text():
-                time.sleep(0.1)
-            nodes.kill_node_running("RayTrainWorker")
-            while "22" not in seen.read_text():
-                time.sleep(0.1)
-            nodes.add_node()
-        except BaseException as error:  # shown by the test, which waits for this thread
-            errors.append(error)
-
-    thread = threading.Thread(target=lose_and_add, daemon=True)
-    thread.start()
-    # Each of the two nodes has room for two.
-    elastic = run_training(config("elastic", (1, 4)), callbacks=[Paced(seen)])
-    assert not errors, errors
-    assert re.search("44.*22.*44", seen.read_text()), seen.read_text()
-    thread.join(timeout=60)
-    alone = run_training(config("alone", 1))
-    assert [record.epoch for record in elastic.history] == list(range(1, 41))
-    for one, two in zip(alone.history, elastic.history, strict=True):
-        assert two.train_loss == pytest.approx(one.train_loss, rel=1e-3)
-        assert two.validation_loss == pytest.approx(one.validation_loss, rel=1e-3)
 
 
 TRIALS = 3
