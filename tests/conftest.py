@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 RAY_FOLDER = tempfile.mkdtemp(prefix="ray-")
 os.environ["RAY_TMPDIR"] = RAY_FOLDER
 
+
+# What a shell starts in its background ignores Ctrl-C, and so would everything that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SESSION = pytest.StashKey[pytest.Session]()
 
