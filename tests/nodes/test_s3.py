@@ -19,6 +19,7 @@ from captioner.config import DecodeOverrides, EvaluateConfig
 from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.evaluation.evaluate import evaluate
 from captioner.features.extract import extract
+from captioner.features.rejects import REJECTS
 from captioner.features.row_marks import CHECKPOINT
 from tests.head import ROOT
 from tests.nodes.cluster import Nodes
@@ -91,7 +92,7 @@ def test_killed_extraction_continues_and_every_image_is_there_once(
         table = store.load(split, ("pooled",))
         assert table.image_ids == [f"{split}-{index:03d}.png" for index in range(size)]
         assert len({vector.tobytes() for vector in table.columns["pooled"]}) > 0.8 * size
-    listed = {file.path for file in store.manifest.files} - {ENCODER_WEIGHTS}
+    listed = {file.path for file in store.manifest.files} - {ENCODER_WEIGHTS, REJECTS}
     there = {
         key
         for key in nodes.keys("continued/")
