@@ -187,8 +187,8 @@ def test_keys_that_no_path_can_name_are_counted(bucket: str) -> None:
     keys = ("a.jpg", "/b.jpg", "x//c.jpg", "x/../d.jpg", "x/y/e f+%20#?.jpg", "x//f.txt")
     for key in keys:
         body = picture(key)
-        boto3.client("s3").put_object(Bucket="bucket", Key=f"photos/{key}", Body=body)
-    source = open_source(f"{bucket}/photos/")
+        boto3.client("s3").put_object(Bucket="bucket", Key=f"keys/{key}", Body=body)
+    source = open_source(f"{bucket}/keys/")
     rows = {row["image_id"]: row["bytes"] for row in read_all(source)}
     assert rows == {name: picture(name) for name in ("a.jpg", "x/y/e f+%20#?.jpg")}
     assert source.left_out() == {"key with //": 3, "key with . or ..": 1}
