@@ -173,7 +173,10 @@ class ReportManifest(Manifest):
 
     kind: Literal["report"] = "report"
     model: str
-    features: str
+    features: str | None
+    """URI of the store; None of a report on a source's pictures."""
+    source: str | None = None
+    """As it was named, of a report on its pictures."""
     split: str
     images: int
 

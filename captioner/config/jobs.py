@@ -161,8 +161,11 @@ class TrainConfig(Config):
 class EvaluateConfig(Config):
     """Score a model on one split."""
 
-    features: str
-    """Feature store (path or URI)."""
+    features: str | None = None
+    """Feature store (path or URI) of the model's encoder; or source."""
+    source: str | None = None
+    """Pictures to score the model on directly, with its own encoder: shapes, flickr8k, flickr30k,
+    hf:org/name[@revision], or a path or URI, as for extract_features."""
     model: str
     """Model directory (path or URI), or hf:org/name[@revision]."""
     output: str
@@ -178,7 +181,22 @@ class EvaluateConfig(Config):
     """Images whose attention is drawn word by word, where the decoder looks at places."""
     meteor: bool = True
     """Also compute METEOR where Java is there; it takes some ten seconds and 2 GiB."""
+    source_options: SourceConfig = SourceConfig()
+    limits: ImageLimits = ImageLimits()
+    max_reject_fraction: Fraction = 0.01
+    """Of a source, largest fraction of images that are rejected; past it the job fails and publishes nothing.
+    rejects.csv in the output lists them."""
+    retry_seconds: RetrySeconds = 60.0
+    accept_unreadable: AcceptUnreadable = False
     restart: Restart = False
+
+    @model_validator(mode="after")
+    def _has_one_input(self) -> "EvaluateConfig":
+        if (self.features is None) == (self.source is None):
+            raise ValueError("features: give either a feature store, or a source of pictures")
+        if self.features is not None and self.source_options != SourceConfig():
+            raise ValueError("source_options: are of a source; a feature store has none")
+        return self
 
 
 class CaptionConfig(Config):

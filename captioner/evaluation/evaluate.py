@@ -1,14 +1,17 @@
-"""Scores a model on one split of a feature store: captions found freely, and loss and accuracy under teacher forcing.
+"""Scores a model on one split of a feature store or of a source: captions found freely, and loss and accuracy under
+teacher forcing.
 
 The two never share a name: ``standard`` and ``notebook`` scores compare free-running captions with the references,
 ``loss`` and ``accuracy`` are those of the next word given the reference's own beginning.
 """
 
+import hashlib
 import io
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,17 +19,24 @@ import pyarrow.parquet as pq
 
 from captioner import notebook, storage
 from captioner.artifacts.feature_store import FeatureStore
-from captioner.artifacts.manifests import ReportManifest
+from captioner.artifacts.manifests import FileEntry, ReportManifest
 from captioner.artifacts.model_directory import ModelDirectory, check_features_fit, load_model
 from captioner.artifacts.output import Output, publish_once
+from captioner.artifacts.tables import THUMBNAIL
 from captioner.artifacts.tensorboard import add_picture, event_file
 from captioner.config import DecodeConfig, EvaluateConfig
+from captioner.errors import ModelError
+from captioner.evaluation.on_pictures import score_pictures
 from captioner.evaluation.pictures import choose_images, draw_report
 from captioner.evaluation.pipeline import score_split
 from captioner.evaluation.ptb import has_java
 from captioner.evaluation.scores import caption_statistics, score_standard
 from captioner.features.leaks import tell_leaks
 from captioner.runtime.cluster import start_ray
+from captioner.sources import open_source
+from captioner.sources.beginning import keep_beginning
+from captioner.sources.captioned import Captions, captioned
+from captioner.sources.outage import patiently
 
 SCORES, PREDICTIONS = "scores.json", "predictions.parquet"
 
@@ -40,24 +50,43 @@ class Report:
     """The content of ``scores.json``."""
 
 
+class Scored(NamedTuple):
+    """A split, scored."""
+
+    rows: pa.Table
+    """``image_id`` and ``SCORED`` of its images with captions, sorted by id."""
+    thumbnails: Callable[[Sequence[str]], dict[str, bytes]]
+    """Small pictures of those that have one, by id."""
+    in_train: int | None
+    """Pictures that are in train, too; None where nobody looked."""
+    listed: Sequence[FileEntry] = ()
+    """What else was published."""
+
+
+Score = Callable[[Output, frozenset[str]], Scored]
+"""Scores a split, given the ids of the images whose attention is drawn."""
+
+
 def evaluate(config: EvaluateConfig) -> Report:
     """Score ``config.model`` on a split and publish scores.json, predictions.parquet and pictures.
 
     Raises:
         StoreError: the features, the split or its captions are missing; the output belongs to another run.
+        SourceError: the source has no such captions, or too many of its pictures were rejected.
         ModelError: the model is unusable or was trained on other features.
         ConfigError: it cannot be searched as asked.
+        OutOfReachError: pictures could not be read.
     """
-    store = FeatureStore.open(config.features)
     # All of it, once, before every actor of a cluster finds the same damage.
     model = load_model(config.model).directory
-    check_features_fit(model.record, store.manifest)
     decode = model.search(config.decode)
-    store.require(config.split, (), captions=True)
+    captions, about, score = (_of_store if config.source is None else _of_source)(
+        config, model, decode
+    )
     identity = {
         "job": "evaluate",
         "model": model.version,
-        "features": store.identity(),
+        **about,
         "split": config.split,
         "decode": decode.model_dump(mode="json"),
     }
@@ -65,51 +94,102 @@ def evaluate(config: EvaluateConfig) -> Report:
         config.output,
         identity,
         ReportManifest,
-        lambda output: _fill(config, output, store, model, decode),
+        lambda output: _fill(config, output, captions, score, model, decode),
         restart=config.restart,
     )
     root = storage.absolute(config.output)
     return Report(root, storage.read_json(storage.join(root, SCORES)))
 
 
+def _of_store(
+    config: EvaluateConfig, model: ModelDirectory, decode: DecodeConfig
+) -> tuple[Captions, dict[str, Any], Score]:
+    """References, identity and scores of a feature store's split."""
+    assert config.features is not None
+    store = FeatureStore.open(config.features)
+    try:
+        check_features_fit(model.record, store.manifest)
+    except ModelError as error:
+        source = shlex.quote(store.manifest.source.uri)
+        raise ModelError(
+            f"{error}; on the pictures themselves: evaluate --source {source} --model {shlex.quote(config.model)} "
+            f"--split {config.split} --output {shlex.quote(config.output)}"
+        ) from error
+    store.require(config.split, (), captions=True)
+    captions = store.captions(config.split)
+
+    def score(_: Output, drawn: frozenset[str]) -> Scored:
+        rows = score_split(
+            store, config.split, captions, model, decode, drawn=drawn, batch_size=config.batch_size
+        )
+        leaks = tell_leaks(store, config.split)
+        return Scored(rows, store.thumbnails, sum(len(found.pairs) for found in leaks))
+
+    return captions, {"features": store.identity()}, score
+
+
+def _of_source(
+    config: EvaluateConfig, model: ModelDirectory, decode: DecodeConfig
+) -> tuple[Captions, dict[str, Any], Score]:
+    """References, identity and scores of the pictures of a source's split."""
+    assert config.source is not None
+    spec, begun = config.source, None if config.restart else config.output
+    source = patiently(
+        config.retry_seconds,
+        lambda: open_source(spec, config.source_options, limits=config.limits, output=begun),
+    )
+    wanted, by_split = captioned(source, (config.split,))
+    captions = by_split[config.split]
+
+    def score(output: Output, drawn: frozenset[str]) -> Scored:
+        keep_beginning(output, source)
+        rows, rejects = score_pictures(wanted, captions, output, model, decode, config, drawn)
+        small = dict(zip(rows["image_id"].to_pylist(), rows[THUMBNAIL.name], strict=True))
+        return Scored(
+            rows,
+            lambda ids: {one: small[one].as_py() for one in ids if small[one].is_valid},
+            None,
+            rejects,
+        )
+
+    digest = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
+    limits = config.limits.model_dump(mode="json")
+    identity = {"source": source.identity().claim(), "captions": digest, "limits": limits}
+    return captions, identity, score
+
+
 def _fill(
     config: EvaluateConfig,
     output: Output,
-    store: FeatureStore,
+    captions: Captions,
+    score: Score,
     model: ModelDirectory,
     decode: DecodeConfig,
 ) -> ReportManifest:
     start_ray()
     record = model.record
-    captions = store.captions(config.split)
     chosen = choose_images(list(captions), config.seed)
-    rows = score_split(
-        store,
-        config.split,
-        captions,
-        model,
-        decode,
-        drawn=frozenset(chosen[: config.attention_images]),
-        batch_size=config.batch_size,
-    )
-    references = [captions[name] for name in rows["image_id"].to_pylist()]
+    found = score(output, frozenset(chosen[: config.attention_images]))
+    rows = found.rows
+    scored_ids = rows["image_id"].to_pylist()
+    references = [captions[name] for name in scored_ids]
     hypotheses = rows["caption"].to_pylist()
     standard = score_standard(references, hypotheses, meteor=config.meteor and has_java())
     loss, correct, targets = (
         pc.sum(rows[name]).as_py() for name in ("loss_sum", "correct", "targets")
     )
-    leaks = tell_leaks(store, config.split)
     scores = {
         "standard": {**standard.corpus, "tokenizer": standard.tokenizer},
         "notebook": notebook.score(
             references, hypotheses, cleaned=record.text.rules == "notebook"
         ).model_dump(),
-        "loss": loss / targets,
-        "accuracy": correct / targets,
+        # Of a model that says nothing about next words, nothing.
+        "loss": loss / targets if targets else None,
+        "accuracy": correct / targets if targets else None,
         "images": len(rows),
         "split": config.split,
         "decode": decode.model_dump(),
-        "in_train": sum(len(found.pairs) for found in leaks),
+        "in_train": found.in_train,
         "statistics": {
             "captions": caption_statistics(hypotheses),
             "references": caption_statistics([text for texts in references for text in texts]),
@@ -122,10 +202,13 @@ def _fill(
     }
     looked = {name: rows[name] for name in ("words", "attention")}
     scored = pa.table({**predictions, **looked})
-    pictures = draw_report(scored, chosen, store.thumbnails, fit=record.encoder.spec.fit)
+    there = set(scored_ids)
+    chosen = [name for name in chosen if name in there]
+    pictures = draw_report(scored, chosen, found.thumbnails, fit=record.encoder.spec.fit)
     table = io.BytesIO()
     pq.write_table(pa.table(predictions), table)
     files = [
+        *found.listed,
         output.write(PREDICTIONS, table.getvalue()),
         output.write(SCORES, json.dumps(scores, indent=1).encode()),
     ]
@@ -137,7 +220,8 @@ def _fill(
             add_picture(writer, name.removesuffix(".png"), picture)
     return ReportManifest(
         model=model.uri,
-        features=store.uri,
+        features=None if config.features is None else storage.absolute(config.features),
+        source=config.source,
         split=config.split,
         images=len(rows),
         files=files,
@@ -155,8 +239,9 @@ def score_table(report: Report) -> str:
         if isinstance(value, float):
             beside = f"{own[name]:10.4f}" if name in own else ""
             lines.append(f"{name:10}{value:10.4f}{beside}")
-    lines += ["", "next word, teacher forcing:"]
-    lines += [f"{name:10}{report.scores[name]:10.4f}" for name in ("loss", "accuracy")]
+    if report.scores["loss"] is not None:
+        lines += ["", "next word, teacher forcing:"]
+        lines += [f"{name:10}{report.scores[name]:10.4f}" for name in ("loss", "accuracy")]
     found = report.scores["statistics"]
     lines += ["", f"{'':20}{'captions':>12}{'references':>12}"]
     for name in ("distinct_captions", "vocabulary", "mean_length", "longest"):

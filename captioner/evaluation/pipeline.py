@@ -16,31 +16,18 @@ from captioner.artifacts.feature_store import Chunk, FeatureStore
 from captioner.artifacts.model_directory import ModelDirectory
 from captioner.captioning.captioner import Captioner
 from captioner.config import DecodeConfig
+from captioner.decoders.base import Features
 from captioner.errors import ModelError
+from captioner.evaluation.scoring import SCORED, score_features
 from captioner.runtime.cluster import plan_pool
 from captioner.runtime.data_context import data_context
 from captioner.runtime.device import prepare_device
 from captioner.runtime.progress import ProgressLine
 from captioner.sources.tasks import BYTES_PER_PIECE, Piece, PieceSource
-from captioner.text import clean
-from captioner.training.steps import teacher_forcing
 
 logger = logging.getLogger(__name__)
 
-# The sums over a batch's references under teacher forcing travel on its first row.
-SCORED_ROWS = pa.schema(
-    [
-        pa.field("image_id", pa.string()),
-        pa.field("caption", pa.string()),
-        pa.field("log_prob", pa.float32()),
-        # The words and, for each, its weights over the grid's rows and columns; null for images that are not drawn.
-        pa.field("words", pa.list_(pa.string())),
-        pa.field("attention", pa.list_(pa.list_(pa.list_(pa.float32())))),
-        pa.field("loss_sum", pa.float64()),
-        pa.field("correct", pa.int64()),
-        pa.field("targets", pa.int64()),
-    ]
-)
+SCORED_ROWS = pa.schema([pa.field("image_id", pa.string()), *SCORED])
 
 
 class ScoreImages:
@@ -72,44 +59,20 @@ class ScoreImages:
         names = batch["image_id"][there].tolist()
         if not names:
             return SCORED_ROWS.empty_table()
-        model = self.captioner.model
-        features = {
-            name: torch.from_numpy(batch[name][there]).float().to(self.captioner.device)
-            for name in model.decoder.columns
+        features: Features = {
+            name: torch.from_numpy(batch[name][there]).float()
+            for name in self.captioner.model.decoder.columns
         }
-        found = self.captioner.caption_features(features, self.decode)
-        references = [self.captions[name] for name in names]
-        image = torch.tensor([row for row, texts in enumerate(references) for _ in texts])
-        text = model.record.text
-        tokens = [
-            model.vocabulary.encode(clean(caption, text.rules), text.max_length)
-            for captions in references
-            for caption in captions
-        ]
-        loss, correct, targets = teacher_forcing(model.decoder, features, image, tokens)
+        rows = score_features(
+            self.captioner,
+            features,
+            [self.captions[name] for name in names],
+            [name in self.drawn for name in names],
+            self.decode,
+        )
         # Waited for, a millisecond, so that the last line counts every image.
         ray.get(self.counter.add.remote(len(names), 0))
-        looked = [
-            one.attention if name in self.drawn else None
-            for name, one in zip(names, found, strict=True)
-        ]
-        others = len(names) - 1
-        return pa.table(
-            {
-                "image_id": names,
-                "caption": [one.text for one in found],
-                "log_prob": [one.log_prob for one in found],
-                "words": [
-                    None if weights is None else one.words
-                    for one, weights in zip(found, looked, strict=True)
-                ],
-                "attention": [None if weights is None else weights.tolist() for weights in looked],
-                "loss_sum": [loss] + [0.0] * others,
-                "correct": [correct] + [0] * others,
-                "targets": [targets] + [0] * others,
-            },
-            SCORED_ROWS,
-        )
+        return rows.add_column(0, SCORED_ROWS.field(0), pa.array(names, pa.string()))
 
 
 def score_split(

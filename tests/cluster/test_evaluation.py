@@ -1,6 +1,7 @@
 """Evaluation's pass over a split: what comes back of every image, and of those that a report draws."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,12 +11,22 @@ import torch
 from captioner.artifacts.feature_store import FeatureStore
 from captioner.artifacts.model_directory import open_model
 from captioner.captioning.captioner import Captioner
-from captioner.config import DecodeConfig, DecoderConfig, EvaluateConfig
+from captioner.config import (
+    DecodeConfig,
+    DecoderConfig,
+    EncoderConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    SourceConfig,
+)
 from captioner.decoders import build_decoder
+from captioner.errors import ModelError, SourceError
 from captioner.evaluation.evaluate import evaluate, score_table
 from captioner.evaluation.pipeline import score_split
+from captioner.features.extract import extract
 from captioner.text import END, Vocabulary
-from tests.models import encoder_of, publish_model
+from tests.models import encoder_of, publish_model, write_model
+from tests.pictures import picture
 from tests.stores import ANIMALS, write_store
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(900)]
@@ -88,3 +99,70 @@ def test_a_report_is_scored_and_drawn_from_the_store_alone(
     table = score_table(report)
     assert f"{images} images, split validation" in table
     assert "cider" in table
+
+
+def test_pictures_are_scored_directly_as_their_features_are(tmp_path: Path) -> None:
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    captions = {}
+    for number in range(7):
+        (folder / f"{number}.jpg").write_bytes(picture(number))
+        captions[f"{number}.jpg"] = [f"A red circle {number}.", "Two green squares."]
+    (folder / "3.jpg").write_bytes(picture(3)[:200])
+    (folder / "9.jpg").write_bytes(picture(9))  # nobody says anything about it
+    lines = [f"{name},{text}" for name, texts in captions.items() for text in texts]
+    (folder / "captions.csv").write_text("\n".join(["image,caption", *lines]))
+    options = SourceConfig(split="test")
+    model = write_model(tmp_path / "model", "adaptive_attention")
+    record = open_model(model).record.encoder
+    store = str(tmp_path / "features")
+    extract(
+        ExtractConfig(
+            source=str(folder),
+            output=store,
+            encoder=EncoderConfig(
+                weights=f"{model}/encoder.safetensors",
+                layer="layer3",
+                compute=record.spec.precision,
+            ),
+            source_options=options,
+            grid=True,
+            max_reject_fraction=0.5,
+        )
+    )
+    asked: dict[str, Any] = {"model": model, "split": "test", "meteor": False, "batch_size": 3}
+    stored = evaluate(EvaluateConfig(features=store, output=str(tmp_path / "stored"), **asked))
+    config = EvaluateConfig(
+        source=str(folder),
+        source_options=options,
+        output=str(tmp_path / "direct"),
+        max_reject_fraction=0.5,
+        **asked,
+    )
+    direct = evaluate(config)
+    assert direct.scores["images"] == 6
+    assert stored.scores["in_train"] == 0
+    assert direct.scores["in_train"] is None
+    for name in ("loss", "accuracy"):
+        assert direct.scores[name] == pytest.approx(stored.scores[name], rel=1e-3)
+    tables = [pq.read_table(f"{report.uri}/predictions.parquet") for report in (stored, direct)]
+    assert tables[0].select(["image_id", "caption"]) == tables[1].select(["image_id", "caption"])
+    for name in ("grid.png", "attention/0.png", "rejects.csv"):
+        assert (tmp_path / "direct" / name).exists()
+    assert not (tmp_path / "direct/_work").exists()
+    assert evaluate(config) == direct  # which is complete
+    few = {"max_reject_fraction": 0.1, "output": str(tmp_path / "few")}
+    with pytest.raises(SourceError, match="1 of 7 images were rejected"):
+        evaluate(config.model_copy(update=few))
+    with pytest.raises(SourceError, match="no captions in split 'train'; it has .* test .14"):
+        evaluate(config.model_copy(update={"split": "train"}))
+
+
+def test_features_of_another_encoder_are_refused_with_the_command_that_would_do(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    other = write_model(tmp_path / "model", "adaptive_attention")
+    config = EvaluateConfig(features=store.uri, model=other, output=str(tmp_path / "report"))
+    with pytest.raises(ModelError, match="encoder.weights_sha256: .* evaluate --source memory://"):
+        evaluate(config)
+    assert not (tmp_path / "report").exists()
