@@ -43,6 +43,7 @@ def ray_head(
     variables: dict[str, str] | None = None,
     *,
     jobs: bool = True,
+    cpus: int = 4,
     gpus: int = 0,
 ) -> Iterator[Head]:
     """``ray start --head`` in its own process group, stopped at the end; nothing else on the machine is touched.
@@ -50,7 +51,7 @@ def ray_head(
     Args:
         folder: receives ``head.log``.
         variables: more of the environment, which every process of the cluster inherits.
-        gpus: logical ones.
+        cpus, gpus: logical ones.
         jobs: wait until jobs can be submitted, which takes longest.
     """
     port, dashboard = free_port(), free_port()
@@ -62,7 +63,7 @@ def ray_head(
     }
     log = folder / "head.log"
     command = [
-        str(RAY), "start", "--head", "--block", "--num-cpus=4",
+        str(RAY), "start", "--head", "--block", f"--num-cpus={cpus}",
         f"--num-gpus={gpus}", "--node-ip-address=127.0.0.1",
         f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
         "--object-store-memory=1000000000",
