@@ -18,6 +18,12 @@ Features = dict[Column, Tensor]
 """Columns of the feature store for a batch of images, float32: ``pooled`` [B, C], ``grid`` [B, P, C]."""
 
 
+def packs(device: torch.device) -> bool:
+    """Whether padding is taken out of a batch on this device. On a GPU it costs less than to wait for how much of it
+    there is."""
+    return device.type == "cpu"
+
+
 class Decoder(nn.Module):
     """A decoder over whole captions (``forward``, teacher forcing) and one word at a time (``start`` and ``step``).
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captioner.config import DecoderConfig
 from captioner.decoders.attention import Attention, by_image
-from captioner.decoders.base import Decoder, Features, Standardize, State
+from captioner.decoders.base import Decoder, Features, Standardize, State, packs
 from captioner.decoders.dropout import Dropout
 from captioner.decoders.grid_encoder import GridEncoder, dense
 from captioner.encoders.spec import FeatureShape
@@ -27,6 +27,9 @@ class Packing:
 
     def __init__(self, tokens: Tensor):
         self.shape = tokens.shape
+        if not packs(tokens.device):
+            self.places = torch.arange(tokens.numel(), device=tokens.device)
+            return
         real = (tokens != PAD).flatten()
         # Rounded up with padding: oneDNN keeps buffers for every shape it has met.
         places = torch.argsort(~real, stable=True)[: -(-int(real.sum()) // _ROUND) * _ROUND]

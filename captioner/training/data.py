@@ -5,6 +5,7 @@ Shapes: N captions of the split, I images of a batch, K captions of each, T toke
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,15 +33,22 @@ class Batch:
     """int64 [I * K, T]; the captions of an image follow each other."""
     captions: Indices
     """int64 [I, K]: numbers of the captions, -1 where an image has fewer."""
-    images: Tensor
+    images: Indices
     """int64 [I]: rows of the split, -1 where a worker has none."""
     global_targets: int
     """Target tokens of the global batch, over all workers: what the loss is divided by."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with its tensors on a device."""
-        features = {name: column.to(device) for name, column in self.features.items()}
-        return replace(self, features=features, tokens=self.tokens.to(device))
+        """The batch with its tensors on a device; from pinned memory the copies are not waited for."""
+        features = {
+            name: column.to(device, non_blocking=True) for name, column in self.features.items()
+        }
+        return replace(self, features=features, tokens=self.tokens.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The batch with its tensors in memory that a GPU copies from by itself."""
+        features = {name: column.pin_memory() for name, column in self.features.items()}
+        return replace(self, features=features, tokens=self.tokens.pin_memory())
 
     def split(self, parts: int) -> list["Batch"]:
         """The batch in at most so many parts of whole images."""
@@ -170,8 +178,25 @@ class Pass:
                     name: column.new_zeros(1, *column.shape[1:]) for name, column in columns.items()
                 }
             first = share[:, 0]
-            images = torch.from_numpy(np.where(first >= 0, data.image_rows[first], -1))
+            images = np.where(first >= 0, data.image_rows[first], -1)
             yield Batch(columns, data.padded(share.ravel(), longest), share, images, targets)
+
+
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches on a device. Where that is no CPU, which has nothing to wait for, a thread reads the next one ahead."""
+    if device.type == "cpu":
+        yield from batches
+        return
+
+    def read() -> Batch | None:
+        batch = next(batches, None)
+        return batch.pinned() if batch is not None and device.type == "cuda" else batch
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read)
+        while (batch := ahead.result()) is not None:
+            ahead = reader.submit(read)
+            yield batch.to(device)
 
 
 def units_to_learn(data: CaptionData, config: TrainConfig) -> tuple[Indices, int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from captioner.decoders.base import Decoder, Features
 from captioner.decoders.ensemble import members_of
 from captioner.decoding.sampling import sample
+from captioner.training.plan import Indices
 from captioner.training.references import References
 
 
@@ -30,7 +31,7 @@ class SelfCritical(nn.Module):
         self.decoder, self.references = decoder, references
         self.samples, self.max_length = samples, max_length
 
-    def forward(self, features: Features, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Features, tokens: Tensor, images: Indices) -> tuple[Tensor, Tensor]:
         """
         Args:
             features: columns of I images.
@@ -46,10 +47,10 @@ class SelfCritical(nn.Module):
         losses, rewards = zip(*found, strict=True)
         return torch.stack(losses).mean(), torch.stack(rewards).mean()
 
-    def _sums(self, decoder: Decoder, features: Features, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _sums(self, decoder: Decoder, features: Features, images: Indices) -> tuple[Tensor, Tensor]:
         drawn, log_probs = sample(decoder, features, self.samples, self.max_length)
         captions = drawn[:, 1:].reshape(len(images), self.samples, -1).cpu().numpy()
-        scores = self.references.scores(images.cpu().numpy(), captions)
+        scores = self.references.scores(images, captions)
         rewards = torch.from_numpy(scores.astype(np.float32)).to(log_probs.device)
         # Each caption against the mean of the image's others.
         others = (rewards.sum(dim=1, keepdim=True) - rewards) / (self.samples - 1)

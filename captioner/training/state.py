@@ -50,6 +50,25 @@ def after_steps(done: Sequence[Done], steps: int, workers: int) -> list[Done]:
     return [*done, Done(steps, workers)]
 
 
+class _Ema(AveragedModel):
+    """The exponential moving average of a model."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model)
+        self.average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """As torch's, which copies its count to the model's device every time and waits for that."""
+        own, new = list(self.module.parameters()), list(model.parameters())
+        if self.n_averaged:
+            self.average(own, new, None)
+        else:
+            for mine, theirs in zip(own, new, strict=True):
+                mine.copy_(theirs)
+        self.n_averaged += 1
+
+
 class TrainingState:
     """The decoder in training with its EMA, optimizer, schedule and history: everything that a checkpoint holds."""
 
@@ -61,10 +80,7 @@ class TrainingState:
         self.decoder = decoder
         self.ema: AveragedModel | None = None
         if config.ema_decay:
-            self.ema = AveragedModel(
-                decoder,
-                multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay),  # type: ignore[no-untyped-call]
-            )
+            self.ema = _Ema(decoder, config.ema_decay)
             # A copy's weights lie apart in memory, and cuDNN would put them together at every call.
             for part in self.ema.modules():
                 if isinstance(part, nn.RNNBase):

@@ -15,13 +15,14 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from captioner.config import OptimizerConfig, TrainConfig
-from captioner.decoders.base import Decoder, Features
+from captioner.decoders.base import Decoder, Features, packs
 from captioner.decoders.ensemble import members_of
 from captioner.errors import ConfigError, TrainingError
 from captioner.runtime.device import has_avx512
 from captioner.text import PAD
 from captioner.training.data import Batch
 from captioner.training.loss import IGNORED, cross_entropy
+from captioner.training.plan import Indices
 
 _ROUND = 64
 
@@ -35,7 +36,7 @@ class TeacherForcing(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(
-        self, features: Features, tokens: Tensor, images: Tensor | None = None
+        self, features: Features, tokens: Tensor, images: Indices | None = None
     ) -> tuple[Tensor, Tensor]:
         """Sums over all target tokens of the captions ``tokens`` int64 [B, T].
 
@@ -56,16 +57,24 @@ class TeacherForcing(nn.Module):
 
     def _sums(self, decoder: Decoder, features: Features, tokens: Tensor) -> tuple[Tensor, Tensor]:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        # Padding does not meet the vocabulary: that projection is most of the work.
-        places = (targets != PAD).flatten().nonzero().squeeze(1)  # (W,)
-        wanted = targets.flatten()[places]
-        # Rounded up with words that count for nothing: oneDNN keeps buffers for every shape it has met.
-        excess = -len(places) % _ROUND
-        places = functional.pad(places, (0, excess))
-        wanted = functional.pad(wanted, (0, excess), value=IGNORED)
-        hidden = decoder.hidden(features, inputs).flatten(0, 1).index_select(0, places)
+        hidden = decoder.hidden(features, inputs).flatten(0, 1)
+        if packs(tokens.device):
+            hidden, wanted = without_padding(hidden, targets.flatten())
+        else:
+            wanted = torch.where(targets == PAD, IGNORED, targets).flatten()
         smoothing = self.label_smoothing if self.training else 0.0
         return cross_entropy(decoder.output, hidden, wanted, label_smoothing=smoothing)
+
+
+def without_padding(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows [W, O] of ``hidden`` that count, and their words: padding does not meet the vocabulary, for that
+    projection is most of the work."""
+    places = (targets != PAD).nonzero().squeeze(1)
+    wanted = targets[places]
+    # Rounded up with words that count for nothing: oneDNN keeps buffers for every shape it has met.
+    excess = -len(places) % _ROUND
+    places = functional.pad(places, (0, excess))
+    return hidden.index_select(0, places), functional.pad(wanted, (0, excess), value=IGNORED)
 
 
 @torch.inference_mode()

@@ -30,7 +30,7 @@ class GreedyCider:
             decoder: in evaluation mode.
             batch: of images that each come once in a pass, on the decoder's device.
         """
-        images = batch.images.cpu().numpy()
+        images = batch.images
         if (images < 0).all():  # a worker to whom a step leaves nothing
             return torch.zeros(2, dtype=torch.float64)
         found = [

@@ -20,7 +20,7 @@ from captioner.errors import TrainingError
 from captioner.runtime.device import choose_compute, memory_bytes, prepare_device
 from captioner.runtime.progress import TrainingGauges
 from captioner.text import Vocabulary
-from captioner.training.data import units_to_learn
+from captioner.training.data import on_device, units_to_learn
 from captioner.training.history import EpochRecord, Interval, Stopwatch, epoch_line, finished
 from captioner.training.ingest import fit_standardize, open_split
 from captioner.training.references import References
@@ -100,7 +100,17 @@ class Worker:
             fit_standardize(self.decoder, self.train, whole=config.decoder.standardize == "whole")
         else:
             load_weights(self.decoder, config.init, vocabulary, store.manifest.encoder.spec.shape)
-        self.model = ray.train.torch.prepare_model(self.objective())
+        self.model = ray.train.torch.prepare_model(
+            self.objective(),
+            parallel_strategy_kwargs={
+                # The buffers never change, and every worker has them from the first when it starts.
+                "broadcast_buffers": False,
+                # Gradients lie where they are exchanged, in buckets of the order in which they come to be.
+                "gradient_as_bucket_view": True,
+                # The same weights take part in every step; but with parts, which exchange nothing, torch cannot tell.
+                "static_graph": config.gradient_accumulation == 1,
+            },
+        )
         units, batch = units_to_learn(self.train.data, config)
         self.state = TrainingState(self.decoder, config, -(-int((units >= 0).sum()) // batch))
         self.cider: GreedyCider | None = None
@@ -138,22 +148,23 @@ class Worker:
         so_far = self.state.epoch
         batches, first = self.train.epoch(epoch, so_far.done), so_far.steps
         total = first + len(batches)
-        sums = so_far.sums_of(self.rank, self.workers)
-        timer = Stopwatch(iter(batches), so_far.seconds, so_far.waited)
+        # Added up where they come to be: to see one, a GPU would have to be waited for.
+        sums = so_far.sums_of(self.rank, self.workers).to(self.device)
+        timer = Stopwatch(on_device(iter(batches), self.device), so_far.seconds, so_far.waited)
         tell, save = Interval(_TELL_SECONDS), Interval(60 * self.config.checkpoint_minutes)
         for step, batch in enumerate(timer, first):
             rate = self.state.before_step(epoch + step / total)
             loss, correct = train_step(
                 self.model,
                 self.state.optimizer,
-                batch.to(self.device),
+                batch,
                 seed=(self.config.seed, epoch, step, self.rank),
                 workers=self.workers,
                 config=self.config,
                 compute=self.compute,
             )
             self.state.after_step()
-            sums += torch.stack([loss.double(), correct.double()]).cpu()
+            sums += torch.stack([loss.double(), correct.double()])
             if tell.over():
                 left = int(timer.elapsed / (step + 1) * (total - step - 1))
                 self.tell(
@@ -214,13 +225,12 @@ class Worker:
     def validate(self) -> tuple[float, float]:
         """Loss and accuracy over the whole validation split: every caption once, over all workers."""
         forcing = TeacherForcing(self.state.judged).eval()
-        sums = torch.zeros(2, dtype=torch.float64)
-        for batch in self.validation.ordered():
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in on_device(iter(self.validation.ordered()), self.device):
             # In float32 whatever training computes in: bfloat16 ties words that are not equally probable, and these
             # figures must be those that evaluation finds.
-            there = batch.to(self.device)
-            loss, correct = forcing(there.features, there.tokens)
-            sums += torch.stack([loss.double(), correct.double()]).cpu()
+            loss, correct = forcing(batch.features, batch.tokens)
+            sums += torch.stack([loss.double(), correct.double()])
         loss, accuracy = (self.reduce(sums) / self.validation.data.targets).tolist()
         return loss, accuracy
 
@@ -228,8 +238,9 @@ class Worker:
         """Mean CIDEr-D of greedy captions of the validation images."""
         decoder = self.state.judged.eval()
         sums = torch.zeros(2, dtype=torch.float64)
-        for batch in self.validation.ordered(images=self.config.global_batch):
-            sums += cider.sums(decoder, batch.to(self.device))
+        images_at_once = self.validation.ordered(images=self.config.global_batch)
+        for batch in on_device(iter(images_at_once), self.device):
+            sums += cider.sums(decoder, batch)
         total, images = self.reduce(sums).tolist()
         return float(total / images)
 
@@ -239,12 +250,11 @@ class Worker:
             self.messages.put.remote(line)
 
     def reduce(self, sums: Tensor) -> Tensor:
-        """Sum over the workers."""
+        """Sum over the workers, on the CPU."""
+        there = sums.to(self.device)
         if self.workers > 1:
-            on_device = sums.to(self.device)
-            dist.all_reduce(on_device)
-            sums = on_device.cpu()
-        return sums
+            dist.all_reduce(there)
+        return there.cpu()
 
     def gather(self, sums: Tensor) -> list[list[float]]:
         """The sums of every worker."""
