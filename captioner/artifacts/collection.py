@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from captioner import storage
-from captioner.artifacts.manifests import Collection, FileEntry
+from captioner.artifacts.manifests import Collection, FileEntry, SourceIdentity
 from captioner.artifacts.tables import REMOVED_ROWS
 
 
@@ -33,6 +33,17 @@ class Tables:
             entry.model_copy(update={"path": entry.uri(self.uri), "part": entry.part or own})
             for entry in self.manifest.tables(directory or self.directory)
         ]
+
+    @property
+    def sources(self) -> list[SourceIdentity]:
+        """Of all pictures."""
+        parts = self.manifest.parts.values()
+        return [part.source for part in parts] or [self.manifest.source]
+
+    def source(self, entry: FileEntry) -> SourceIdentity:
+        """Whose pictures the rows of one of the ``entries`` are about."""
+        part = self.manifest.parts.get(entry.part or "")
+        return self.manifest.source if part is None else part.source
 
     @cached_property
     def removed(self) -> dict[str, pa.Array]:

@@ -166,6 +166,8 @@ class CaptionsManifest(Collection):
     version: str
     """SHA-256 of the model's weights."""
     decode: DecodeConfig
+    sentences: bool = False
+    """Whether captions have a capital and a full stop."""
 
 
 class ReportManifest(Manifest):

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 from captioner import storage
 from captioner.artifacts.manifests import (
     MANIFEST,
+    Collection,
     FileEntry,
     Manifest,
-    StoreManifest,
     open_manifest,
 )
 from captioner.storage.faults import Fault, fault_of, one_line, told
@@ -50,7 +50,7 @@ def verify(uri: str) -> Verification:
     uri = storage.absolute(uri)
     manifest = open_manifest(uri, Manifest)
     entries = list(manifest.files)
-    if isinstance(manifest, StoreManifest) and manifest.removed is not None:
+    if isinstance(manifest, Collection) and manifest.removed is not None:
         entries.append(manifest.removed)
     with ThreadPoolExecutor(_READERS) as readers:
         found = list(readers.map(lambda entry: _verify_file(entry, uri), entries))
@@ -59,20 +59,20 @@ def verify(uri: str) -> Verification:
         for entry, (_, problem) in zip(entries, found, strict=True)
         if problem is not None
     ]
-    if isinstance(manifest, StoreManifest):
+    if isinstance(manifest, Collection):
         problems += _verify_counts(manifest, uri)
     return Verification(uri, len(entries), sum(rows for rows, _ in found), problems)
 
 
-def _verify_counts(manifest: StoreManifest, uri: str) -> list[str]:
+def _verify_counts(manifest: Collection, uri: str) -> list[str]:
     """Whether the files that the manifest lists hold a row for each picture that it counts."""
-    rows = sum(entry.rows or 0 for entry in manifest.tables("features"))
+    rows = sum(entry.rows or 0 for entry in manifest.tables(manifest.kind))
     if manifest.removed is not None:
         rows -= manifest.removed.rows or 0
     if rows == manifest.counts.images:
         return []
     place = storage.join(uri, MANIFEST)
-    return [f"{place}: {rows:,} rows of features, but {manifest.counts.images:,} pictures"]
+    return [f"{place}: {rows:,} rows of {manifest.kind}, but {manifest.counts.images:,} pictures"]
 
 
 def _verify_file(entry: FileEntry, root: str) -> tuple[int, str | None]:

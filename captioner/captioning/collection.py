@@ -8,7 +8,7 @@ from captioner import storage
 from captioner.artifacts.collection import Tables
 from captioner.artifacts.manifests import CaptionsManifest, Part, open_manifest
 from captioner.artifacts.model_directory import load_model
-from captioner.artifacts.output import WORK, Output, differences, publish_once
+from captioner.artifacts.output import Output, differences, publish_once
 from captioner.artifacts.tables import CAPTIONED_ROWS, THUMBNAIL
 from captioner.captioning.contact_sheet import write_contact_sheet
 from captioner.captioning.exports import check_exports, write_exports
@@ -57,13 +57,13 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
             output=None if config.restart else config.output,
         ),
     )
-    check_exports(config, source.identity().kind)
+    base = None if config.extends is None else _open_base(config.extends)
+    check_exports(config, [source.identity(), *(base.sources if base else ())])
     # All of it, once, before every actor of a cluster finds the same damage.
     model = patiently(config.retry_seconds, lambda: load_model(config.model))
     directory, spec = model.directory, model.record.encoder.spec
     directory.read(ENCODER_WEIGHTS)
     decode = directory.search(config.decode)
-    base = None if config.extends is None else _open_base(config.extends)
     growth, total = None, source.num_images()
     if base is not None:
         growth = plan_growth(
@@ -82,9 +82,6 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
 
     def fill(output: Output) -> CaptionsManifest:
         keep_beginning(output, source)
-        # What is handed over as one other file is written as tables first, as everything is.
-        in_one = config.format in ("jsonl", "csv")
-        tables = f"{WORK}/{CAPTIONS}" if in_one else CAPTIONS
         if pool is not None:
             logger.info("captioning %s images with %s", f"{total:,}", directory.uri)
             stage = CaptionImages(
@@ -102,7 +99,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
             run_pipeline(
                 source if growth is None else growth.source,
                 output,
-                tables,
+                CAPTIONS,
                 schema,
                 stage,
                 batch_size=config.batch_size,
@@ -111,7 +108,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
                 accept_unreadable=config.accept_unreadable,
                 unchanged=growth.unchanged if growth else None,
             )
-        rows = finish_rows(output, tables, total)
+        rows = finish_rows(output, CAPTIONS, total)
         # Whatever reads Parquet reads captions.
         rows = replace(rows, files=rewrite_repeated(output, rows), repeated={})
         left_out = source.left_out()
@@ -125,6 +122,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
             model=directory.uri,
             version=directory.version,
             decode=decode,
+            sentences=config.sentences,
             source=source.identity(),
             counts=counts,
             files=rows.files,
@@ -134,10 +132,8 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         found = Tables(output.root, manifest, CAPTIONS)
         sheet = write_contact_sheet(output, found, config) if config.contact_sheet else []
         exports = write_exports(output, found, config)
-        listed = [*([] if in_one else rows.files), *exports, *sheet, *rejects]
-        # What is in one file has all rows that count.
-        alone = {"removed": None} if in_one else {}
-        return manifest.model_copy(update={"files": listed, **alone})
+        listed = [*rows.files, *exports, *sheet, *rejects]
+        return manifest.model_copy(update={"files": listed})
 
     identity = {
         "job": "caption",
@@ -159,26 +155,22 @@ def _open_base(uri: str) -> Tables:
     """The captions that are extended.
 
     Raises:
-        StoreError: there are none, or they are in one file that nothing can be added to.
+        StoreError: there are none.
     """
     uri = storage.absolute(uri)
-    base = Tables(uri, open_manifest(uri, CaptionsManifest), CAPTIONS)
-    if not base.entries() and base.manifest.counts.images:
-        raise StoreError(
-            f"{uri} has its captions in one file: only those in tables can be extended"
-        )
-    return base
+    return Tables(uri, open_manifest(uri, CaptionsManifest), CAPTIONS)
 
 
 def _check_alike(base: Tables, identity: dict[str, Any]) -> None:
     """
     Raises:
-        StoreError: the captions that are extended are another model's, or were searched for in another way.
+        StoreError: the captions that are extended are another model's, or were searched for or written in another way.
     """
     assert isinstance(base.manifest, CaptionsManifest)
     there = {
         "model": base.manifest.version,
         "decode": base.manifest.decode.model_dump(mode="json"),
+        "sentences": base.manifest.sentences,
     }
     if different := differences(there, {name: identity[name] for name in there}):
         raise StoreError(f"{base.uri} was captioned otherwise: {'; '.join(different)}")

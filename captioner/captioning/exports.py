@@ -5,22 +5,23 @@ import hashlib
 import io
 import json
 import logging
-import posixpath
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from captioner import storage
 from captioner.artifacts.collection import Tables
-from captioner.artifacts.manifests import FileEntry
+from captioner.artifacts.manifests import FileEntry, SourceIdentity
 from captioner.artifacts.output import Output
 from captioner.artifacts.tables import CAPTIONED_ROWS
+from captioner.captioning.names import Names
 from captioner.config import CaptionConfig
 from captioner.errors import ConfigError, StoreError
 
@@ -35,6 +36,9 @@ _COLUMNS = ("image_id", "uri", "caption", "log_prob", "alternatives", "error")  
 # Small files are written so many at a time: an object store answers late.
 _WRITERS = 16
 _ROWS = 1024
+
+# What no XML may hold, not even escaped.
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 Row = dict[str, Any]
 
@@ -65,9 +69,10 @@ def write_exports(output: Output, tables: Tables, config: CaptionConfig) -> list
         StoreError: something cannot be written.
     """
     if config.format == "jsonl":
-        return [_write_rows(output, JSON_LINES, _json_lines(_rows(tables)))]
+        lines = _json_lines(row for _, row in _rows(tables))
+        return [_write_rows(output, JSON_LINES, lines)]
     if config.format == "csv":
-        lines = _csv_lines(_rows(tables))
+        lines = _csv_lines(row for _, row in _rows(tables))
         return [_write_rows(output, CSV, lines, _csv_line(_COLUMNS))]
     if config.format == "imagefolder":
         return _write_imagefolder(output, tables, config)
@@ -76,27 +81,36 @@ def write_exports(output: Output, tables: Tables, config: CaptionConfig) -> list
     return []
 
 
-def check_exports(config: CaptionConfig, kind: str) -> None:
+def check_exports(config: CaptionConfig, sources: Sequence[SourceIdentity]) -> None:
     """
     Args:
-        kind: of the source.
+        sources: of all pictures, the newest first.
 
     Raises:
-        ConfigError: the source has no files to write beside, or to copy.
+        ConfigError: some pictures are no files to write beside, or to copy.
     """
     flag = "beside" if config.beside else "copy_pictures" if config.copy_pictures else None
-    if flag and kind != "folder":
-        raise ConfigError(f"{flag}: the pictures of {config.images} are no files of their own")
-    if config.beside and not storage.is_local(config.images):
-        raise ConfigError(f"beside: {config.images} is not on this machine")
-    if config.beside and config.format == "imagefolder" and not storage.is_directory(config.images):
-        raise ConfigError(f"beside: {config.images} is no folder, which an imagefolder is")
+    for source in sources if flag else ():
+        if source.kind != "folder":
+            raise ConfigError(f"{flag}: the pictures of {source.uri} are no files of their own")
+        if config.beside and not storage.is_local(source.uri):
+            raise ConfigError(f"beside: {source.uri} is not on this machine")
+    if config.beside and config.format == "imagefolder":
+        if not storage.is_directory(config.images):
+            raise ConfigError(f"beside: {config.images} is no folder, which an imagefolder is")
+        if others := {source.uri for source in sources} - {sources[0].uri}:
+            raise ConfigError(
+                f"beside: an imagefolder is one folder, and there are pictures of {min(others)}, too"
+            )
 
 
-def _rows(tables: Tables) -> Iterator[Row]:
-    """In the order of the files; thumbnails, and what a collection that grows compares, are left out."""
-    for table in tables.rows(tables.entries(), _EXPORTED):
-        yield from table.to_pylist()
+def _rows(tables: Tables) -> Iterator[tuple[SourceIdentity, Row]]:
+    """Each with its source, in the order of the files; thumbnails, and what a collection that grows compares, are left
+    out."""
+    for entry in tables.entries():
+        for table in tables.rows([entry], _EXPORTED):
+            for row in table.to_pylist():
+                yield tables.source(entry), row
 
 
 def _write_rows(
@@ -132,47 +146,46 @@ def _csv_line(values: Iterable[object]) -> bytes:
 
 def _write_imagefolder(output: Output, tables: Tables, config: CaptionConfig) -> list[FileEntry]:
     """``metadata.jsonl`` as the ``imagefolder`` of ``datasets`` reads it, with the pictures if asked for."""
+    names = Names(tables, beside=config.beside)
 
     def lines() -> Iterator[bytes]:
         return _json_lines(
-            {"file_name": _inside(row["image_id"]), "text": row["caption"]}
-            for row in _rows(tables)
-            if row["error"] is None
+            {
+                "file_name": names.of_picture(source, row).removeprefix(f"{source.uri}/"),
+                "text": row["caption"],
+            }
+            for source, row in _captioned(tables)
         )
 
     if config.beside:
-        place = storage.join(config.images, METADATA)
+        place = storage.join(storage.absolute(config.images), METADATA)
         data = b"".join(lines())
         if not _create(place, data):
             logger.warning("%s is there already, and was left as it is", place)
         return []
     if config.copy_pictures:
 
-        def copy(row: Row) -> None:
-            storage.copy_file(row["uri"], output.uri(FOLDER, _inside(row["image_id"])))
+        def copy(source: SourceIdentity, row: Row) -> None:
+            storage.copy_file(row["uri"], output.uri(FOLDER, names.of_picture(source, row)))
 
-        _each(copy, (row for row in _rows(tables) if row["error"] is None))
+        _each(copy, _captioned(tables))
     return [_write_rows(output, f"{FOLDER}/{METADATA}", lines())]
 
 
 def _write_sidecars(output: Output, tables: Tables, config: CaptionConfig) -> None:
     """A file a picture, named after it: ``a.txt`` of ``a.jpg``, and ``a.jpg.txt`` where there is an ``a.png``, too."""
-    shared = _shared_stems(tables)
+    names = Names(tables, beside=config.beside)
     kept = []
 
-    def write(row: Row) -> None:
-        name = _inside(row["image_id"])
-        stem = posixpath.splitext(name)[0]
-        path = f"{name if stem in shared else stem}.{config.format}"
+    def write(source: SourceIdentity, row: Row) -> None:
+        path = names.of_sidecar(source, row, f".{config.format}")
         data = _sidecar(row["caption"], config.format)
         if not config.beside:
             storage.write_bytes(output.uri(config.format, path), data)
-        elif not _create(
-            storage.join(posixpath.dirname(row["uri"]), posixpath.basename(path)), data
-        ):
+        elif not _create(path, data):
             kept.append(path)
 
-    _each(write, (row for row in _rows(tables) if row["error"] is None))
+    _each(write, _captioned(tables))
     if kept:
         logger.warning(
             "%s files were there already, and were left as they are: %s",
@@ -182,41 +195,34 @@ def _write_sidecars(output: Output, tables: Tables, config: CaptionConfig) -> No
 
 
 def _sidecar(caption: str, form: str) -> bytes:
-    if form == "txt":
-        return caption.encode() + b"\n"
-    return _XMP.format(caption=escape(caption)).encode()
+    if form == "txt":  # a line is a caption
+        return " ".join(caption.splitlines()).encode() + b"\n"
+    return _XMP.format(caption=escape(_NO_XML.sub("", caption))).encode()
 
 
-def _shared_stems(tables: Tables) -> set[str]:
-    """Names without suffix that several pictures have."""
-    found = []
-    for table in tables.rows(tables.entries(), pa.schema([CAPTIONED_ROWS.field("image_id")])):
-        stems = [posixpath.splitext(_inside(name))[0] for name in table["image_id"].to_pylist()]
-        found.append(pa.array(stems, pa.string()))
-    counts = pc.value_counts(pa.chunked_array(found, pa.string()))
-    several = counts.filter(pc.greater(counts.field("counts"), 1))
-    return set(several.field("values").to_pylist())
-
-
-def _inside(image_id: str) -> str:
-    """The id as a relative path that leads nowhere else."""
-    parts = [re.sub(r"[\0-\x1f]", "_", part) for part in image_id.split("/")]
-    return "/".join("_" if part in ("", ".", "..") else part for part in parts)
+def _captioned(tables: Tables) -> Iterator[tuple[SourceIdentity, Row]]:
+    return (found for found in _rows(tables) if found[1]["error"] is None)
 
 
 def _create(uri: str, data: bytes) -> bool:
-    """Write a file unless another is there; the same is as good. Whether it is there now."""
+    """Write a local file unless anything else is there; the same is as good. Whether it is there now."""
     try:
         storage.create_exclusively(uri, data)
     except StoreError:
-        if not storage.exists(uri):
+        path = Path(uri)
+        if not os.path.lexists(path):
             raise
-        return storage.read_bytes(uri) == data
+        try:
+            return path.read_bytes() == data
+        except OSError:  # a folder, a broken link, a file of somebody else
+            return False
     return True
 
 
-def _each(act: Callable[[Row], None], rows: Iterator[Row]) -> None:
+def _each(
+    act: Callable[[SourceIdentity, Row], None], rows: Iterator[tuple[SourceIdentity, Row]]
+) -> None:
     with ThreadPoolExecutor(_WRITERS) as writers:
         while some := list(islice(rows, _ROWS)):
-            for _ in writers.map(act, some):
+            for _ in writers.map(lambda one: act(*one), some):
                 pass

@@ -1,6 +1,7 @@
 """The captioning job's stage: pictures -> captions."""
 
 import pyarrow as pa
+import regex
 
 from captioner.artifacts.tables import CAPTIONED_ROWS
 from captioner.config import DecodeConfig, ImageLimits
@@ -8,11 +9,25 @@ from captioner.encoders.spec import EncoderSpec
 from captioner.features.stage import PIXELS, PixelStage, tensor
 from captioner.runtime.device import prepare_device
 
+_WORD = regex.compile(r"[\p{L}\p{N}]\p{M}*\Z")
+# Scripts with a full stop of their own, at the end of a text; Thai and Lao do without.
+_STOPS = [
+    (regex.compile(rf"[{scripts}]\p{{M}}*\Z"), stop)
+    for scripts, stop in (
+        (r"\p{Han}\p{Hiragana}\p{Katakana}", "\u3002"),
+        (r"\p{Devanagari}\p{Bengali}", "\u0964"),
+        (r"\p{Khmer}", "\u17d4"),
+        (r"\p{Thai}\p{Lao}", ""),
+    )
+]
+
 
 def sentence(caption: str) -> str:
-    """A caption with a capital and a full stop, where it has words."""
-    text = caption[:1].upper() + caption[1:]
-    return f"{text}." if text and text[-1].isalnum() else text
+    """A caption with a capital and a full stop, its script's own, where it ends in a word."""
+    text = caption[:1].title() + caption[1:]
+    if not _WORD.search(text):
+        return text
+    return text + next((stop for script, stop in _STOPS if script.search(text)), ".")
 
 
 class CaptionImages(PixelStage):

@@ -214,9 +214,9 @@ class CaptionConfig(Config):
     images; what changed or went there since counts no more in the new ones."""
     accept_gone: AcceptGone = False
     format: Literal["parquet", "jsonl", "csv", "txt", "imagefolder", "xmp"] = "parquet"
-    """parquet: files of many rows in captions/. jsonl, csv: one file, captions.jsonl or captions.csv. txt, xmp: also a
-    file a picture, in a tree txt/ or xmp/ like the pictures'; xmp is what photo programs read. imagefolder: also
-    imagefolder/metadata.jsonl, as the library datasets reads it."""
+    """parquet: files of many rows in captions/, which there always are. jsonl, csv: also one file, captions.jsonl or
+    captions.csv. txt, xmp: also a file a picture, in a tree txt/ or xmp/ like the pictures'; xmp is what photo programs
+    read. imagefolder: also imagefolder/metadata.jsonl, as the library datasets reads it."""
     beside: bool = False
     """Write txt, xmp or metadata.jsonl next to the (local) pictures instead, never over a file that is there."""
     copy_pictures: bool = False

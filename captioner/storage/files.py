@@ -190,7 +190,8 @@ def read_bytes(uri: str) -> bytes:
 @contextmanager
 def new_partial(path: Path) -> Iterator[Path]:
     """Where a local file is written before it gets its name. A killed process leaves it: see ``is_partial``."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    # Not longer than the longest name there can be, whatever its own is.
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         yield partial
     finally:

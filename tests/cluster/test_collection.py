@@ -73,7 +73,7 @@ def jsonl(photos: Path, model: str, tmp_path_factory: pytest.TempPathFactory) ->
     assert not (output / "manifest.json").exists()
     manifest = caption_collection(config(photos, model, output, format="jsonl"))
     tables = {entry.path: entry.rows for entry in manifest.files if entry.rows is not None}
-    assert tables == {"captions.jsonl": 8}
+    assert tables.pop("captions.jsonl") == sum(rows or 0 for rows in tables.values()) == 8
     assert manifest.decode == SEARCHED
     return output
 
@@ -96,6 +96,7 @@ def test_json_lines_hold_what_parquet_holds(
     photos: Path, model: str, parquet: Path, jsonl: Path
 ) -> None:
     names = {file.path for file in storage.list_files(str(jsonl))}
+    names -= {path for path in names if path.startswith("captions/")}  # what others extend
     sheet = {"contact_sheet.html", "grid.png", "tensorboard/events.out.tfevents.captions"}
     assert names == {"_job.json", "captions.jsonl", "manifest.json", "rejects.csv"} | sheet
     lines = (jsonl / "captions.jsonl").read_text().splitlines()

@@ -281,8 +281,14 @@ def test_captions_grow_likewise(tmp_path: Path) -> None:
     assert dict(zip(frame["image_id"], frame["caption"], strict=True)) == {
         name: text for name, (text, _) in captions_of(tmp_path / "fresh").items()
     }
-    assert [entry.path for entry in manifest.files] == ["captions.csv"]
-    with pytest.raises(StoreError, match="captions in one file"):
-        caption("more", extends=f"{tmp_path}/table")
+    assert "captions.csv" in [entry.path for entry in manifest.files]
+    (photos / "6.jpg").write_bytes(picture(6))
+    caption("more", extends=f"{tmp_path}/table", format="jsonl")
+    caption("fresher")
+    assert captions_of(tmp_path / "more") == captions_of(tmp_path / "fresher")
+    assert len((tmp_path / "more/captions.jsonl").read_text().splitlines()) == 6
+    assert verify(str(tmp_path / "more")).problems == []
+    with pytest.raises(StoreError, match="was captioned otherwise: sentences"):
+        caption("other", extends=f"{tmp_path}/grown", sentences=True)
     with pytest.raises(StoreError, match="was captioned otherwise: decode.beam_size"):
         caption("other", extends=f"{tmp_path}/grown", decode={"beam_size": 2})
