@@ -56,42 +56,42 @@ def deploy(port: int, tmp_path: Path) -> Deploy:
     return run
 
 
-@pytest.mark.parametrize("replicas", [1, 3])
-@pytest.mark.parametrize("count", [1, 2])
 def test_versions_follow_each_other_on_one_gpu_without_a_failed_request(
-    count: int, replicas: int, models: dict[str, str], deploy: Deploy, port: int, tmp_path: Path
+    models: dict[str, str], deploy: Deploy, port: int, tmp_path: Path
 ) -> None:
-    names = [f"words{number}" for number in range(count)]
-
-    def args(version: str) -> dict[str, Any]:
+    def args(version: str, names: list[str], replicas: int) -> dict[str, Any]:
         scale = {"min_replicas": replicas, "max_replicas": replicas}
         takes = {"gpus_per_replica": None, "cpus_per_replica": None}  # as without the manifest
         uris = [f"{name}={models[version]}" for name in names]
         return {**scale, **takes, "request_timeout_s": ARGS["request_timeout_s"], "model": uris}
 
     with ray_head(tmp_path, VARIABLES, jobs=False, gpus=1) as head:
-        deploy(head, args("v1"))
+        deploy(head, args("v1", ["a"], 1))
         service = Service(f"http://127.0.0.1:{port}", head.pid)
         service.wait_until_ready()
         load = Load(service)
-        wanted = open_model(models["v2"]).version[:12]
 
         def roll_out() -> None:
-            load.wait(answers=8)
-            deploy(head, args("v2"))
-            deadline = time.monotonic() + 600
-            while any(versions(service, name) != {wanted} for name in names):
-                assert time.monotonic() < deadline, applications(head)
-            # With the last replica of the new version all of the old one are gone.
-            while any(len(service.replicas(f"model-{name}")) != replicas for name in names):
-                assert time.monotonic() < deadline, applications(head)
-                time.sleep(1)
-            load.wait(answers=20)
+            for version, names, replicas in (
+                ("v2", ["a"], 1),
+                ("v1", ["a"], 3),
+                ("v2", ["a", "b"], 3),
+                ("v1", ["a", "b"], 1),
+            ):
+                load.wait(answers=8)
+                deploy(head, args(version, names, replicas))
+                wanted = open_model(models[version]).version[:12]
+                deadline = time.monotonic() + 300
+                while any(versions(service, name) != {wanted} for name in names):
+                    assert time.monotonic() < deadline, applications(head)
+                # With the last replica of the new version all of the old one are gone.
+                while any(len(service.replicas(f"model-{name}")) != replicas for name in names):
+                    assert time.monotonic() < deadline, applications(head)
+                    time.sleep(1)
 
         asyncio.run(load.during(roll_out))
         assert load.broken == []
         assert load.statuses.keys() == {200}
-        assert {version for _, version, _ in load.answers[-10:]} == {wanted}
 
 
 def test_replicas_wait_for_a_gpu_that_comes_late(
@@ -112,9 +112,9 @@ def test_replicas_wait_for_a_gpu_that_comes_late(
 
 
 def versions(service: Service, model: str) -> set[str]:
-    """Those that answer for a model now."""
+    """Those that answer for a model now; none that is new and not there yet."""
     answers = [service.caption(picture(number), model=model) for number in range(8)]
-    return {answer.json()["version"] for answer in answers}
+    return {answer.json().get("version", "") for answer in answers}
 
 
 def applications(head: Head) -> dict[str, Any]:
