@@ -53,6 +53,8 @@ class CaptionImages(PixelStage):
         from captioner.captioning.captioner import Captioner
 
         self.captioner = Captioner.load(self.model_uri, prepare_device(threads=self.threads))
+        # Now, or the actor would be handed pictures while others that are ready have none.
+        self.captioner.encoder  # noqa: B018
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         captions = self.captioner.caption_pixels(tensor(batch, PIXELS), self.decode)

@@ -174,7 +174,7 @@ class EvaluateConfig(Config):
     """Split to score."""
     decode: DecodeOverrides = DecodeOverrides()
     batch_size: Positive = 64
-    """Images per decoding batch."""
+    """Images per decoding batch at most."""
     seed: Seed = 0
     """Seed of the choice of pictures in the grid."""
     attention_images: Annotated[int, Field(ge=0, le=16)] = 4

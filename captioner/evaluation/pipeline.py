@@ -19,6 +19,7 @@ from captioner.config import DecodeConfig
 from captioner.decoders.base import Features
 from captioner.errors import ModelError
 from captioner.evaluation.scoring import SCORED, score_features
+from captioner.features.pace import Portions
 from captioner.runtime.cluster import plan_pool
 from captioner.runtime.data_context import data_context
 from captioner.runtime.device import prepare_device
@@ -27,6 +28,8 @@ from captioner.sources.tasks import BYTES_PER_PIECE, Piece, PieceSource
 
 logger = logging.getLogger(__name__)
 
+# Batches of each actor at least: the last ones are then not long waited for.
+_BATCHES = 16
 SCORED_ROWS = pa.schema([pa.field("image_id", pa.string()), *SCORED])
 
 
@@ -52,8 +55,15 @@ class ScoreImages:
         self.captions: dict[str, list[str]] = ray.get(captions)
         self.drawn = drawn
         self.counter = counter
+        self.portions = Portions()
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> pa.Table:
+        parts = self.portions.cut(len(batch["image_id"]))
+        return pa.concat_tables(
+            self._score({name: values[part] for name, values in batch.items()}) for part in parts
+        )
+
+    def _score(self, batch: dict[str, np.ndarray[Any, Any]]) -> pa.Table:
         # An image without captions cannot be scored.
         there = [name in self.captions for name in batch["image_id"]]
         names = batch["image_id"][there].tolist()
@@ -90,7 +100,7 @@ def score_split(
     Args:
         captions: raw references by image id.
         drawn: ids of the images whose attention is wanted.
-        batch_size: images.
+        batch_size: images at most.
 
     Returns:
         ``SCORED_ROWS``, sorted by image id.
@@ -99,6 +109,7 @@ def score_split(
         ModelError: an image was lost, or the model is unusable.
     """
     pool = plan_pool(len(captions))
+    batch_size = min(batch_size, -(-len(captions) // (_BATCHES * pool.size)))
     logger.info("captioning %s images of split %s", f"{len(captions):,}", split)
     with data_context(), ProgressLine(len(captions)) as progress:
         dataset = (

@@ -38,6 +38,8 @@ class ScorePictures(PixelStage):
         from captioner.evaluation.scoring import score_features
 
         self.captioner = Captioner.load(self.model_uri, prepare_device(threads=self.threads))
+        # Now, or the actor would be handed pictures while others that are ready have none.
+        self.captioner.encoder  # noqa: B018
         self.captions = storage.read_json(self.references)
         self.score = score_features
 

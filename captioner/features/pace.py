@@ -2,11 +2,14 @@
 
 import time
 from collections import deque
+from collections.abc import Iterator
 
 # Seconds of work in a file at most, and in what an encoder is handed at a time.
 FILE_SECONDS, TASK_SECONDS = 30.0, 10.0
 # Rows that an encoder is handed at a time: at first, when nobody knows how fast it is, and at most.
 FIRST_ROWS, MOST_ROWS = 8, 64
+# Seconds of work after which an actor says how far it is.
+_SAID_SECONDS = 2.0
 # Arrivals of an encoder's rows that its rate is taken from.
 _REMEMBERED = 8
 
@@ -58,6 +61,27 @@ class Pace:
         if full:
             self._pending = 0
         return full
+
+
+class Portions:
+    """Cuts the rows that an actor is handed at a time into portions of some two seconds: who watches sees them done."""
+
+    def __init__(self) -> None:
+        self._rows = FIRST_ROWS
+
+    def cut(self, rows: int) -> Iterator[slice]:
+        """Slices that together are ``rows``; each is to be worked on before the next is asked for.
+
+        They have powers of two in them, and what is left over: networks like to see the same shapes again.
+        """
+        start = 0
+        while start < rows:
+            end = min(start + self._rows, rows)
+            begun = time.monotonic()
+            yield slice(start, end)
+            rate = (end - start) / max(time.monotonic() - begun, 1e-6)
+            self._rows = 1 << max(int(rate * _SAID_SECONDS), 1).bit_length() - 1
+            start = end
 
 
 def _or_now(now: float | None) -> float:

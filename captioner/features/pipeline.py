@@ -24,7 +24,7 @@ from captioner.artifacts.output import Output
 from captioner.artifacts.tables import UNCHANGED
 from captioner.errors import CaptionerError
 from captioner.features.loading import load_rows
-from captioner.features.pace import Pace
+from captioner.features.pace import Pace, Portions
 from captioner.features.row_marks import CHECKPOINT, count_done, discard_unfinished, finished
 from captioner.features.stage import Stage
 from captioner.features.unreadable import (
@@ -67,6 +67,7 @@ class _StageActor:
         patiently(retry_seconds, stage.prepare)
         self.stage, self.schema, self.counter = stage, schema, counter
         self.aside, self.retry_seconds = aside, retry_seconds
+        self.portions = Portions()
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         rows = set_aside(rows, self.aside, self.retry_seconds)
@@ -74,9 +75,12 @@ class _StageActor:
         count = int(pc.sum(good).as_py() or 0)
         loaded = [name for name in self.stage.loaded.names if name not in self.schema.names]
         columns = rows.drop_columns(loaded)
+        rejected = pc.sum(pc.not_equal(rows["error_kind"], UNCHANGED)).as_py() or 0
+        if count < len(rows):
+            self.counter.add.remote(len(rows) - count, rejected)
         if count:
             batch = rows.select(["image_id", *self.stage.loaded.names])
-            output = self.stage(batch if count == len(rows) else batch.filter(good))
+            output = self._run(batch if count == len(rows) else batch.filter(good))
             mask = good.to_numpy()
             # Positions of good rows in the output, null for rejected ones: take() then fills in nulls.
             place = pa.array(np.cumsum(mask) - 1, mask=~mask)
@@ -85,9 +89,14 @@ class _StageActor:
         for field in self.schema:
             if field.name not in columns.column_names:
                 columns = columns.append_column(field.name, pa.nulls(len(rows), field.type))
-        rejected = pc.sum(pc.not_equal(rows["error_kind"], UNCHANGED)).as_py() or 0
-        self.counter.add.remote(len(rows), rejected)
         return columns.select(self.schema.names).cast(self.schema)
+
+    def _run(self, batch: pa.Table) -> pa.Table:
+        outputs = []
+        for part in self.portions.cut(len(batch)):
+            outputs.append(self.stage(batch.slice(part.start, part.stop - part.start)))
+            self.counter.add.remote(len(outputs[-1]), 0)
+        return pa.concat_tables(outputs)
 
 
 def _take(column: pa.ChunkedArray, place: pa.Array) -> pa.Array:

@@ -1,9 +1,12 @@
 """Evaluation's pass over a split: what comes back of every image, and of those that a report draws."""
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,8 +24,9 @@ from captioner.config import (
 )
 from captioner.decoders import build_decoder
 from captioner.errors import ModelError, SourceError
+from captioner.evaluation import pipeline
 from captioner.evaluation.evaluate import evaluate, score_table
-from captioner.evaluation.pipeline import score_split
+from captioner.evaluation.pipeline import ScoreImages, score_split
 from captioner.features.extract import extract
 from captioner.text import END, Vocabulary
 from tests.models import encoder_of, publish_model, write_model
@@ -166,3 +170,51 @@ def test_features_of_another_encoder_are_refused_with_the_command_that_would_do(
     with pytest.raises(ModelError, match="encoder.weights_sha256: .* evaluate --source memory://"):
         evaluate(config)
     assert not (tmp_path / "report").exists()
+
+
+class _Counted(ScoreImages):
+    """Notes how many images each actor gets. None begins before all are there."""
+
+    actors = 2
+
+    def __init__(self, *args: Any, folder: Path, **options: Any):
+        super().__init__(*args, **options)
+        self.file = folder / str(os.getpid())
+        self.file.touch()
+        until = time.monotonic() + 120
+        while len(list(folder.iterdir())) < self.actors and time.monotonic() < until:
+            time.sleep(0.05)
+
+    def __call__(self, batch: dict[str, Any]) -> pa.Table:
+        images = len(batch["image_id"])
+        time.sleep(0.01 * images)
+        self.file.write_text(str(int(self.file.read_text() or 0) + images))
+        return super().__call__(batch)
+
+
+def test_actors_get_the_same_share_of_a_split(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FeatureStore.open(write_store(tmp_path / "store", {"validation": 300}, grid=True))
+    shares = tmp_path / "shares"
+    shares.mkdir()
+
+    class Counted(_Counted):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, folder=shares, **options)
+
+    monkeypatch.setattr(pipeline, "ScoreImages", Counted)
+    captions = store.captions("validation")
+    rows = pipeline.score_split(
+        store,
+        "validation",
+        captions,
+        open_model(model),
+        DECODE,
+        drawn=frozenset(),
+        batch_size=200,
+    )
+    assert len(rows) == 300
+    done = [int(file.read_text()) for file in shares.iterdir()]
+    assert len(done) == _Counted.actors
+    assert min(done) > 0.8 * max(done), done

@@ -8,7 +8,14 @@ from ray.exceptions import RayTaskError
 from captioner.artifacts.tables import feature_rows
 from captioner.encoders.spec import FeatureShape
 from captioner.errors import OutOfReachError, StoreError
-from captioner.features.pace import FILE_SECONDS, FIRST_ROWS, MOST_ROWS, TASK_SECONDS, Pace
+from captioner.features.pace import (
+    FILE_SECONDS,
+    FIRST_ROWS,
+    MOST_ROWS,
+    TASK_SECONDS,
+    Pace,
+    Portions,
+)
 from captioner.features.pipeline import _told, rows_per_file
 
 
@@ -94,3 +101,24 @@ def test_an_error_of_ours_comes_back_from_a_task_as_it_was_raised() -> None:
         assert "\n" not in str(found)
     ours = RayTaskError("task", "a traceback", KeyError("x"), "task", 1, "127.0.0.1")
     assert _told(ours.as_instanceof_cause(), "s3://b/out") is None
+
+
+@pytest.mark.parametrize("seconds", [0.0001, 0.05, 0.3, 1.5, 7.0])
+def test_an_actor_says_every_few_seconds_how_far_it_is(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("captioner.features.pace.time.monotonic", lambda: now)
+    portions = Portions()
+    sizes: list[int] = []
+    for rows in (64, 64, 37, 64):
+        parts = []
+        for part in portions.cut(rows):
+            parts += list(range(rows))[part]
+            sizes.append(part.stop - part.start)
+            now += sizes[-1] * seconds
+        assert parts == list(range(rows))
+    settled = sizes[1:]
+    assert max(settled) * seconds <= 2 or max(settled) == 1
+    # Nothing is cut finer than it must be.
+    assert max(settled) * seconds > 0.9 or max(settled) >= 37 or max(settled) == 1
