@@ -1,11 +1,13 @@
 """Scenes of coloured shapes, their pictures and captions, all decided by (seed, split, index) alone.
 
-Captions say only what the picture shows: counts, sizes, colours, shapes, and how two groups lie to each other.
+Captions say only what the picture shows: counts, sizes, colours, shapes, and how two groups lie to each other. What a
+caption says can be read back from it.
 """
 
 import io
 import math
 import random
+import re
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -25,6 +27,11 @@ SIZES = {"small": 17, "large": 33}  # radius in pixels
 COUNTS = {1: "a", 2: "two", 3: "three"}
 # relation, and the same seen from the second object
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+_PHRASE = re.compile(
+    r"\b({}) ({}) ({}) ({})s?\b".format(
+        *("|".join(words) for words in (COUNTS.values(), SIZES, COLOURS, SHAPES))
+    )
+)
 _BACKGROUNDS = ((245, 245, 245), (226, 232, 240), (240, 230, 215))
 
 
@@ -43,6 +50,28 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What is said of a scene: one group, or one left of or above another."""
+
+    first: Group
+    relation: str | None = None
+    second: Group | None = None
+
+    @classmethod
+    def of(cls, first: Group, relation: str | None, second: Group | None) -> "Facts":
+        """The same for either order of the groups."""
+        if relation is None or second is None:
+            return cls(first)
+        if relation in ("right of", "below"):
+            return cls(second, RELATIONS[relation], first)
+        return cls(first, relation, second)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return (self.first,) if self.second is None else (self.first, self.second)
+
+
+@dataclass(frozen=True)
 class Scene:
     """One group, or two with a relation between them."""
 
@@ -50,6 +79,10 @@ class Scene:
     relation: str | None
     second: Group | None
     background: tuple[int, int, int]
+
+    @property
+    def facts(self) -> Facts:
+        return Facts.of(self.first, self.relation, self.second)
 
     def captions(self) -> list[str]:
         """Five differing captions of the same facts."""
@@ -88,6 +121,21 @@ class Scene:
         return output.getvalue()
 
 
+def parse(caption: str) -> Facts | None:
+    """What a caption says, in whatever case; None where it is no sentence that a scene would be described by."""
+    words = _plain(caption)
+    counts = {word: count for count, word in COUNTS.items()}
+    groups = [
+        Group(counts[count], size, colour, shape)
+        for count, size, colour, shape in _PHRASE.findall(words)
+    ]
+    relations = [relation for relation in RELATIONS if f" {relation} " in words]
+    if (len(groups), len(relations)) not in ((1, 0), (2, 1)):
+        return None
+    said = Scene(groups[0], *(relations or [None]), *(groups[1:] or [None]), _BACKGROUNDS[0])
+    return said.facts if words in map(_plain, said.captions()) else None
+
+
 def make_scene(seed: int, split: str, index: int) -> Scene:
     """The scene of one index, to be described."""
     return _compose(seed, split, index)[0]
@@ -119,6 +167,10 @@ def _compose(seed: int, split: str, index: int) -> tuple[Scene, random.Random]:
         while (second.colour, second.shape) == (first.colour, first.shape):
             second = group()
     return Scene(first, relation, second, choose.choice(_BACKGROUNDS)), choose
+
+
+def _plain(caption: str) -> str:
+    return " ".join(caption.lower().removesuffix(".").split())
 
 
 def _capital(phrase: str) -> str:

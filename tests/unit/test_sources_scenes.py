@@ -10,11 +10,12 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from captioner.config import ShapesConfig, SourceConfig
 from captioner.sources import open_source
-from captioner.sources.scenes import COLOURS, SHAPES, SIDE, draw_scene, make_scene
+from captioner.sources.scenes import COLOURS, SHAPES, SIDE, draw_scene, make_scene, parse
 from tests.sources import captions_of, read_all
 
 INDICES = range(100)
@@ -151,3 +152,30 @@ def test_shapes_have_their_splits_and_five_captions_each() -> None:
     assert rows[7]["size"] == len(rows[7]["bytes"])
     other_seed = ShapesConfig(train=130, validation=3, test=2, seed=1)
     assert open_source("shapes", SourceConfig(shapes=other_seed)).identity() != source.identity()
+
+
+def test_what_a_caption_says_is_read_back_from_it() -> None:
+    for index in range(300):
+        scene = make_scene(0, "test", index)
+        assert {parse(text) for text in scene.captions()} == {scene.facts}
+        assert {parse(text.lower().rstrip(".")) for text in scene.captions()} == {scene.facts}
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "",
+        "a red circle in the picture",
+        "a small red circles in the picture",
+        "two small red circle in the picture",
+        "there are a small red circle in the picture",
+        "a small red circle to the left of",
+        "a small red circle left of a large blue star",
+        "a small red circle above a large blue star below a small red star",
+        "a small red circle and a large blue star in the picture",
+        "a small red circle above a small red circle above a small red circle",
+        "the picture shows a small red circle in the picture",
+    ],
+)
+def test_what_is_no_caption_of_a_scene_says_nothing(caption: str) -> None:
+    assert parse(caption) is None
