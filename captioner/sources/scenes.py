@@ -132,7 +132,8 @@ def parse(caption: str) -> Facts | None:
     relations = [relation for relation in RELATIONS if f" {relation} " in words]
     if (len(groups), len(relations)) not in ((1, 0), (2, 1)):
         return None
-    said = Scene(groups[0], *(relations or [None]), *(groups[1:] or [None]), _BACKGROUNDS[0])
+    relation, second = (relations[0], groups[1]) if relations else (None, None)
+    said = Scene(groups[0], relation, second, _BACKGROUNDS[0])
     return said.facts if words in map(_plain, said.captions()) else None
 
 
