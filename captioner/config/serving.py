@@ -78,7 +78,7 @@ class UploadBounds(Config):
     max_header_bytes: Annotated[int, Field(ge=1024)] = 32 * 2**10
     """Largest request line and headers, in bytes; beyond it clients get 431."""
     max_connections: Positive = 2048
-    """Connections to one HTTP proxy at once; beyond it clients get 503."""
+    """Connections to one HTTP proxy at once; beyond it clients get 503, but for those that ask for health."""
     max_connections_per_address: Positive = 512
     """The same from one address. Behind a load balancer, which has one address, as many as max_connections."""
     upload_timeout_s: Seconds = 20.0

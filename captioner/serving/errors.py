@@ -29,7 +29,7 @@ class ErrorCode(Enum):
         "the search takes 600000 steps, over the limit of 200000 (max_cost)",
         "ask for fewer images, beams, captions or words",
     )
-    HEADERS_TOO_LARGE = 431, "the headers are too large", "send less than 32768 bytes of them"
+    HEADERS_TOO_LARGE = 431, "the headers are too large", "send fewer of them, or shorter ones"
     ERROR = 500, "the request failed", "try again"
     OVERLOADED = (
         503,

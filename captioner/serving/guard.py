@@ -81,6 +81,15 @@ def drain(folder: Path, stop: Callable[[float], bool], timeout_s: float) -> None
             return
 
 
+def new_request_id() -> str:
+    return uuid.uuid4().hex
+
+
+def log_request(request_id: str, method: str, path: str, status: int, seconds: float) -> None:
+    """A line of the access log."""
+    access_logger.info("%s %s %s %d %.0f ms", request_id, method, path, status, 1e3 * seconds)
+
+
 class _ClientGone(Exception):
     pass
 
@@ -125,9 +134,10 @@ class Guard:
             return
         started = time.perf_counter()
         headers = {name.lower(): value for name, value in scope["headers"]}
-        if _REQUEST_ID not in headers:
-            headers[_REQUEST_ID] = uuid.uuid4().hex.encode()
-            scope = {**scope, "headers": [*scope["headers"], (_REQUEST_ID, headers[_REQUEST_ID])]}
+        if not headers.get(_REQUEST_ID):
+            headers[_REQUEST_ID] = new_request_id().encode()
+            others = [one for one in scope["headers"] if one[0].lower() != _REQUEST_ID]
+            scope = {**scope, "headers": [*others, (_REQUEST_ID, headers[_REQUEST_ID])]}
         reply = _Reply(send, self.settings.retry_after_s, self._reject, headers)
         outermost = _COUNTED not in scope
         inner = {**scope, _COUNTED: True}
@@ -149,9 +159,7 @@ class Guard:
         method = scope["method"] if scope["method"] in ("GET", "HEAD", "POST") else "other"
         self._observe(path, method, reply.status, seconds)
         if self.settings.access_log:
-            access_logger.info(
-                "%s %s %s %d %.0f ms", reply.request_id, method, path, reply.status, 1e3 * seconds
-            )
+            log_request(reply.request_id, method, path, reply.status, seconds)
 
     async def _admit(
         self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, reply: "_Reply"
@@ -169,7 +177,10 @@ class Guard:
                 await self._forward(scope, pieces, receive, reply)
                 return
             extra = {} if problem is not ErrorCode.UNAUTHORIZED else _challenge(headers)
-            await reply.error(RequestError(problem), extra, close=self._draining or not complete)
+            limit = self.settings.max_request_bytes
+            told = f"the request is over the limit of {limit} bytes (max_request_bytes)"
+            error = RequestError(problem, told if problem is ErrorCode.REQUEST_TOO_LARGE else "")
+            await reply.error(error, extra, close=self._draining or not complete)
         except _ClientGone:
             pass
         finally:
@@ -339,10 +350,15 @@ class _Reply:
         return list((ours | headers).items())
 
 
-def raw_answer(error: RequestError) -> bytes:
+def raw_answer(error: RequestError, request_id: str) -> bytes:
     """An error as it goes over a connection that is closed behind it, before there was a request."""
     body = json.dumps(error.body()).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}  # fmt: skip
+    headers = {
+        _REQUEST_ID.decode(): request_id,
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+    }
     lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
     lines += [f"{name}: {value}" for name, value in (HEADERS | headers | error.headers()).items()]
     return "\r\n".join([*lines, "", ""]).encode() + body

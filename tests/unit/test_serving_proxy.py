@@ -70,15 +70,16 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 @asynccontextmanager
 async def listening(
-    certificate: tuple[str, str] | None = None, **bounds: Any
+    application: Any = app, certificate: tuple[str, str] | None = None, **bounds: Any
 ) -> AsyncIterator[int]:
     """The port of a server like Ray Serve's, of our protocol."""
     BoundedProtocol.settings = GuardSettings(**bounds)
     BoundedProtocol.addresses.clear()
+    BoundedProtocol.reserve.clear()
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{proxy.__name__}:{BoundedProtocol.__name__}"
     ssl_certfile, ssl_keyfile = certificate or (None, None)
     config = uvicorn.Config(
-        lambda: app, factory=True, port=0, log_config=None, access_log=False, lifespan="off",
+        lambda: application, factory=True, port=0, log_config=None, access_log=False, lifespan="off",
         ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile,
     )  # fmt: skip
     server = uvicorn.Server(config)
@@ -111,9 +112,9 @@ async def say(port: int, *pieces: bytes) -> bytes:
     return found
 
 
-def run(talk: Callable[[int], Awaitable[None]], **bounds: Any) -> None:
+def run(talk: Callable[[int], Awaitable[None]], application: Any = app, **bounds: Any) -> None:
     async def main() -> None:
-        async with listening(**bounds) as port:
+        async with listening(application, **bounds) as port:
             await talk(port)
 
     asyncio.run(main())
@@ -142,6 +143,8 @@ def test_headers_over_the_limit_get_431_and_are_not_kept(
             assert answer.startswith(b"HTTP/1.1 431 ")
             body = json.loads(answer.partition(b"\r\n\r\n")[2])
             assert body["error"]["code"] == "headers_too_large"
+            assert "at most 2048 bytes" in body["error"]["message"]
+            assert b"retry-after" not in answer
         assert counted == {"headers_too_large": 1}
         assert b"got 0" in await say(port, GET + b"\r\n")
 
@@ -164,7 +167,7 @@ def test_connections_are_bounded_and_their_places_free_again(counted: Counter[st
         for _ in range(2):
             held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
             await asyncio.sleep(0.1)
-            refused = await say(port)
+            refused = await say(port, GET + b"\r\n")
             assert refused.startswith(b"HTTP/1.1 503 ")
             assert b"retry-after: 1\r\n" in refused
             for _, writer in held:
@@ -176,6 +179,91 @@ def test_connections_are_bounded_and_their_places_free_again(counted: Counter[st
     run(talk, max_connections_per_address=3)
     counted.clear()
     run(talk, max_connections=3)
+
+
+@pytest.mark.parametrize("bound", ["max_connections", "max_connections_per_address"])
+def test_health_is_answered_beyond_the_bounds_and_nothing_else(
+    bound: str, counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "_RESERVE_S", 0.3)
+
+    async def talk(port: int) -> None:
+        first = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.sleep(0.1)
+        for path in (b"/healthz", b"/-/healthz", b"/healthz?x=1"):
+            asked = b"GET " + path + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+            # Whatever follows on the same connection finds it closed.
+            assert (await say(port, asked + asked)).count(b"got 0") == 1
+        assert not counted
+        silent = [asyncio.create_task(say(port)) for _ in range(6)]
+        await asyncio.sleep(0.1)
+        assert counted == {"overloaded": 2}  # more than an address may have beyond the bounds
+        assert all(one.startswith(b"HTTP/1.1 503 ") for one in await asyncio.gather(*silent))
+        assert counted == {"overloaded": 6}
+        assert BoundedProtocol.reserve.total() == 0
+        first[1].close()
+
+    run(talk, **{bound: 1})
+
+
+def test_requests_sent_ahead_are_bounded(counted: Counter[str]) -> None:
+    seen: list[Any] = []
+    go = asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope)
+        await go.wait()
+        await app(scope, receive, send)
+
+    async def talk(port: int) -> None:
+        pieces = [b"POST /%d HTTP/1.1\r\nHost: x\r\nN: %d\r\nContent-Length: 1\r\n\r\n." % (n, n)
+                  for n in range(5000)]  # fmt: skip
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"".join(pieces))
+        await asyncio.sleep(0.3)
+        go.set()
+        found = b""
+        with contextlib.suppress(ConnectionError):  # more is sent than is ever read
+            while piece := await asyncio.wait_for(reader.read(65536), 5):
+                found += piece
+        writer.close()
+        assert found.count(b"got 1") == 9
+        assert [one["path"] for one in seen] == [f"/{n}" for n in range(9)]
+        assert [dict(one["headers"])[b"n"] for one in seen] == [b"%d" % n for n in range(9)]
+        assert len(seen[-1]["headers"]) == 3
+
+    run(talk, slow)
+
+
+def test_what_follows_a_request_takes_no_answer_from_it(counted: Counter[str]) -> None:
+    async def talk(port: int) -> None:
+        for wrong in (b"no HTTP\r\n\r\n", GET + b"X: " + 3000 * b"a" + b"\r\n\r\n"):
+            answer = await say(port, GET + b"\r\n" + wrong)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert answer.count(b"HTTP/1.1 ") == 1
+        assert not counted
+
+    run(talk, max_header_bytes=2048)
+
+
+def test_damaged_body_is_told_and_its_answer_is_named_and_logged(
+    counted: Counter[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def talk(port: int) -> None:
+        answer = await say(port, POST, b"FFFFFFFFFFFFFFFFF\r\n")
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert counted == {"bad_request": 1}
+        assert b"retry-after" not in answer
+        [request_id] = [
+            line.partition(b": ")[2].decode()
+            for line in answer.split(b"\r\n")
+            if line.startswith(b"x-request-id: ")
+        ]
+        [line] = [one.getMessage() for one in caplog.records if one.name == "captioner.access"]
+        assert line == f"{request_id} other other 400 0 ms"
+
+    with caplog.at_level("INFO", "captioner.access"):
+        run(talk, access_log=True)
 
 
 def test_web_sockets_take_no_connection_out_of_the_bounds(counted: Counter[str]) -> None:
@@ -212,10 +300,11 @@ def test_the_same_holds_behind_a_certificate(tmp_path: Path, counted: Counter[st
             assert (await http.get("/", headers={"x": 3000 * "a"})).status_code == 431
         held = [await asyncio.open_connection("127.0.0.1", port, ssl=trusting) for _ in range(3)]
         assert counted == {"headers_too_large": 1}
-        with contextlib.suppress(ConnectionError):  # refused before the client has said a word
-            await asyncio.open_connection("127.0.0.1", port, ssl=trusting)
-        await asyncio.sleep(0.2)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting)
+        writer.write(GET + b"\r\n")
+        assert (await reader.read(100)).startswith(b"HTTP/1.1 503 ")
         assert counted["overloaded"] == 1
+        writer.close()
         for _, writer in held:
             writer.close()
         await asyncio.sleep(0.2)
