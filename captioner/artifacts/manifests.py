@@ -247,7 +247,7 @@ def open_manifest(
     except StoreError as problem:
         raise error(str(problem)) from problem
     found = raw.get("kind") if isinstance(raw, dict) else None
-    if found not in KINDS or kind not in (None, found):
+    if not isinstance(found, str) or found not in KINDS or kind not in (None, found):
         raise error(f"{uri} is not a {noun}: its manifest says {found!r}")
     if raw.get("schema_version") != SCHEMA_VERSION:
         older = "an older" if str(raw.get("schema_version")) < str(SCHEMA_VERSION) else "a newer"

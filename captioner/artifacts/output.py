@@ -47,9 +47,9 @@ CONTENTS = frozenset(
         *("encoder.safetensors", "weights.safetensors", "last.safetensors", "ngrams.safetensors"),
         *("config.json", "vocab.json", "metrics.json", "scores.json", "README.md"),
         *("history.parquet", "predictions.parquet", "trials.parquet", "neighbours.parquet"),
-        *("removed.parquet", "captions.jsonl", "captions.csv", "imagefolder", "txt", "xmp"),
-        *("curves.png", "trials.png", "grid.png", "best_and_worst.png", "contact_sheet.html"),
-        *("rejects.csv", "captions.csv", "txt", "xmp", "imagefolder", "neighbours.parquet"),
+        *("removed.parquet", "rejects.csv", "captions.jsonl", "captions.csv"),
+        *("imagefolder", "txt", "xmp", "contact_sheet.html"),
+        *("curves.png", "trials.png", "grid.png", "best_and_worst.png"),
     )
 )
 
@@ -115,7 +115,7 @@ class Output:
             return complete, None
         try:
             claim = json.loads(read_bytes(self.uri(CLAIM)))
-        except ValueError:
+        except (ValueError, RecursionError):
             claim = None
         if not isinstance(claim, dict) or "job" not in claim:
             raise StoreError(

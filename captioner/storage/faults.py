@@ -23,19 +23,14 @@ class Fault(Enum):
 _ERRNO = {
     **dict.fromkeys(
         (
-            errno.EIO,
-            errno.ESTALE,
-            errno.EAGAIN,
-            errno.ETIMEDOUT,
-            errno.ECONNREFUSED,
-            errno.ECONNRESET,
-            errno.ECONNABORTED,
-            errno.EHOSTUNREACH,
-            errno.EHOSTDOWN,
-            errno.ENETUNREACH,
-            errno.ENETDOWN,
-            errno.ENOTCONN,
-            errno.EREMOTEIO,
+            # The store, or the network or device in between.
+            *(errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOMEDIUM),
+            *(errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ETIME, errno.ETIMEDOUT),
+            *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ESHUTDOWN),
+            *(errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN),
+            *(errno.ENETRESET, errno.ENOTCONN, errno.EKEYEXPIRED),
+            # This machine: what it has too few of.
+            *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS),
         ),
         Fault.PASSING,
     ),
@@ -43,27 +38,34 @@ _ERRNO = {
     errno.EPERM: Fault.DENIED,
     errno.ENOENT: Fault.ABSENT,
 }
-# By the name of the error in AWS's library or protocol, or by the status of HTTP where Arrow has no name for it.
+# By the name of the error in AWS's library or protocol, or by the status of HTTP where there is no name for it.
 _NAMES = (
-    (Fault.ABSENT, r"NO_SUCH_|NoSuch|status 404"),
-    (
-        Fault.DENIED,
-        r"ACCESS_DENIED|ACCESS_KEY|SIGNATURE|_TOKEN|CREDENTIALS|status 40[013]"
-        r"|AccessDenied|AccessKey|SignatureDoesNotMatch|Token",
-    ),
+    (Fault.OTHER, "InvalidObjectState"),  # in an archive: nobody reads it before it is restored
+    (Fault.ABSENT, r"NO_SUCH_|RESOURCE_NOT_FOUND|NoSuch|status 404"),
     (
         Fault.PASSING,
         r"SLOW_DOWN|THROTTLING|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|NETWORK_CONNECTION"
-        r"|status (408|429|5(?!01)\d\d)",
+        r"|SlowDown|Throttl|RequestTimeout |IncompleteBody|OperationAborted|status (408|429|5(?!01)\d\d)",
+    ),
+    (
+        Fault.DENIED,
+        r"ACCESS_DENIED|ACCESS_KEY|SIGNATURE|SIGNING|_TOKEN|CREDENTIALS|REQUEST_EXPIRED|TOO_SKEWED|UNRECOGNIZED_CLIENT"
+        r"|AccessDenied|AccessKey|SignatureDoesNotMatch|Token|RequestExpired|status 40[13]"
+        # Whoever asks for no more than a header is told no name, of what has expired neither.
+        r"|^400 status 400|UNKNOWN .*status 400",
     ),
 )
 _OF_ARROW = re.compile(r"AWS Error (.*?) during \w+ operation(: Unable to parse \w+: \w+)?")
 # boto3's, of which it has no answer of the server.
 _OF_BOTO = {
-    "NoCredentialsError": Fault.DENIED,
-    "CredentialRetrievalError": Fault.DENIED,
-    "ConnectionError": Fault.PASSING,
-    "HTTPClientError": Fault.PASSING,
+    **dict.fromkeys(
+        (
+            *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
+            *("TokenRetrievalError", "SSOError"),
+        ),
+        Fault.DENIED,
+    ),
+    **dict.fromkeys(("ConnectionError", "HTTPClientError", "IncompleteReadError"), Fault.PASSING),
 }
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -47,6 +48,9 @@ class FileInfo:
     """When it was changed, in nanoseconds since 1970; None where the store does not say."""
 
 
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*", re.I)
+
+
 @cache
 def _local() -> pafs.FileSystem:
     return pafs.LocalFileSystem()
@@ -73,9 +77,13 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         StoreError: the scheme is unknown or the URI malformed.
     """
     uri = absolute(uri)
-    if "://" not in uri:
+    scheme, is_uri, _ = uri.partition("://")
+    if not is_uri:
         return _local(), uri
-    scheme = urlsplit(uri).scheme
+    if scheme == "hf":  # which Arrow hands on to a library of the hub's own
+        raise StoreError(
+            f"cannot open {uri}: not a place for files; what is on the hub is hf:org/name"
+        )
     try:
         if scheme == "s3":
             path = uri.removeprefix("s3://").rstrip("/")
@@ -92,20 +100,25 @@ def absolute(uri: str) -> str:
     """``uri`` itself if it has a scheme, else the absolute local path; that of a ``file://`` URI, too.
 
     Raises:
-        StoreError: there is no such path on this machine: another host's, an unknown user's home, no UTF-8.
+        StoreError: it names nothing, or no path on this machine: another host's, an unknown user's home, no UTF-8.
     """
+    if not uri:
+        raise StoreError("an empty path names nothing: the current directory is .")
     try:
         uri.encode()
     except UnicodeEncodeError as error:
         raise StoreError(f"{uri!a} is not UTF-8, as names of files must be here") from error
-    if uri.startswith("file://"):
-        # '#' and '?' begin nothing here: whoever leaves them as they are means the file.
-        host, _, path = uri.removeprefix("file://").partition("/")
-        if host not in ("", "localhost"):
-            raise StoreError(f"{uri} is on another host: file:///path names a file of this one")
-        return os.path.normpath(f"/{unquote(path)}")
-    if "://" in uri:
-        return uri.rstrip("/")
+    scheme, is_uri, rest = re.sub(r"^file:/(?!/)", "file:///", uri, flags=re.I).partition("://")
+    if is_uri and _SCHEME.fullmatch(scheme):
+        if scheme.lower() == "file":
+            # '#' and '?' begin nothing here: whoever leaves them as they are means the file.
+            host, _, path = rest.partition("/")
+            if host not in ("", "localhost"):
+                raise StoreError(f"{uri} is on another host: file:///path names a file of this one")
+            return os.path.normpath(f"/{unquote(path)}")
+        if not rest.strip("/"):
+            raise StoreError(f"{uri} names nothing: a bucket or a path belongs behind it")
+        return f"{scheme.lower()}://{rest.rstrip('/')}"
     try:
         return str(Path(uri).expanduser().absolute())
     except RuntimeError as error:  # ~name of nobody here
@@ -154,12 +167,30 @@ def list_files(uri: str) -> list[FileInfo]:
     """
     filesystem, path = resolve(uri)
     base = absolute(uri)
-    below = pafs.FileSelector(path, recursive=True, allow_not_found=True)
     with _told("list", uri):
+        if is_local(uri):
+            return [FileInfo(f"{base}/{name}", name, *of) for name, *of in sorted(_walk(path))]
+        below = pafs.FileSelector(path, recursive=True, allow_not_found=True)
         found = filesystem.get_file_info(below)
     files = (entry for entry in found if entry.type == pafs.FileType.File)
     relative = ((e.path[len(path.rstrip("/")) + 1 :], e.size, e.mtime_ns) for e in files)
     return [FileInfo(f"{base}/{name}", name, size, mtime) for name, size, mtime in sorted(relative)]
+
+
+def _walk(root: str) -> Iterator[tuple[str, int, int]]:
+    """Path, size and time of the files below a local directory. Arrow's own listing fails on names that are no UTF-8,
+    and follows links in circles."""
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # another process may delete it meanwhile
+            raise error
+
+    for folder, _, names in os.walk(root, onerror=fail):
+        for path in (os.path.join(folder, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                status = os.stat(path)
+                if stat.S_ISREG(status.st_mode):
+                    yield os.path.relpath(path, root), status.st_size, status.st_mtime_ns
 
 
 @contextmanager
@@ -282,8 +313,8 @@ def read_json(uri: str) -> Any:
     """
     try:
         return json.loads(read_bytes(uri))
-    except ValueError as error:
-        raise StoreError(f"{uri} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{uri} is not JSON: {one_line(error)}") from error
 
 
 @contextmanager

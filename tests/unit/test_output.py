@@ -1,5 +1,6 @@
 """Directories that jobs publish: claimed, held by one run, filled, complete, continued, cleared."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,7 +113,9 @@ def test_an_unfinished_directory_is_filled_again(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[]", "is not a feature store: its manifest says None"),
+        ('{"kind": ["features"]}', r"its manifest says \['features'\]"),
         ("{", "is not JSON"),
+        pytest.param("[" * 100_000, "is not JSON: maximum recursion depth", id="deep"),
         ('{"kind": "model", "schema_version": 2, "files": []}', "its manifest says 'model'"),
         ('{"kind": "features", "schema_version": 1}', "written by an older release: extract again"),
         ('{"kind": "features", "schema_version": 2}', "is damaged: files: Field required"),
@@ -156,12 +159,30 @@ def test_a_name_that_is_too_long_is_refused_in_one_line(tmp_path: Path) -> None:
         ("file://elsewhere/data", "is on another host"),
         ("~nobody-of-this-name/data", "Could not determine home directory"),
         ("/data/\udcff", "is not UTF-8"),
+        ("", "an empty path names nothing"),
+        ("s3://", "s3:// names nothing"),
+        ("hf://org/name", "not a place for files"),
     ],
 )
 def test_a_path_that_cannot_be_here_is_one_line(uri: str, message: str) -> None:
     with pytest.raises(StoreError, match=message) as one:
         Output(uri, {"job": "any"})
     assert "\n" not in str(one.value)
+
+
+def test_names_that_are_no_text_are_in_nobodys_way(tmp_path: Path) -> None:
+    def put(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        with open(os.fsencode(folder) + b"/\xff.txt", "wb") as file:
+            file.write(b"mine")
+
+    put(tmp_path / "foreign")
+    with pytest.raises(StoreError, match="is not empty and was not made by this job"):
+        Output(str(tmp_path / "foreign"), {"job": "x"})
+    leave_unfinished(tmp_path / "out", {"job": "x"})
+    put(tmp_path / "out")
+    publish_once(str(tmp_path / "out"), {"job": "y"}, ModelManifest, fill, restart=True)
+    assert len(os.listdir(tmp_path / "out")) == 4
 
 
 def leave_unfinished(root: Path, identity: dict[str, object]) -> None:

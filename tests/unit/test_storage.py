@@ -72,6 +72,20 @@ def test_a_name_is_taken_as_it_is(
     assert (place / name).read_bytes() == b"data"
 
 
+@pytest.mark.parametrize(
+    ("uri", "same"),
+    [
+        ("file:{root}/a", "{root}/a"),
+        ("FILE://localhost{root}/a", "{root}/a"),
+        ("S3://bucket/Key/", "s3://bucket/Key"),
+        ("s3://buck[et/key", "s3://buck[et/key"),
+        ("{root}/a://b", "{root}/a:/b"),
+    ],
+)
+def test_a_scheme_is_known_however_it_is_written(tmp_path: Path, uri: str, same: str) -> None:
+    assert storage.absolute(uri.format(root=tmp_path)) == same.format(root=tmp_path)
+
+
 @pytest.mark.parametrize("name", ["a#b", "what?", "a b", "a?b#c"])
 def test_a_file_uri_need_not_be_escaped(tmp_path: Path, name: str) -> None:
     odd.check(f"file://localhost{tmp_path}/{name}")

@@ -27,6 +27,8 @@ def answered(code: str, status: int) -> boto.ClientError:
     [
         (OSError(errno.EIO, "x"), Fault.PASSING),
         (OSError(errno.ESTALE, "x"), Fault.PASSING),
+        *((OSError(number, "x"), Fault.PASSING) for number in (errno.EMFILE, errno.ENOMEM)),
+        *((OSError(number, "x"), Fault.PASSING) for number in (errno.EBUSY, errno.ENODEV)),
         (OSError(errno.EACCES, "x"), Fault.DENIED),
         (FileNotFoundError(errno.ENOENT, "x"), Fault.ABSENT),
         (OSError(errno.ENOSPC, "x"), Fault.OTHER),
@@ -38,16 +40,24 @@ def answered(code: str, status: int) -> boto.ClientError:
         (arrow("UNKNOWN (HTTP status 501)"), Fault.OTHER),
         (arrow("ACCESS_DENIED"), Fault.DENIED),
         (arrow("UNKNOWN (HTTP status 400)"), Fault.DENIED),
+        (arrow("REQUEST_EXPIRED"), Fault.DENIED),
         (arrow("NO_SUCH_BUCKET"), Fault.ABSENT),
         # What is in a key is nobody's error.
         (arrow("ACCESS_DENIED", key="SLOW_DOWN status 503.jpg"), Fault.DENIED),
         (answered("SlowDown", 503), Fault.PASSING),
         (answered("ExpiredToken", 400), Fault.DENIED),
+        (answered("400", 400), Fault.DENIED),
+        (answered("RequestTimeout", 400), Fault.PASSING),
+        (answered("ThrottlingException", 400), Fault.PASSING),
+        (answered("InvalidArgument", 400), Fault.OTHER),
+        (answered("InvalidObjectState", 403), Fault.OTHER),
+        (answered("AllAccessDisabled", 403), Fault.DENIED),
         (answered("NoSuchBucket", 404), Fault.ABSENT),
         (answered("NotImplemented", 501), Fault.OTHER),
         (boto.EndpointConnectionError(endpoint_url="http://Token"), Fault.PASSING),
         (boto.ReadTimeoutError(endpoint_url="http://b"), Fault.PASSING),
         (boto.NoCredentialsError(), Fault.DENIED),
+        (boto.UnauthorizedSSOTokenError(), Fault.DENIED),
     ],
 )
 def test_faults_are_told_apart(error: Exception, fault: Fault) -> None:
