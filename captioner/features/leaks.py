@@ -14,10 +14,11 @@ logger = logging.getLogger(__name__)
 
 # Cosine of pooled vectors above which two files show one picture, saved again.
 SAME = 0.999
-# Multiplications that a look may take: some seconds. Past them only equal bytes are found.
-_MOST_WORK = 2e11
+# Multiplications that a look may take, a minute or two of two cores, and bytes of vectors that it may hold. Past them
+# only equal bytes are found.
+_MOST_WORK, _MOST_BYTES = 2e12, 2**30
 _EXAMPLES = 3
-# Pictures of train that are looked at in one step.
+# Pictures of train whose files are opened together.
 _CHUNK = 2**13
 
 
@@ -51,27 +52,28 @@ def find_leaks(store: FeatureStore, split: str) -> Leaks:
     if split == "train" or not {split, "train"} <= splits.keys():
         return Leaks(split, [], False)
     encoder = store.manifest.encoder
-    work = splits[split].images * splits["train"].images * encoder.spec.pooled_channels
-    by_vectors = not encoder.weights.startswith("random") and work <= _MOST_WORK
+    numbers = splits[split].images * encoder.spec.pooled_channels
+    few = numbers * splits["train"].images <= _MOST_WORK and 4 * numbers <= _MOST_BYTES
+    by_vectors = few and not encoder.weights.startswith("random")
     columns = ["image_id", "sha256", *["pooled"] * by_vectors]
     held = [chunk.read(columns) for chunk in store.chunks(split, _CHUNK)]
     ids = np.concatenate([part["image_id"] for part in held])
-    bytes_of = {
-        digest: name
-        for part in held
-        for name, digest in zip(part["image_id"], part["sha256"], strict=True)
-    }
-    bytes_of.pop(None, None)
+    named: dict[str | None, list[str]] = {}
+    for part in held:
+        for name, digest in zip(part["image_id"], part["sha256"], strict=True):
+            named.setdefault(digest, []).append(name)
+    named.pop(None, None)
     vectors = _unit(np.concatenate([part["pooled"] for part in held])) if by_vectors else None
     equal: dict[str, str] = {}
     alike: dict[str, str] = {}
     best = torch.full((len(ids),), SAME)
     for chunk in store.chunks("train", _CHUNK):
-        part = chunk.read(columns)
-        for name, digest in zip(part["image_id"], part["sha256"], strict=True):
-            if digest in bytes_of:
-                equal.setdefault(bytes_of[digest], name)
-        if vectors is not None:
+        for _, part in chunk.batches(columns):
+            for name, digest in zip(part["image_id"], part["sha256"], strict=True):
+                for same in named.get(digest, ()):
+                    equal.setdefault(same, name)
+            if vectors is None:
+                continue
             values, places = (vectors @ _unit(part["pooled"]).T).max(dim=1)
             for row in torch.nonzero(values > best)[:, 0].tolist():
                 alike[ids[row]] = part["image_id"][places[row]]

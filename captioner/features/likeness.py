@@ -3,6 +3,7 @@
 import hashlib
 import io
 import posixpath
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,8 @@ from captioner.images.load import load_image
 from captioner.plots import Captioned, caption_grids
 
 NEIGHBOURS, GRID = "neighbours.parquet", "grid.png"
+# On the sheet.
+_SHOWN = 100
 _COLUMNS = ("image_id", "uri", "pooled", "error")
 
 
@@ -37,6 +40,7 @@ def find_alike(config: SearchConfig) -> pa.Table:
     """
     store = FeatureStore.open(config.features)
     data = storage.read_bytes(config.image)
+    pixels = _load(store, data, config)
     identity = {
         "job": "search",
         "features": store.identity(),
@@ -46,12 +50,13 @@ def find_alike(config: SearchConfig) -> pa.Table:
     place = config.output or _default_place(config, identity)
 
     def fill(output: Output) -> LikenessManifest:
-        found = _nearest(store, _embed(store, data, config), config.k)
+        found = _nearest(store, _embed(store, pixels), config.k)
         table = io.BytesIO()
         pq.write_table(found, table)
         files = [output.write(NEIGHBOURS, table.getvalue())]
         rows = found.to_pylist()
-        small = store.thumbnails([row["image_id"] for row in rows])
+        shown = rows[:_SHOWN]
+        small = store.thumbnails([row["image_id"] for row in shown])
         cells = [
             Captioned(
                 row["image_id"],
@@ -59,7 +64,7 @@ def find_alike(config: SearchConfig) -> pa.Table:
                 f"{row['cosine']:.3f}",
                 note=row["image_id"],
             )
-            for row in rows
+            for row in shown
         ]
         if cells:
             files.append(output.write(GRID, caption_grids({"": cells}, columns=5)))
@@ -78,15 +83,18 @@ def _default_place(config: SearchConfig, identity: dict[str, object]) -> str:
     return f"runs/search/{stem}-{digest}"
 
 
-def _embed(store: FeatureStore, data: bytes, config: SearchConfig) -> torch.Tensor:
-    """Float32 [C], of length 1."""
-    spec = store.manifest.encoder.spec
-    encoder = Encoder.load(store.encoder_weights_uri, spec)
+def _load(store: FeatureStore, data: bytes, config: SearchConfig) -> np.ndarray[Any, Any]:
+    """The pixels of the one picture, as the store's encoder takes them."""
     try:
-        pixels = load_image(data, spec.fit, config.limits).pixels
+        return load_image(data, store.manifest.encoder.spec.fit, config.limits).pixels[np.newaxis]
     except ImageError as error:
         raise type(error)(f"{config.image}: {error}") from error
-    pooled, _ = encoder(pixels[np.newaxis], grid=False)
+
+
+def _embed(store: FeatureStore, pixels: np.ndarray[Any, Any]) -> torch.Tensor:
+    """Float32 [C], of length 1."""
+    encoder = Encoder.load(store.encoder_weights_uri, store.manifest.encoder.spec)
+    pooled, _ = encoder(pixels, grid=False)
     return torch.nn.functional.normalize(pooled[0].float(), dim=0)
 
 
