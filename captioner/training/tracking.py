@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from captioner import storage
-from captioner.errors import CaptionerError, ConfigError, OutOfReachError, one_line
+from captioner.errors import ConfigError, OutOfReachError
 from captioner.training.publish import history_so_far
 
 logger = logging.getLogger(__name__)
@@ -50,24 +50,23 @@ class Tracker:
             return
         try:
             from mlflow import MlflowClient
-            from mlflow.exceptions import MlflowException
         except ImportError:
             raise ConfigError("track: MLflow is not installed: pip install mlflow-skinny") from None
         # It would print where each run can be looked at.
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        self._error: type[Exception] = MlflowException
         self._place = storage.join(work, FILE)
         self._logged: dict[str, int] = {}
         self._begun: set[str] = set()
+        self._failing: set[str] = set()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _EXPERIMENT)
         try:
             client = MlflowClient()
             found = client.get_experiment_by_name(name)
             self._experiment = found.experiment_id if found else client.create_experiment(name)
-        except MlflowException as error:
+        except Exception as error:  # its stores are plugins, each with errors of its own
             where = os.environ.get("MLFLOW_TRACKING_URI", "its default place")
-            kind = OutOfReachError if "://" in where and where.startswith("http") else ConfigError
-            raise kind(f"track: MLflow at {where}: {one_line(error)}") from error
+            kind = OutOfReachError if where.startswith(("http://", "https://")) else ConfigError
+            raise kind(f"track: MLflow at {where}: {_said(error)}") from error
         self._client = client
         self._runs: dict[str, str] = (
             storage.read_json(self._place) if storage.exists(self._place) else {}
@@ -88,7 +87,7 @@ class Tracker:
             settings: nested ones too.
             parent: key of the run it belongs to.
         """
-        with self._told():
+        with self._told(key):
             if self._client is None:
                 return
             if key in self._begun:
@@ -113,7 +112,7 @@ class Tracker:
         Args:
             root: the model's directory.
         """
-        with self._told():
+        with self._told(key):
             if self._client is None or key not in self._runs:
                 return
             history = history_so_far(root)
@@ -145,7 +144,7 @@ class Tracker:
             status: FINISHED, FAILED or KILLED.
             pictures: PNG files by name.
         """
-        with self._told():
+        with self._told(key):
             if self._client is None or key not in self._runs:
                 return
             run = self._runs[key]
@@ -173,14 +172,22 @@ class Tracker:
             raise
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _told(self, key: str) -> Iterator[None]:
         if self._client is None:
             yield
             return
         try:
             yield
-        except (self._error, CaptionerError) as error:
-            logger.warning("MLflow: %s", one_line(error))
+        except Exception as error:  # a store's, a full disk's, ours: none is worth a training
+            if key not in self._failing:  # or an outage would be told of every few seconds
+                logger.warning("MLflow: %s", _said(error))
+            self._failing.add(key)
+        else:
+            self._failing.discard(key)
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

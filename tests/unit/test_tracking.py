@@ -112,6 +112,35 @@ def test_a_job_goes_on_without_its_mlflow(
     assert "\n" not in caplog.records[0].getMessage()
 
 
+class Boto(Exception):
+    """As a store's client raises, which MLflow hands on as it is."""
+
+
+def test_whatever_a_store_raises_is_told_once(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker("mlflow", str(tmp_path / "work"))
+    tracker.begin("run", "r", {})
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise Boto("Unable to locate credentials\n" + "and so on " * 99)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(mlflow.MlflowClient, "log_artifact", fail)
+        broken.setattr(mlflow.MlflowClient, "log_batch", fail)
+        for epochs in (1, 2):
+            tracker.follow("run", model(tmp_path / "model", epochs))
+        tracker.end("run", pictures={"curves.png": b""})
+        broken.setattr(mlflow.MlflowClient, "get_experiment_by_name", fail)
+        with pytest.raises(ConfigError, match="track: MLflow at file:.*: Unable to locate"):
+            Tracker("mlflow", str(tmp_path / "work"))
+    (told,) = [line for line in caplog.messages if line.startswith("MLflow")]
+    assert told.startswith("MLflow: Unable to locate credentials and so on")
+    tracker.follow("run", str(tmp_path / "model"))
+    (run,) = client.search_runs([client.get_experiment_by_name("pictures").experiment_id])
+    assert len(client.get_metric_history(run.info.run_id, "validation_loss")) == 2
+
+
 def test_nobody_follows_without_being_asked(tmp_path: Path) -> None:
     tracker = Tracker(None, str(tmp_path / "work"))
     tracker.begin("run", "r", {})
