@@ -36,12 +36,16 @@ class BenchmarkExtractConfig(BenchmarkConfig):
     encoder: EncoderConfig = EncoderConfig(weights="random")
     grid: bool = False
     """Also compute and store the grid."""
+    mirrored: bool = False
+    """Also the mirror image."""
+    crops: Annotated[int, Field(ge=0)] = 0
+    """Also so many random crops."""
     images: Annotated[int, Field(ge=100)] = 1200
     """Images through the pipeline."""
     seconds: Annotated[float, Field(gt=0.0)] = 5.0
     """Duration of each measurement of loading and of the encoder alone, in seconds."""
-    batch_size: Positive = 32
-    """Images per forward pass of one encoder actor."""
+    batch_size: Positive | None = None
+    """Images per forward pass of one encoder actor; default: as extract_features chooses."""
     num_encoders: Positive | None = None
     """Encoder actors; default: as extract_features chooses."""
     cpus_per_encoder: Positive | None = None

@@ -25,6 +25,7 @@ from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.features.encode import EncodeImages
 from captioner.features.extract import compute_on_cluster
 from captioner.features.pipeline import run_pipeline
+from captioner.images.views import view_names
 from captioner.runtime.cluster import num_cpus, num_gpus, plan_pool, start_ray
 from captioner.sources import open_source
 from captioner.sources.base import Listed, Source
@@ -48,6 +49,8 @@ class ExtractBenchmark(Measurement):
     threads: int
     """Of each encoder actor, on CPUs."""
     grid: bool
+    views: int
+    """Of each image, beside itself."""
     images: int
     batch_size: int
     load_only: float
@@ -171,15 +174,18 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
             spec,
             ImageLimits(),
             grid=config.grid,
+            mirrored=config.mirrored,
+            crops=config.crops,
             threads=pool.threads,
         )
+        batch_size = config.batch_size or pool.batch_size
         watch = Watch()
         sample = take_sample(source)
         logger.info("loading alone, %.0f s", config.seconds)
         loading = load_rate(sample, stage, config.seconds)
         cost = fence_cost(sample, stage, config.seconds)
         logger.info("the encoder alone, %.0f s", config.seconds)
-        model = model_rate(sample, config.batch_size, config.seconds, stage, pool)
+        model = model_rate(sample, batch_size, config.seconds, stage, pool)
         logger.info("the pipeline")
         repeated = RepeatedSource(source, config.images)
         images = repeated.num_images()
@@ -189,9 +195,11 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
                 repeated,
                 output,
                 "features",
-                feature_rows(spec.shape, grid=config.grid),
+                feature_rows(
+                    spec.shape, grid=config.grid, views=view_names(config.mirrored, config.crops)
+                ),
                 stage,
-                batch_size=config.batch_size,
+                batch_size=batch_size,
                 pool=pool,
                 counter=watch.counter,
             )
@@ -210,8 +218,9 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
         encoders=pool.size,
         threads=pool.threads,
         grid=config.grid,
+        views=len(view_names(config.mirrored, config.crops)),
         images=images,
-        batch_size=config.batch_size,
+        batch_size=batch_size,
         load_only=loading,
         fence_cost=cost,
         model_only=model,

@@ -59,8 +59,9 @@ class ExtractConfig(Config):
     output lists them."""
     retry_seconds: RetrySeconds = 60.0
     accept_unreadable: AcceptUnreadable = False
-    batch_size: Positive = 32
-    """Images per forward pass of one encoder actor."""
+    batch_size: Positive | None = None
+    """Most images per forward pass of one encoder actor; default: 32, on a GPU 256. A GPU whose memory does not hold so
+    many takes half of them, or a quarter ..."""
     num_encoders: Positive | None = None
     """Encoder actors; default: one per GPU or, without, what suits the CPUs; fewer for a few hundred images."""
     cpus_per_encoder: Positive | None = None

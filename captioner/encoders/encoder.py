@@ -3,6 +3,7 @@
 Shapes: B batch, C and D channels, P grid cells (row-major).
 """
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captioner.encoders.family import family_called
+from captioner.encoders.feed import Feed
 from captioner.encoders.spec import EncoderSpec
 from captioner.encoders.weights import Tensors, digest, is_bookkeeping, read_weights
 from captioner.errors import ModelError
@@ -56,6 +58,8 @@ class Encoder:
             self.network = self.network.to(memory_format=torch.channels_last)
         self.mean = torch.tensor(spec.mean, device=self.device)
         self.deviation = torch.tensor(spec.deviation, device=self.device)
+        self._feed = Feed(self.device)
+        self._most = _CPU_IMAGES if self.device.type == "cpu" else sys.maxsize
 
     @classmethod
     def load(cls, uri: str, spec: EncoderSpec, device: str = "cpu") -> "Encoder":
@@ -71,18 +75,27 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(
-        self, images: np.ndarray[Any, np.dtype[np.uint8]], *, grid: bool
+        self, images: np.ndarray[Any, np.dtype[np.uint8]] | Tensor, *, grid: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Encode a batch.
 
         Args:
-            images: uint8 RGB [B, rows, columns, 3], B at least 1.
+            images: uint8 RGB [B, rows, columns, 3], B at least 1; a tensor is on the encoder's device.
 
         Returns:
             pooled float32 [B, C] and, with ``grid``, float16 [B, P, D], on the encoder's device.
         """
-        size = _CPU_IMAGES if self.device.type == "cpu" else max(1, len(images))
-        parts = [self._encode(images[at : at + size]) for at in range(0, len(images), size)]
+        pixels = images if isinstance(images, Tensor) else self._feed.put(images)
+        parts: list[tuple[Tensor, Tensor]] = []
+        at = 0
+        while at < len(pixels):
+            if (part := self._encode(pixels[at : at + self._most])) is None:
+                # Half as many, from now on: who else is on the device stays there.
+                self._most = max(1, min(self._most, len(pixels) - at) // 2)
+                torch.cuda.empty_cache()
+                continue
+            parts.append(part)
+            at += len(part[0])
         pooled = torch.cat([part.float() for part, _ in parts])
         if not grid:
             return pooled, None
@@ -90,13 +103,16 @@ class Encoder:
         # Beyond what float16 holds lie values of random networks alone.
         return pooled, cells.clamp(-_LARGEST, _LARGEST).to(torch.float16).contiguous()
 
-    def _encode(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[Tensor, Tensor]:
-        # NHWC seen as NCHW is exactly the channels-last layout: no copy. But torch warns about memory it may not write,
-        # which that of Ray's object store is.
-        pixels = torch.from_numpy(images if images.flags.writeable else images.copy())
-        pixels = pixels.to(self.device, non_blocking=True).float()
-        pixels = ((pixels - self.mean) / self.deviation).to(self.dtype).permute(0, 3, 1, 2)
-        found: tuple[Tensor, Tensor] = self.network(pixels)
+    def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """None where memory does not hold so many."""
+        try:
+            # NHWC seen as NCHW is exactly the channels-last layout: no copy.
+            values = (pixels.float() - self.mean) / self.deviation
+            found: tuple[Tensor, Tensor] = self.network(values.to(self.dtype).permute(0, 3, 1, 2))
+        except torch.OutOfMemoryError:
+            if len(pixels) == 1:
+                raise
+            return None
         return found
 
 

@@ -5,12 +5,13 @@ import pyarrow as pa
 from captioner.config import ImageLimits
 from captioner.encoders.spec import EncoderSpec
 from captioner.features.stage import PIXELS, PixelStage, tensor
-from captioner.images.views import other_views
 from captioner.runtime.device import prepare_device
 
 
 class EncodeImages(PixelStage):
     """Pictures -> ``pooled`` and ``grid`` columns, those of other views too."""
+
+    calls_on_gpu = 2
 
     def __init__(
         self,
@@ -31,18 +32,25 @@ class EncodeImages(PixelStage):
     def prepare(self) -> None:
         # Here, for the tasks that load pictures have no use for the tensor library.
         from captioner.encoders.encoder import Encoder
+        from captioner.encoders.feed import Feed
 
         device = prepare_device(threads=self.threads)
         self.encoder = Encoder.load(self.weights_uri, self.spec, device)
+        self.feed = Feed(self.encoder.device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        from captioner.encoders.views import other_views
+
         images, ids = tensor(batch, PIXELS), batch["image_id"].to_pylist()
-        views = other_views(images, ids, mirrored=self.mirrored, crops=self.crops)
-        columns = {}
-        for suffix, pixels in (("", images), *views):
-            pooled, cells = self.encoder(pixels, grid=self.grid)
-            found = {"pooled": pooled} if cells is None else {"pooled": pooled, "grid": cells}
-            for name, values in found.items():
-                array = values.cpu().numpy()
-                columns[f"{name}{suffix}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(array)
-        return pa.table(columns)
+        vectors = {}
+        with self.feed.turn():
+            pixels = self.feed.put(images)
+            views = other_views(pixels, ids, self.feed, mirrored=self.mirrored, crops=self.crops)
+            for suffix, shown in (("", pixels), *views):
+                pooled, cells = self.encoder(shown, grid=self.grid)
+                vectors[f"pooled{suffix}"] = pooled
+                if cells is not None:
+                    vectors[f"grid{suffix}"] = cells
+            found = self.feed.fetch(vectors)
+        to_column = pa.FixedShapeTensorArray.from_numpy_ndarray
+        return pa.table({name: to_column(array) for name, array in found.items()})

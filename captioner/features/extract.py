@@ -121,7 +121,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
                 "features",
                 schema,
                 stage,
-                batch_size=config.batch_size,
+                batch_size=config.batch_size or pool.batch_size,
                 pool=pool,
                 retry_seconds=config.retry_seconds,
                 accept_unreadable=config.accept_unreadable,

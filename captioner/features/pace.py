@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 # Seconds of work in a file at most, and in what an encoder is handed at a time.
 FILE_SECONDS, TASK_SECONDS = 30.0, 10.0
-# Rows that an encoder is handed at a time: at first, when nobody knows how fast it is, and at most.
+# Rows that an encoder is handed at a time: at first, when nobody knows how fast it is, and at most, where its batches
+# are no larger.
 FIRST_ROWS, MOST_ROWS = 8, 64
 # Seconds of work after which an actor says how far it is.
 _SAID_SECONDS = 2.0
@@ -20,13 +21,15 @@ class Pace:
     Of use to one thread, the one that schedules the run. Times are those of ``time.monotonic``.
     """
 
-    def __init__(self, encoders: int, rows_per_file: int):
+    def __init__(self, encoders: int, rows_per_file: int, *, most_rows: int = MOST_ROWS):
         """
         Args:
             encoders: how many work side by side.
             rows_per_file: most rows of a file, however fast they come.
+            most_rows: that an encoder is handed at a time.
         """
         self._encoders, self._rows_per_file = encoders, rows_per_file
+        self._most_rows = most_rows
         self._arrivals: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED * encoders + 1)
         self._pending = 0
         self._opened = 0.0
@@ -56,7 +59,7 @@ class Pace:
         first, *later = self._arrivals
         # Of one encoder, rows a second.
         rate = sum(rows for _, rows in later) / max(now - first[0], 1e-6) / self._encoders
-        self.rows_per_task = min(max(int(rate * TASK_SECONDS), 1), MOST_ROWS)
+        self.rows_per_task = min(max(int(rate * TASK_SECONDS), 1), self._most_rows)
         full = pending >= self._rows_per_file or now + arrived / rate - self._opened > FILE_SECONDS
         if full:
             self._pending = 0

@@ -24,7 +24,7 @@ from captioner.artifacts.output import Output
 from captioner.artifacts.tables import UNCHANGED
 from captioner.errors import CaptionerError
 from captioner.features.loading import load_rows
-from captioner.features.pace import Pace, Portions
+from captioner.features.pace import MOST_ROWS, Pace, Portions
 from captioner.features.row_marks import CHECKPOINT, count_done, discard_unfinished, finished
 from captioner.features.stage import Stage
 from captioner.features.unreadable import (
@@ -149,7 +149,8 @@ def run_pipeline(
         return
     with data_context() as context, ProgressLine(total, already, counter=counter) as progress:
         _configure(context, checkpoint, filesystem, store_bytes(pool))
-        _steer(context, Pace(pool.size, rows_per_file(total, schema)), stage, batch_size)
+        pace = Pace(pool.size, rows_per_file(total, schema), most_rows=max(MOST_ROWS, batch_size))
+        _steer(context, pace, stage, batch_size)
         images = ray.data.read_datasource(
             source.images(done, retry_seconds=retry_seconds), num_cpus=TASK_CPUS
         )
@@ -173,7 +174,11 @@ def run_pipeline(
                 "aside": output.work(UNREADABLE),
                 "retry_seconds": retry_seconds,
             },
-            compute=ActorPoolStrategy(size=pool.size),
+            compute=ActorPoolStrategy(
+                size=pool.size,
+                max_concurrent_calls_per_actor=stage.calls_on_gpu if pool.num_gpus else 1,
+                enable_true_multi_threading=True,
+            ),
             batch_size=batch_size,
             batch_format="pyarrow",
             num_cpus=pool.num_cpus,

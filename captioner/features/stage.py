@@ -26,6 +26,10 @@ class Stage(ABC):
     loading_bytes = memory_limit(ImageLimits())
     """Memory that ``load`` may take for one picture."""
 
+    calls_on_gpu = 1
+    """Calls at the same time, each in a thread, of a model actor that has a GPU: with two, one copies while the other
+    computes."""
+
     @abstractmethod
     def load(self, data: bytes) -> dict[str, Any]:
         """One encoded picture on a CPU: an array for every tensor of ``loaded``, and bytes or None.

@@ -7,6 +7,7 @@ but larger: what a caption speaks of should stay in the picture.
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,47 +20,65 @@ _AREA = (0.45, 1.0)  # share of the picture, least and most
 _RATIO = 1.22  # most of width / height, and of its inverse
 
 
+class View(NamedTuple):
+    """How another view comes of a picture."""
+
+    name: str
+    """What feature columns have after their names."""
+    crop: int | None
+    """Number of the crop; None: the whole picture."""
+    is_mirrored: bool
+
+
+def planned_views(mirrored: bool, crops: int) -> list[View]:
+    """The mirror image, if asked for, then crops. Where mirror images are wanted, every other crop is mirrored, too."""
+    whole = [View(MIRRORED, None, True)] * mirrored
+    return whole + [
+        View(f"_crop{number}", number, mirrored and number % 2 == 1)
+        for number in range(1, crops + 1)
+    ]
+
+
 def view_names(mirrored: bool, crops: int) -> tuple[str, ...]:
     """What the feature columns of an image's other views have after their names: ``_mirrored``, ``_crop1`` ..."""
-    return (MIRRORED,) * mirrored + tuple(f"_crop{number + 1}" for number in range(crops))
+    return tuple(view.name for view in planned_views(mirrored, crops))
 
 
 def other_views(
     images: Pixels, image_ids: Sequence[str], *, mirrored: bool, crops: int
 ) -> Iterator[tuple[str, Pixels]]:
-    """What ``view_names`` names, in its order, with the pixels.
+    """What ``planned_views`` lists, in its order, with the pixels.
 
     A crop depends on the image's id and the crop's number alone, so that a continued extraction makes the same ones.
-    Where mirror images are wanted, every other crop is mirrored, too.
 
     Args:
         images: uint8 RGB [N, rows, columns, 3].
     """
-    for number, name in enumerate(view_names(mirrored, crops), 0 if mirrored else 1):
-        if name == MIRRORED:
-            yield name, np.ascontiguousarray(images[:, :, ::-1])
-            continue
-        cropped = np.stack(
-            [
-                crop(pixels, image_id, number)
-                for pixels, image_id in zip(images, image_ids, strict=True)
-            ]
-        )
-        if mirrored and number % 2:
-            cropped = np.ascontiguousarray(cropped[:, :, ::-1])
-        yield name, cropped
+    for view in planned_views(mirrored, crops):
+        shown = images
+        if view.crop is not None:
+            pairs = zip(images, image_ids, strict=True)
+            shown = np.stack([crop(pixels, name, view.crop) for pixels, name in pairs])
+        yield view.name, np.ascontiguousarray(shown[:, :, ::-1]) if view.is_mirrored else shown
 
 
 def crop(pixels: Pixels, image_id: str, number: int) -> Pixels:
     """A random part of a picture, enlarged to its size: uint8 RGB [rows, columns, 3]."""
+    rows, columns, _ = pixels.shape
+    box = crop_box(image_id, number, rows, columns)
+    resized = Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BILINEAR, box)
+    return np.asarray(resized)
+
+
+def crop_box(
+    image_id: str, number: int, rows: int, columns: int
+) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a crop within a picture of so many pixels."""
     seed = hashlib.sha256(f"{number} {image_id}".encode()).digest()
     generator = np.random.default_rng(int.from_bytes(seed[:8], "little"))
     area = generator.uniform(*_AREA)
     ratio = math.exp(generator.uniform(-math.log(_RATIO), math.log(_RATIO)))
-    rows, columns, _ = pixels.shape
     width = columns * min(1.0, math.sqrt(area * ratio))
     height = rows * min(1.0, math.sqrt(area / ratio))
     left, top = generator.uniform(0, columns - width), generator.uniform(0, rows - height)
-    box = (left, top, left + width, top + height)
-    resized = Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BILINEAR, box)
-    return np.asarray(resized)
+    return left, top, left + width, top + height

@@ -192,6 +192,11 @@ class PoolPlan:
     """Threads of one actor's tensor library. Ray would set one."""
     num_cpus: float = ACTOR_CPUS
 
+    @property
+    def batch_size(self) -> int:
+        """Pictures of a batch, where none is asked for: with fewer a GPU is not busy."""
+        return 256 if self.num_gpus else 32
+
 
 def plan_pool(
     images: int, *, size: int | None = None, cpus_per_actor: int | None = None

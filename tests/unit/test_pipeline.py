@@ -63,6 +63,13 @@ def test_files_and_tasks_last_as_long_as_they_may_however_fast_encoders_are(
     assert max(settled) == 1 or max(settled) == MOST_ROWS or max(settled) * seconds >= 3
 
 
+def test_an_encoder_of_large_batches_is_handed_whole_ones() -> None:
+    pace = Pace(1, 10**9, most_rows=256)
+    pace.started(0.0)
+    pace.is_file_full(256, 0.05)
+    assert pace.rows_per_task == 256
+
+
 def test_two_encoders_that_finish_at_once_do_not_pass_for_fast_ones() -> None:
     pace = Pace(2, 10**9)
     pace.started(0.0)
