@@ -23,7 +23,7 @@ class ErrorCode(Enum):
     IMAGE_TOO_LARGE = 413, "20000000 bytes, over the limit of 16777216", "send a smaller picture"
     TYPE_NOT_ALLOWED = 415, "images of type bmp are not accepted", "send JPEG, PNG, WEBP, GIF, AVIF"
     BAD_PARAMETER = 422, "beam_size: Input should be greater than or equal to 1 (got '0')", ""
-    TOO_MANY_IMAGES = 422, "20 images, over the limit of 16 (max_images)", "send fewer at once"
+    TOO_MANY_IMAGES = 422, "more images than the limit of 16 (max_images)", "send fewer at once"
     TOO_COSTLY = (
         422,
         "the search takes 600000 steps, over the limit of 200000 (max_cost)",

@@ -1,5 +1,6 @@
 """Metrics for Prometheus, through Ray: every node of the cluster exposes those of its processes."""
 
+import http.client
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -89,8 +90,8 @@ def read_all(urls: Sequence[str]) -> list[str | OSError]:
         try:
             with opener.open(url, timeout=_NODE_TIMEOUT_S) as answer:
                 return str(answer.read().decode())
-        except OSError as error:
-            return error
+        except (OSError, http.client.HTTPException) as error:  # it died before or within its answer
+            return OSError(str(error))
 
     with ThreadPoolExecutor(max(1, min(32, len(urls)))) as pool:
         return list(pool.map(read, urls))
@@ -104,10 +105,22 @@ def merge(texts: Sequence[str | OSError]) -> str:
     errors = [one for one in texts if isinstance(one, OSError)]
     if errors and len(errors) == len(texts):
         raise errors[0]
-    lines: dict[str, None] = {}  # a set that keeps the order: nodes repeat the comment lines
+    # Of all nodes the lines of a metric stand together, below its comments, which every node repeats.
+    metrics: dict[str, dict[str, None]] = {}
     for text in texts:
-        if not isinstance(text, OSError):
-            lines |= dict.fromkeys(line for line in text.splitlines() if f"ray_{PREFIX}" in line)
+        name = ""
+        for line in text.splitlines() if isinstance(text, str) else ():
+            if line.startswith(("# HELP ", "# TYPE ")):
+                name = line.split()[2]
+            if name and name in line:
+                metrics.setdefault(name, {})[line] = None
     missing = f"ray_{PREFIX}nodes_missing"
-    head = f"# HELP {missing} Nodes whose metrics cannot be read\n# TYPE {missing} gauge\n"
-    return "\n".join([*lines, f"{head}{missing} {len(errors)}"]) + "\n"
+    metrics[missing] = dict.fromkeys(
+        (
+            f"# HELP {missing} Nodes whose metrics cannot be read",
+            f"# TYPE {missing} gauge",
+            f"{missing} {len(errors)}",
+        )
+    )
+    ours = (lines for name, lines in metrics.items() if name.startswith(f"ray_{PREFIX}"))
+    return "".join(f"{line}\n" for lines in ours for line in lines)

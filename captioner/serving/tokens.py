@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import os
@@ -23,7 +24,7 @@ def read_tokens(token_file: str | None) -> list[str]:
     texts = {TOKENS: os.environ[TOKENS]} if TOKENS in os.environ else {}
     if token_file is not None:
         try:
-            texts["token_file"] = storage.read_bytes(token_file).decode("utf-8-sig")
+            texts["token_file"] = storage.read_bytes(token_file).decode("utf-8")
         except UnicodeDecodeError:
             raise ConfigError(f"token_file: {token_file} is not text (UTF-8)") from None
     found = []
@@ -37,7 +38,8 @@ def read_tokens(token_file: str | None) -> list[str]:
 
 
 def _lines(name: str, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+    # A secret made of a file may have its byte-order mark, too.
+    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
         token = line.strip()
         if not token or token.startswith("#"):
             continue
@@ -52,14 +54,20 @@ def _lines(name: str, text: str) -> Iterator[str]:
 
 
 def digest_tokens(tokens: Iterable[str]) -> tuple[str, ...]:
-    return tuple(hashlib.sha256(token.encode()).hexdigest() for token in tokens)
+    """Digests of the bytes that clients send for them.
+
+    Letters beyond ASCII come in UTF-8 from curl, and where they exist there in Latin-1 from browsers and from Python.
+    """
+    sent = []
+    for token in tokens:
+        sent.append(token.encode())
+        with contextlib.suppress(UnicodeEncodeError):
+            sent.append(token.encode("latin-1"))
+    return tuple(hashlib.sha256(one).hexdigest() for one in dict.fromkeys(sent))
 
 
 def authorized(header: bytes, digests: Iterable[str]) -> bool:
-    """Whether an ``Authorization`` header carries a known token: as a bearer, or as the password browsers ask for.
-
-    Bytes are compared: a token with letters beyond ASCII is sent in UTF-8, as curl and browsers do.
-    """
+    """Whether an ``Authorization`` header carries a known token: as a bearer, or as the password browsers ask for."""
     scheme, _, value = header.partition(b" ")
     value = value.strip()
     if scheme.lower() == b"basic":

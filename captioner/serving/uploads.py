@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from email.message import Message
 from typing import Any
-from urllib.parse import unquote
 
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
@@ -30,10 +30,7 @@ _OTHER_TYPES = {
     "PDF": (0, b"%PDF-"),
 }
 
-_EXTENDED_NAME = re.compile(
-    rb"(?i);\s*filename\*\s*=\s*(?P<charset>[\w-]+)'[^';]*'(?P<name>[^;\s\"]*)"
-)
-_FILE_NAME = re.compile(rb'(?i);\s*filename\*?\s*=\s*("(?:\\.|[^"\\])*"|[^;]*)')
+_FILE_NAME = re.compile(rb'(?i);\s*filename[*\d]*\s*=\s*("(?:\\.|[^"\\])*"|[^;]*)')
 
 
 @dataclass(frozen=True)
@@ -71,9 +68,6 @@ async def read_upload(
         images, names = [body], [None]
     if not images:
         raise RequestError(ErrorCode.NO_IMAGE)
-    if len(images) > config.max_images:
-        problem = f"{len(images)} images, over the limit of {config.max_images} (max_images)"
-        raise RequestError(ErrorCode.TOO_MANY_IMAGES, problem)
     for position, data in enumerate(images):
         try:
             _check(data, config)
@@ -83,30 +77,53 @@ async def read_upload(
 
 
 class _FormParser(MultiPartParser):
-    """Also takes names of files as ``filename*`` has them (RFC 5987), which go before the plain ones."""
+    """Also takes names of files as ``filename*`` has them (RFC 5987, RFC 2231), which go before the plain ones."""
 
     def on_headers_finished(self) -> None:
         part = self._current_part
-        if found := _EXTENDED_NAME.search(part.content_disposition or b""):
-            try:
-                name = unquote(found["name"].decode("ascii"), found["charset"].decode("ascii"))
-            except (LookupError, UnicodeDecodeError):
-                raise MultiPartException("filename* is damaged") from None
+        given = part.content_disposition or b""
+        if b"filename*" in given.lower() and (name := _extended_name(given)) is not None:
             plain = re.sub(r'["\\\x00-\x1f]', "_", name).encode(self._charset or "utf-8", "replace")
-            rest = _FILE_NAME.sub(b"", part.content_disposition or b"")
-            part.content_disposition = rest + b'; filename="%s"' % plain
+            part.content_disposition = _FILE_NAME.sub(b"", given) + b'; filename="%s"' % plain
         super().on_headers_finished()
 
 
+def _extended_name(disposition: bytes) -> str | None:
+    """
+    Raises:
+        MultiPartException: it is damaged.
+    """
+    message = Message()
+    message["content-disposition"] = disposition.decode("latin-1")
+    name = None
+    try:
+        for key, value in message.get_params([], "content-disposition"):
+            # Those with a charset come last.
+            if key.lower() != "filename":
+                continue
+            if isinstance(value, str):
+                name = value.encode("latin-1").decode("utf-8", "replace")
+            else:
+                charset, _, text = value
+                name = text.encode("latin-1").decode(charset or "utf-8")
+    except (LookupError, ValueError, TypeError):  # the last where pieces have no numbers
+        raise MultiPartException("filename* is damaged") from None
+    return name
+
+
 async def _parse(request: Request, config: ServeConfig) -> list[tuple[str, UploadFile | str]]:
+    most = config.max_images
     parser = _FormParser(
-        request.headers, request.stream(), max_files=1000, max_fields=100, max_part_size=2**16
+        request.headers, request.stream(), max_files=most, max_fields=100, max_part_size=2**16
     )
     # The body is in memory already and its size bounded: no detour by files on disk.
     parser.spool_max_size = config.max_request_bytes
     try:
         return (await parser.parse()).multi_items()
     except (MultiPartException, HTTPException, KeyError, UnicodeDecodeError) as error:
+        if parser._current_files > most:
+            problem = f"more images than the limit of {most} (max_images)"
+            raise RequestError(ErrorCode.TOO_MANY_IMAGES, problem) from None
         reason = getattr(error, "message", "") or "it cannot be read"
         problem = f"the multipart form is damaged: {reason}"
         raise RequestError(ErrorCode.BAD_FORM, problem) from None

@@ -154,11 +154,15 @@ def test_damaged_form_is_400() -> None:
         assert answer.status_code == 400, answer.text
 
 
-def test_too_many_images_are_422() -> None:
-    files = [("image", (f"{n}.jpg", PICTURE)) for n in range(4)]
+@pytest.mark.parametrize("images", [4, 1500])
+def test_too_many_images_are_422(images: int) -> None:
+    files = [("image", (f"{n}.jpg", PICTURE)) for n in range(images)]
     answer = Client(max_images=3).post(files=files)
     assert answer.status_code == 422
+    assert answer.json()["error"]["code"] == "too_many_images"
     assert "limit of 3 (max_images)" in answer.json()["error"]["message"]
+    most = Client(max_images=images).post(files=files)
+    assert len(most.json()["captions"]) == images
 
 
 @pytest.mark.parametrize(
@@ -207,6 +211,13 @@ def test_other_paths_and_methods_answer_in_json() -> None:
         (b"filename=\"dog.jpg\"; filename*=iso-8859-1'en'%E9t%E9.jpg", "\u00e9t\u00e9.jpg"),
         (b"FileName*=utf-8''a.jpg; filename=b.jpg", "a.jpg"),
         (b'filename="a;filename*=b.jpg"', "a;filename*=b.jpg"),
+        (b"filename=\"\xe9.jpg\"; filename*=UTF-8''%C3%A9.jpg", "\u00e9.jpg"),
+        (b"filename*=\"UTF-8''a%20b.jpg\"", "a b.jpg"),
+        (b"filename*=''a.jpg", "a.jpg"),
+        (b"filename*=a.jpg", "a.jpg"),
+        (b"filename*=UTF-8''it's.jpg", "it's.jpg"),
+        (b'filename*0="a"; filename*1="b.jpg"', "ab.jpg"),
+        (b"filename*0*=UTF-8''%C3%A9; filename*1=\".jpg\"", "\u00e9.jpg"),
     ],
 )
 def test_files_may_be_named_as_rfc_5987_has_it(disposition: bytes, name: str) -> None:
@@ -218,8 +229,11 @@ def test_files_may_be_named_as_rfc_5987_has_it(disposition: bytes, name: str) ->
     assert answer.json()["captions"][0]["name"] == name
 
 
-def test_damaged_name_of_a_file_is_400() -> None:
-    head = b"--x\r\nContent-Disposition: form-data; name=image; filename*=klingon''%41"
+@pytest.mark.parametrize(
+    "name", [b"klingon''%41", b"utf-8''%ff", b"idna''%ff", b"hex''41", b"a; filename*0=b"]
+)
+def test_damaged_name_of_a_file_is_400(name: bytes) -> None:
+    head = b"--x\r\nContent-Disposition: form-data; name=image; filename*=" + name
     kind = {"content-type": "multipart/form-data; boundary=x"}
     answer = Client().post(content=head + b"\r\n\r\nx\r\n--x--\r\n", headers=kind)
     assert answer.json()["error"]["code"] == "bad_form"

@@ -57,13 +57,15 @@ def test_without_a_token_only_health_is_open(header: str) -> None:
         "bearer also",
         "Basic " + base64.b64encode(b"me:right").decode(),
         "Bearer zwölf",
+        "Basic " + base64.b64encode("me:zwölf".encode("latin-1")).decode(),
         "Basic " + base64.b64encode("me:zwölf".encode()).decode(),
     ],
 )
 def test_any_of_the_tokens_opens_everything(header: str) -> None:
     client = Client(guard={"token_digests": digest_tokens(["right", "also", "zwölf"])})
-    headers = {"authorization": header.encode()}
-    assert client.post(content=PICTURE, headers=headers).status_code == 200
+    for sent in (header.encode(), header.encode("latin-1")):
+        headers = {"authorization": sent}
+        assert client.post(content=PICTURE, headers=headers).status_code == 200
     assert client.ask("GET", "/v1/models", headers=headers).status_code == 200
 
 
@@ -109,7 +111,7 @@ def test_variable_is_read_as_the_file_is(monkeypatch: Any, tmp_path: Any) -> Non
         monkeypatch.setenv(TOKENS, text)
         with pytest.raises(ConfigError, match=TOKENS):
             read_tokens(None)
-    monkeypatch.setenv(TOKENS, "one\ntwo")
+    monkeypatch.setenv(TOKENS, "\ufeffone\r\ntwo")
     assert read_tokens(None) == ["one", "two"]
     (tmp_path / "tokens").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="is not text"):
@@ -286,7 +288,7 @@ def test_headers_that_switch_off_time_limits_are_taken_away() -> None:
     assert {name for name in seen if name.startswith(b"x-request")} == {b"x-request-id"}
 
 
-@pytest.mark.parametrize("given", [None, "of-the-client", "é" * 200])
+@pytest.mark.parametrize("given", [None, "", "of-the-client", "é" * 200])
 def test_every_answer_names_its_request(given: str | None) -> None:
     seen: dict[bytes, bytes] = {}
 
@@ -298,6 +300,7 @@ def test_every_answer_names_its_request(given: str | None) -> None:
     answer, _ = through_guard(app, headers=headers)
     found = answer.headers["x-request-id"]
     assert seen[b"x-request-id"]
+    assert given or found == seen[b"x-request-id"].decode()
     assert found == (given if given == "of-the-client" else found)
     assert len(found) >= 8
 

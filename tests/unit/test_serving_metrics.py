@@ -2,11 +2,13 @@
 
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from captioner.runtime.progress import IMAGES, REJECTED_IMAGES, TrainingGauges
 from captioner.serving.dashboard import dashboard
@@ -39,6 +41,45 @@ def test_dead_node_takes_no_other_with_it(node: str, monkeypatch: pytest.MonkeyP
     assert "ray_captioner_nodes_missing 1\n" in text
     with pytest.raises(OSError, match="refused"):
         merge(read_all([dead]))
+
+
+@pytest.mark.parametrize(
+    "answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nray", b"no\r\n", b""]
+)
+def test_node_that_dies_within_its_answer_takes_no_other_with_it(node: str, answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as dying:
+
+        def die() -> None:
+            connection, _ = dying.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=die)
+        thread.start()
+        text = merge(read_all([f"http://127.0.0.1:{dying.getsockname()[1]}/metrics", node]))
+        thread.join()
+    assert "ray_captioner_x 1\n" in text
+    assert "ray_captioner_nodes_missing 1\n" in text
+
+
+def test_lines_of_a_metric_stand_together_whatever_the_node() -> None:
+    nodes = [
+        f"# HELP ray_captioner_{metric} m\n# TYPE ray_captioner_{metric} counter\n"
+        f'ray_captioner_{metric}{{node="{node}"}} {node}.0\n'
+        for metric in ("a_total", "b_total")
+        for node in (1, 2)
+    ]
+    text = merge([nodes[0] + nodes[2] + "# HELP ray_x y\nray_x 1\n", nodes[1] + nodes[3]])
+    found = {
+        family.name: [sample.value for sample in family.samples]
+        for family in text_string_to_metric_families(text)
+    }
+    assert found == {
+        "ray_captioner_a": [1, 2],
+        "ray_captioner_b": [1, 2],
+        "ray_captioner_nodes_missing": [0],
+    }
 
 
 def test_dashboard_is_the_one_that_is_shipped_and_shows_every_metric_of_ours() -> None:
