@@ -7,17 +7,17 @@ from pydantic import Field
 from captioner.config.decoding import DecodeOverrides
 from captioner.config.parts import (
     DECODER_KINDS,
-    Config,
     DecoderConfig,
     DecoderKind,
     EncoderConfig,
+    JobConfig,
     Positive,
     SourceConfig,
     TextConfig,
 )
 
 
-class BenchmarkConfig(Config):
+class BenchmarkConfig(JobConfig):
     """What all benchmarks share."""
 
     json_file: Annotated[str | None, Field(alias="json")] = None

@@ -22,6 +22,7 @@ from benchmarks.scores import benchmark_scores
 from benchmarks.serve import benchmark_serve
 from benchmarks.train import benchmark_train
 from captioner import storage
+from captioner.runtime.screen import SCREEN
 
 PROGRAMS: dict[str, tuple[Callable[[Any], Measurement], type[BenchmarkConfig]]] = {
     "driver": (benchmark_driver, BenchmarkDriverConfig),
@@ -36,7 +37,7 @@ PROGRAMS: dict[str, tuple[Callable[[Any], Measurement], type[BenchmarkConfig]]] 
 def measure(name: str, config: BenchmarkConfig) -> None:
     """Run a benchmark, print its figures, and write them where ``config`` says."""
     measured = PROGRAMS[name][0](config)
-    print(measured.table())
+    SCREEN.show(measured.table())
     if config.json_file:
         storage.write_bytes(config.json_file, measured.model_dump_json(indent=1).encode())
     if config.csv_file:

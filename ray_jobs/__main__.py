@@ -12,7 +12,7 @@ from captioner import config
 from captioner.runtime import command_line
 
 # What each is told by flags; a benchmark has a configuration for each of its stages.
-JOBS: dict[str, type[config.Config]] = {
+JOBS: dict[str, type[config.JobConfig]] = {
     "extract_features": config.ExtractConfig,
     "train": config.TrainConfig,
     "tune": config.TuneConfig,

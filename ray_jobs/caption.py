@@ -5,11 +5,16 @@ python -m ray_jobs.caption --images my_photos/ --model runs/flickr8k/model --out
 
 from captioner.captioning.collection import caption_collection
 from captioner.config import CaptionConfig
-from captioner.runtime import command_line
+from captioner.runtime import command_line, following
+
+
+def caption(config: CaptionConfig) -> str:
+    caption_collection(config)
+    return following.command("serve", "--model", config.model)
 
 
 def main() -> None:
-    command_line.run(caption_collection, CaptionConfig)
+    command_line.run(caption, CaptionConfig)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,14 @@ from captioner.config import (
 from captioner.evaluation.evaluate import evaluate, score_table
 from captioner.features.extract import extract
 from captioner.presets import demo as demo_training
-from captioner.runtime import command_line
+from captioner.runtime import command_line, following
+from captioner.runtime.screen import SCREEN
 from captioner.training.run import run_training
 
 PARTS = ("features", "model", "report", "captions")
 
 
-def demo(config: DemoConfig) -> None:
+def demo(config: DemoConfig) -> str:
     started = time.monotonic()
     root = storage.absolute(config.output)
     features, model, report, captions = (storage.join(root, part) for part in PARTS)
@@ -62,12 +63,13 @@ def demo(config: DemoConfig) -> None:
             restart=config.restart,
         )
     )
-    print(f"\n{score_table(result)}\n\nNew pictures, and what the model says:")
+    SCREEN.show(f"\n{score_table(result)}\n\nNew pictures, and what the model says:")
     table = pq.read_table(storage.join(captions, manifest.files[0].path)).slice(0, 8)
     for row in table.to_pylist():
-        print(f"  {row['image_id']:18} {row['caption']}")
-    print(f"\npicture: {storage.join(report, 'grid.png')}")
-    print(f"model:   {model}\n{time.monotonic() - started:.0f} s")
+        SCREEN.show(f"  {row['image_id']:18} {row['caption']}")
+    SCREEN.show(f"\npicture: {storage.join(report, 'grid.png')}")
+    SCREEN.show(f"model:   {model}\n{time.monotonic() - started:.0f} s")
+    return following.command("serve", "--model", storage.join(config.output, "model"))
 
 
 def main() -> None:

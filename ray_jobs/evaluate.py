@@ -6,11 +6,17 @@ python -m ray_jobs.evaluate --features runs/flickr8k/features --model runs/flick
 
 from captioner.config import EvaluateConfig
 from captioner.evaluation.evaluate import evaluate, score_table
-from captioner.runtime import command_line
+from captioner.runtime import command_line, following
+from captioner.runtime.screen import SCREEN
+
+
+def score(config: EvaluateConfig) -> str:
+    SCREEN.show(score_table(evaluate(config)))
+    return following.command("serve", "--model", config.model)
 
 
 def main() -> None:
-    command_line.run(lambda config: print(score_table(evaluate(config))), EvaluateConfig)
+    command_line.run(score, EvaluateConfig)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ python -m ray_jobs.extract_features --source shapes --output runs/shapes/feature
 
 from captioner.config import ExtractConfig
 from captioner.features.extract import extract
-from captioner.runtime import command_line
+from captioner.runtime import command_line, following
 
 
 def main() -> None:
-    command_line.run(extract, ExtractConfig)
+    command_line.run(lambda config: following.after(config.output, extract(config)), ExtractConfig)
 
 
 if __name__ == "__main__":

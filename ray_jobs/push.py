@@ -5,11 +5,18 @@ captioner push --model runs/flickr8k/model --report runs/flickr8k/report --repo 
 
 from captioner.config import PushConfig
 from captioner.evaluation.push import push
-from captioner.runtime import command_line
+from captioner.runtime import command_line, following
+from captioner.runtime.screen import SCREEN
+
+
+def publish(config: PushConfig) -> str:
+    uri = push(config)
+    SCREEN.show(uri)
+    return following.command("serve", "--model", uri)
 
 
 def main() -> None:
-    command_line.run(lambda config: print(push(config)), PushConfig)
+    command_line.run(publish, PushConfig)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,16 @@ captioner verify runs/flickr8k/features
 
 from captioner.artifacts.verify import verify
 from captioner.config import VerifyConfig
-from captioner.runtime import command_line
+from captioner.runtime import command_line, following
+from captioner.runtime.screen import SCREEN
 
 
-def check(config: VerifyConfig) -> None:
+def check(config: VerifyConfig) -> str | None:
     found = verify(config.uri)
-    print("\n".join([*found.problems, found.summary]))
+    SCREEN.show("\n".join([*found.problems, found.summary]))
     if found.problems:
         raise SystemExit(1)
+    return following.after(config.uri, found.manifest)
 
 
 def main() -> None:

@@ -6,12 +6,22 @@ from collections.abc import Iterator
 
 from tests.head import ROOT
 
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "OPERATIONS.md", "benchmarks/README.md")
+DOCUMENTS = ("README.md", "GUIDE.md", "ARCHITECTURE.md", "OPERATIONS.md", "benchmarks/README.md")
+
+
+BLOCK = re.compile(r"^```(?:bash|sh)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def block_with(document: str, words: str) -> str:
+    """The one fenced block of a document that holds ``words``."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    (found,) = (block for block in BLOCK.findall(text) if words in block)
+    return str(found)
 
 
 def commands(text: str) -> Iterator[str]:
     """Commands of the fenced blocks, comments left out and continued lines joined. A block of a drawing has none."""
-    for block in re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+    for block in BLOCK.findall(text):
         if re.search(r"[─►│┬└]", block):
             continue
         for line in block.replace("\\\n", " ").splitlines():

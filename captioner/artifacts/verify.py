@@ -27,6 +27,7 @@ class Verification:
     """What was found in a published directory."""
 
     uri: str
+    manifest: Manifest
     files: int
     """Listed in the manifest."""
     rows: int
@@ -61,7 +62,7 @@ def verify(uri: str) -> Verification:
     ]
     if isinstance(manifest, Collection):
         problems += _verify_counts(manifest, uri)
-    return Verification(uri, len(entries), sum(rows for rows, _ in found), problems)
+    return Verification(uri, manifest, len(entries), sum(rows for rows, _ in found), problems)
 
 
 def _verify_counts(manifest: Collection, uri: str) -> list[str]:

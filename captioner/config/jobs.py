@@ -9,11 +9,11 @@ from captioner.config.decoding import DecodeConfig, DecodeOverrides
 from captioner.config.parts import (
     AcceptUnreadable,
     Compute,
-    Config,
     DecoderConfig,
     EncoderConfig,
     Fraction,
     ImageLimits,
+    JobConfig,
     OptimizerConfig,
     Positive,
     Restart,
@@ -30,7 +30,7 @@ from captioner.config.parts import (
 AcceptGone = Annotated[bool, Field(description="Let more than 5 % of the images of the source go.")]
 
 
-class ExtractConfig(Config):
+class ExtractConfig(JobConfig):
     """Extract features: images -> frozen image network -> feature store."""
 
     source: str
@@ -69,7 +69,7 @@ class ExtractConfig(Config):
     restart: Restart = False
 
 
-class TrainConfig(Config):
+class TrainConfig(JobConfig):
     """Train a decoder on a feature store."""
 
     features: str
@@ -159,7 +159,7 @@ class TrainConfig(Config):
         return number if isinstance(number, tuple) else (number, number)
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(JobConfig):
     """Score a model on one split."""
 
     features: str | None = None
@@ -200,7 +200,7 @@ class EvaluateConfig(Config):
         return self
 
 
-class CaptionConfig(Config):
+class CaptionConfig(JobConfig):
     """Caption any collection of images."""
 
     images: str
@@ -256,14 +256,14 @@ class CaptionConfig(Config):
         return self
 
 
-class VerifyConfig(Config):
+class VerifyConfig(JobConfig):
     """Check a published directory."""
 
     uri: tyro.conf.Positional[str]
     """Feature store, model, captions, report or search (path or URI)."""
 
 
-class CompactConfig(Config):
+class CompactConfig(JobConfig):
     """Publish a feature store that has grown as one that needs no older parts."""
 
     features: str
@@ -273,7 +273,7 @@ class CompactConfig(Config):
     restart: Restart = False
 
 
-class SearchConfig(Config):
+class SearchConfig(JobConfig):
     """Find the images of a store that are most like one."""
 
     features: str
@@ -288,7 +288,7 @@ class SearchConfig(Config):
     restart: Restart = False
 
 
-class PushConfig(Config):
+class PushConfig(JobConfig):
     """Publish a model on the Hugging Face hub. The token is the hub's own ($HF_TOKEN, ``hf auth login``)."""
 
     model: str
@@ -305,7 +305,7 @@ class PushConfig(Config):
     """Make a new repository private."""
 
 
-class DemoConfig(Config):
+class DemoConfig(JobConfig):
     """Everything end to end on generated pictures."""
 
     output: str = "runs/demo"

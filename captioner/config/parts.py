@@ -54,6 +54,14 @@ class Config(BaseModel):
     )
 
 
+class JobConfig(Config):
+    """Base of the settings of a job."""
+
+    # How a run is shown is no part of what it makes: in no claim, record or manifest.
+    verbose: Annotated[bool, Field(exclude=True)] = False
+    """Also show what Ray and the workers write; otherwise it is in the logs of Ray's session."""
+
+
 def check_gpu_share(name: str, share: float, workers: int) -> None:
     """Refuse part of a GPU for each of several workers of one run: NCCL wants a GPU of its own for every one of them.
 

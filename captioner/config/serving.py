@@ -8,7 +8,7 @@ import tyro
 from pydantic import Field, ValidationError, model_validator
 
 from captioner.config.decoding import DecodeOverrides
-from captioner.config.parts import Config, ImageLimits, Positive
+from captioner.config.parts import Config, ImageLimits, JobConfig, Positive
 
 Seconds = Annotated[float, Field(gt=0.0)]
 ImageType = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "heic"]
@@ -86,7 +86,8 @@ class UploadBounds(Config):
     retry_after_s: Positive = 1
     """What clients that get 503 are told to wait at least, in seconds."""
     access_log: bool = False
-    """Also log a line for every request: its id, method, path, status and time; no token, no file name."""
+    """Also log a line for every request: its id, method, path, status and time; no token, no file name. It is in the
+    logs of Ray's session and, with verbose, on the screen."""
 
 
 class ReplicaSettings(Config):
@@ -106,7 +107,7 @@ class ReplicaSettings(Config):
     """Threads of one model replica on CPU; default: the cores of its node."""
 
 
-class ServeConfig(ReplicaSettings, UploadBounds, Served):
+class ServeConfig(ReplicaSettings, UploadBounds, Served, JobConfig):
     """Serve models over HTTP: an API and a web page."""
 
     decode: DecodeOverrides = DecodeOverrides()

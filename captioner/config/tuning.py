@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from captioner.config.parts import (
-    Config,
     DecoderKind,
+    JobConfig,
     Positive,
     Restart,
     Seed,
@@ -16,7 +16,7 @@ from captioner.config.parts import (
 )
 
 
-class TuneConfig(Config):
+class TuneConfig(JobConfig):
     """Search hyperparameters with Ray Tune: many trainings, the worst stopped early by ASHA."""
 
     features: str

@@ -232,7 +232,9 @@ def score_table(report: Report) -> str:
     """The scores as a table for a terminal; the notebook's protocol stands beside the standard one, never alone."""
     standard: Mapping[str, Any] = report.scores["standard"]
     own: Mapping[str, float] = report.scores["notebook"]
-    search = ", ".join(f"{name} {value}" for name, value in report.scores["decode"].items())
+    search = ", ".join(
+        f"{name} {value}" for name, value in report.scores["decode"].items() if value
+    )
     lines = [f"{report.scores['images']} images, split {report.scores['split']}", search, ""]
     lines.append(f"{'':10}{'standard':>10}{'notebook':>10}")
     for name, value in standard.items():

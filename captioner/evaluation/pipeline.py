@@ -50,6 +50,7 @@ class ScoreImages:
             captions: raw references of every image, by id.
             drawn: ids of the images whose attention is returned.
         """
+        counter.start.remote()
         self.captioner = Captioner.load(model_uri, prepare_device(threads=threads))
         self.decode = decode
         self.captions: dict[str, list[str]] = ray.get(captions)
@@ -111,7 +112,7 @@ def score_split(
     pool = plan_pool(len(captions))
     batch_size = min(batch_size, -(-len(captions) // (_BATCHES * pool.size)))
     logger.info("captioning %s images of split %s", f"{len(captions):,}", split)
-    with data_context(), ProgressLine(len(captions)) as progress:
+    with data_context(), ProgressLine(len(captions), actors=pool.size) as progress:
         dataset = (
             ray.data.read_datasource(_features(store, split, model.record.columns))
             # A read task's rows are one block, which one actor would get whole.

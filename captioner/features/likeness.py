@@ -3,6 +3,7 @@
 import hashlib
 import io
 import posixpath
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,19 @@ _SHOWN = 100
 _COLUMNS = ("image_id", "uri", "pooled", "error")
 
 
-def find_alike(config: SearchConfig) -> pa.Table:
-    """Publish ``neighbours.parquet`` and a sheet of thumbnails.
+@dataclass(frozen=True)
+class Alike:
+    """The images most like one."""
 
-    Returns:
-        image_id, uri and cosine (float32) of the ``k`` images most like ``config.image``, the likest first, ids in
-        order where two are as like.
+    rows: pa.Table
+    """image_id, uri and cosine (float32) of each, the likest first, ids in order where two are as like."""
+    uri: str
+    """Where they are published."""
+    manifest: LikenessManifest
+
+
+def find_alike(config: SearchConfig) -> Alike:
+    """Publish ``neighbours.parquet``, the ``k`` images most like ``config.image``, and a sheet of thumbnails.
 
     Raises:
         StoreError: the store is unusable, the picture cannot be read, or the output belongs to another search.
@@ -72,9 +80,9 @@ def find_alike(config: SearchConfig) -> pa.Table:
             features=store.uri, image=config.image, images=len(rows), files=files
         )
 
-    publish_once(place, identity, LikenessManifest, fill, restart=config.restart)
+    manifest = publish_once(place, identity, LikenessManifest, fill, restart=config.restart)
     with storage.open_input(storage.join(storage.absolute(place), NEIGHBOURS)) as file:
-        return pq.read_table(file)
+        return Alike(pq.read_table(file), place, manifest)
 
 
 def _default_place(config: SearchConfig, identity: dict[str, object]) -> str:

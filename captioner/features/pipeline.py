@@ -64,6 +64,7 @@ class _StageActor:
         aside: str,
         retry_seconds: float,
     ):
+        counter.start.remote()
         patiently(retry_seconds, stage.prepare)
         self.stage, self.schema, self.counter = stage, schema, counter
         self.aside, self.retry_seconds = aside, retry_seconds
@@ -147,7 +148,10 @@ def run_pipeline(
         logger.info("continuing: %s of %s images are done", f"{already:,}", f"{total:,}")
     if already == total:
         return
-    with data_context() as context, ProgressLine(total, already, counter=counter) as progress:
+    with (
+        data_context() as context,
+        ProgressLine(total, already, counter=counter, actors=pool.size) as progress,
+    ):
         _configure(context, checkpoint, filesystem, store_bytes(pool))
         pace = Pace(pool.size, rows_per_file(total, schema), most_rows=max(MOST_ROWS, batch_size))
         _steer(context, pace, stage, batch_size)

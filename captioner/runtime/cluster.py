@@ -23,6 +23,7 @@ from captioner.errors import ConfigError, OutOfReachError
 from captioner.runtime import ray_private
 from captioner.runtime.device import num_cores
 from captioner.runtime.lifeline import Lifeline
+from captioner.runtime.screen import SCREEN
 from captioner.storage import S3_ADDRESS_VARIABLES
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,9 @@ def start_ray() -> None:
     """
     if ray.is_initialized():
         return
+    SCREEN.hide_others()
+    # A job's Ray says what it has to say in its log; that of a notebook says it there.
+    options: dict[str, Any] = {"log_to_driver": not SCREEN.quiet}
     if address := os.environ.get("RAY_ADDRESS"):
         found = {name: os.environ[name] for name in S3_ADDRESS_VARIABLES if os.environ.get(name)}
         # Ray would refuse what the submitted job's runtime environment sets, too, although it is where we have it from.
@@ -61,14 +65,20 @@ def start_ray() -> None:
         _knock(address)
         alone = ray_private.alone() if _on_loopback_alone(address) else contextlib.nullcontext()
         with alone, _own_end():
-            ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": found})
+            ray.init(runtime_env={"env_vars": found}, **options)
         lifeline = Lifeline(ray.get_runtime_context().get_node_id())
     else:
         lifeline = Lifeline()
-        start_local_ray(logging_level=logging.WARNING)
+        start_local_ray(**options)
     lifeline.joined()
+    SCREEN.keep_log(ray_private.logs())
     resources = ray.cluster_resources()
-    logger.info("Ray: %d CPUs, %d GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
+    logger.info(
+        "Ray: %d CPUs, %d GPUs%s",
+        resources.get("CPU", 0),
+        resources.get("GPU", 0),
+        f"; its log: {SCREEN.log}" if SCREEN.log else "",
+    )
 
 
 def start_local_ray(**options: Any) -> None:

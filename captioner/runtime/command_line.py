@@ -7,11 +7,12 @@ nothing is published, and the same command goes on.
 
 import errno
 import functools
-import logging
 import os
 import shlex
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
@@ -20,31 +21,28 @@ import tyro
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from captioner.config import Config
+from captioner.config import Config, JobConfig
 from captioner.errors import CaptionerError, ConfigError
 from captioner.runtime import tyro_errors
 from captioner.runtime.flags import Place, registry, spell, spellings, stand_in
+from captioner.runtime.screen import SCREEN
 
 SHELLS = ("bash", "zsh", "fish")
+_USERS_TO_MEND = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
+AnyJob = TypeVar("AnyJob", bound=JobConfig)
 
 
 def run(
-    job: Callable[[AnyConfig], object], config_type: type[AnyConfig], **parse_options: Any
+    job: Callable[[AnyJob], str | None], config_type: type[AnyJob], **parse_options: Any
 ) -> None:
-    """Parse ``sys.argv`` into ``config_type``, call ``job`` with it, and turn errors of ours into one line.
+    """Parse ``sys.argv`` into ``config_type``, call ``job`` with it, and turn errors into one line.
 
-    Keyword arguments go to ``parse``.
+    Args:
+        job: gives what its user may want to do next, shown as the last line, or None.
+        parse_options: go to ``parse``.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # What Ray Data logs as an error it raises as well; said once is enough.
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    for noisy in ("ray.train", "httpx", "httpx2", "botocore", "fsspec"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    # It sets its own level when it is imported, and warns of every retry; what comes of them we say.
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     again = "the same command"
     try:
         take_signals()
@@ -52,17 +50,25 @@ def run(
             config = parse(config_type, sys.argv[1:], **parse_options)
         if getattr(config, "restart", False):
             again += " without --restart"
-        job(config)
+        with SCREEN.job(verbose=config.verbose):
+            if following := job(config):
+                SCREEN.say(f"next: {following}")
     except CaptionerError as error:
         fail(str(error), error.status)
     except KeyboardInterrupt as stop:
-        print(f"interrupted; {again} goes on from here", file=sys.stderr)
+        SCREEN.say(f"interrupted; {again} goes on from here")
         raise SystemExit(143 if isinstance(stop, _Terminated) else 130) from None
-    except OSError as error:
-        # A full disk or a missing permission is the user's to mend; anything else is our defect and keeps its trace.
-        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+    except Exception as error:
+        # A full disk or a missing permission is the user's to mend.
+        if isinstance(error, OSError) and error.errno in _USERS_TO_MEND:
             fail(f"{os.strerror(error.errno)}: {error.filename or 'output'}")
-        raise
+        if not SCREEN.hides:
+            raise
+        from captioner.runtime.failures import cause  # takes Ray, which is there now
+
+        traceback.print_exc()
+        SCREEN.keep_log(tempfile.gettempdir())
+        fail(f"{cause(error)} (more is in {SCREEN.log})", status=1)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -96,7 +102,7 @@ def _reader_may_leave() -> Iterator[None]:
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """One line on stderr, and the end."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    SCREEN.say(f"error: {' '.join(message.split())}")
     raise SystemExit(status)
 
 

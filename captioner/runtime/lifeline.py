@@ -9,7 +9,6 @@ import contextlib
 import os
 import select
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import ray
 
 from captioner.errors import OutOfReachError
+from captioner.runtime.screen import SCREEN
 
 _PROC = Path("/proc")
 _EVERY = 1.0
@@ -76,9 +76,8 @@ class Lifeline:
     def _end(self, what: str) -> None:
         if self._over.is_set():
             return
-        clear = "\r\033[K" if sys.stderr.isatty() else ""
-        line = f"{clear}error: Ray has died: {what}; the same command goes on from here\n"
-        os.write(2, line.encode())
+        log = f" (its log: {SCREEN.log})" if SCREEN.log else ""
+        SCREEN.say_at_last(f"error: Ray has died: {what}; the same command goes on from here{log}")
         # What else the process has to say is about the same, and handlers would wait for a Ray that is not there.
         os._exit(OutOfReachError.status)
 

@@ -1,7 +1,7 @@
 """Progress of a long Ray Data job in one readable line: images done, rate, rejected so far, time left."""
 
 import logging
-import sys
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -11,9 +11,13 @@ import ray
 from ray.actor import ActorHandle
 from ray.util import metrics
 
+from captioner.errors import OutOfReachError
+from captioner.runtime import ray_private
 from captioner.runtime.cluster import beside_driver
+from captioner.runtime.screen import SCREEN
 
-logger = logging.getLogger(__name__)
+# So often every actor may start without a row handled by any.
+_TRIES = 5
 
 IMAGES = ("images_total", "Images handled")
 REJECTED_IMAGES = ("rejected_images_total", "Images rejected")
@@ -53,11 +57,21 @@ class Counter:
     def __init__(self) -> None:
         self.done = 0
         self.rejected = 0
+        self.starts = 0
         self._images, self._refused = (
             metrics.Counter(f"captioner_{name}", text) for name, text in (IMAGES, REJECTED_IMAGES)
         )
 
+    def start(self) -> None:
+        """An actor begins, for the first time or because it has ended."""
+        self.starts += 1
+
+    def starts_in_vain(self) -> int:
+        """Since rows were last handled."""
+        return self.starts
+
     def add(self, done: int, rejected: int) -> None:
+        self.starts = 0
         self.done += done
         self.rejected += rejected
         # Ray's counters refuse to count nothing.
@@ -75,24 +89,31 @@ def start_counter() -> ActorHandle:
 
 
 class ProgressLine:
-    """Context manager that prints the state of a ``Counter`` while a block runs.
+    """Context manager that shows the state of a ``Counter`` while a block runs, in a line that passes by.
 
-    A terminal sees one line rewritten every second, a log file a new line every ten, and a last one.
+    Ray starts actors that have ended again, however often: where they only end, it ends the block.
     """
 
     def __init__(
-        self, total: int, already: int = 0, noun: str = "images", counter: ActorHandle | None = None
+        self,
+        total: int,
+        already: int = 0,
+        noun: str = "images",
+        counter: ActorHandle | None = None,
+        *,
+        actors: int,
     ):
         """
         Args:
             counter: a Counter that the caller keeps and reads too; default: one of this line's own.
+            actors: how many tell the counter of their starts.
         """
+        self._most_starts = _TRIES * actors
+        self._is_in_vain = False
         self.total, self.already, self.noun = total, already, noun
         self._own = counter is None
         self.counter: ActorHandle = start_counter() if counter is None else counter
         self._ticker = Ticker(self._show)
-        self._terminal = sys.stderr.isatty()
-        self._ticks = 0
         self._closing = False
         self._first: tuple[float, int] | None = None
 
@@ -100,25 +121,35 @@ class ProgressLine:
         self._ticker.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """
+        Raises:
+            OutOfReachError: in the place of the interrupt that ended the block because actors only end.
+        """
         self._closing = True
         self._ticker.__exit__()
-        if self._terminal:
-            print(file=sys.stderr)
         if self._own:
             ray.kill(self.counter)
+        if self._is_in_vain and isinstance(error, KeyboardInterrupt):
+            raise OutOfReachError(
+                f"the processes with the network in them have ended {_TRIES} times each, and done nothing in between: "
+                f"is there memory for as many? {ray_private.logs()} has what they said; the same command goes on"
+            ) from None
 
     def _show(self) -> None:
         try:
-            done, rejected = ray.get(self.counter.read.remote(), timeout=10)
+            (done, rejected), starts = ray.get(
+                [self.counter.read.remote(), self.counter.starts_in_vain.remote()], timeout=10
+            )
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return  # the counter's node died or is busy; the job itself is not affected
-        line = self.describe(done, rejected, time.monotonic())
-        self._ticks += 1
-        if self._terminal:
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-        elif self._closing or self._ticks % 10 == 0:
-            logger.info(line)
+        SCREEN.pass_by(self.describe(done, rejected, time.monotonic()), last=self._closing)
+        if starts > self._most_starts and not self._is_in_vain:
+            self._is_in_vain = True
+            # What a shell has started in its background ignores the first.
+            ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            number = signal.SIGTERM if ignored else signal.SIGINT
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def describe(self, done: int, rejected: int, now: float) -> str:
         """The line for a state; the rate counts from the first finished batch, so start-up does not dilute it."""
@@ -187,21 +218,26 @@ class TrainingGauges:
 
 @ray.remote(num_cpus=0)
 class Mailbox:
-    """Lines that workers want shown by the driver."""
+    """Lines that workers want shown by the driver: those that stay, and the last of those that pass by."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.passing = ""
 
     def put(self, line: str) -> None:
         self.lines.append(line)
+        self.passing = ""
 
-    def take(self) -> list[str]:
+    def put_passing(self, line: str) -> None:
+        self.passing = line
+
+    def take(self) -> tuple[list[str], str]:
         lines, self.lines = self.lines, []
-        return lines
+        return lines, self.passing
 
 
 class MessageLog:
-    """Context manager that logs, in the driver, the lines that workers put into ``actor``."""
+    """Context manager that shows, in the driver, the lines that workers put into ``actor``."""
 
     def __init__(self, target: logging.Logger):
         mailbox = Mailbox.options(scheduling_strategy=beside_driver())  # type: ignore[attr-defined]
@@ -215,11 +251,15 @@ class MessageLog:
 
     def __exit__(self, *_: object) -> None:
         self._ticker.__exit__()
+        SCREEN.pass_by("", last=True)
         ray.kill(self.actor)
 
     def _drain(self) -> None:
         try:
-            for line in ray.get(self.actor.take.remote(), timeout=10):
-                self._target.info(line)
+            lines, passing = ray.get(self.actor.take.remote(), timeout=10)
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return  # lines are for people to look at; training goes on without them
+        for line in lines:
+            self._target.info(line)
+        if passing or lines:
+            SCREEN.pass_by(passing)

@@ -122,6 +122,13 @@ def start_autoscaling_coordinator() -> None:
     ray.get(get_or_create_autoscaling_coordinator().__ray_ready__.remote())
 
 
+def logs() -> str:
+    """The folder of the logs of the session that this process is part of, on this node."""
+    node = ray._private.worker._global_node
+    assert node is not None
+    return str(node.get_logs_dir_path())
+
+
 @dataclass(frozen=True)
 class ObjectStore:
     """The object stores of all nodes together."""

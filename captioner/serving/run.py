@@ -44,6 +44,7 @@ def serve_models(config: ServeConfig, kind: type[CaptionModel] = CaptionModel) -
         start_ray()
         deploy(config, kind)
         logger.info("serving %s at %s", ", ".join(config.models), url(config))
+        logger.info("next: open %s/ in a browser", url(config))
         return
     _check_types(config)
     _check_certificate(config)
@@ -67,6 +68,7 @@ def serve_models(config: ServeConfig, kind: type[CaptionModel] = CaptionModel) -
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, stop)
             logger.info("serving %s at %s", ", ".join(config.models), url(config))
+            logger.info("next: open %s/ in a browser; Ctrl-C ends the service", url(config))
             signals[0].wait()
             logger.info("answering what is under way")
             drain(Path(folder), signals[1].wait, config.request_timeout_s + 5)

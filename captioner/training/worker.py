@@ -31,7 +31,7 @@ from captioner.training.steps import TeacherForcing, check_compute, require_fini
 from captioner.training.validation import GreedyCider
 
 # Between two lines about the same epoch.
-_TELL_SECONDS = 20.0
+_TELL_SECONDS = 1.0
 # Between two questions whether a checkpoint is due.
 _AGREE_STEPS = 10
 
@@ -168,8 +168,9 @@ class Worker:
             if tell.over():
                 left = int(timer.elapsed / (step + 1) * (total - step - 1))
                 self.tell(
-                    f"epoch {epoch + 1} | {step + 1} of {total} steps | "
-                    f"{left // 60}:{left % 60:02d} left"
+                    f"epoch {epoch + 1}/{self.config.epochs} | {step + 1:,} of {total:,} steps | "
+                    f"{left // 60}:{left % 60:02d} left",
+                    passing=True,
                 )
             if step + 1 < total and self.agree(step, save):
                 self.state.epoch = EpochSoFar(
@@ -244,10 +245,10 @@ class Worker:
         total, images = self.reduce(sums).tolist()
         return float(total / images)
 
-    def tell(self, line: str) -> None:
+    def tell(self, line: str, *, passing: bool = False) -> None:
         """Progress, from the first worker alone."""
         if self.rank == 0 and self.messages is not None:
-            self.messages.put.remote(line)
+            (self.messages.put_passing if passing else self.messages.put).remote(line)
 
     def reduce(self, sums: Tensor) -> Tensor:
         """Sum over the workers, on the CPU."""

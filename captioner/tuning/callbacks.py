@@ -1,12 +1,14 @@
 """What Ray Train tells Tune of a trial, and what Tune tells the screen."""
 
 import logging
+from collections import Counter
 from typing import Any
 
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.progress_reporter import TrialProgressCallback
 
 from captioner.config import TuneConfig
+from captioner.runtime.screen import SCREEN
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,14 @@ class EpochLines(TrialProgressCallback):
             result[self._judged_by],
             " | stopped" if stopped else "",
         )
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        found = Counter(trial.status for trial in trials)
+        over = found["TERMINATED"] + found["ERROR"]
+        SCREEN.pass_by(f"{over} of {len(trials)} trials over, {found['RUNNING']} running")
+
+    def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
+        SCREEN.pass_by("", last=True)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         logger.warning("%s failed and is tried again", trial)

@@ -16,7 +16,7 @@ from captioner.artifacts.manifests import SearchManifest
 from captioner.artifacts.output import Output, publish_once
 from captioner.config import TuneConfig
 from captioner.decoders import decoder_class
-from captioner.errors import ConfigError, OutOfReachError, TrainingError, one_line
+from captioner.errors import ConfigError, OutOfReachError, TrainingError
 from captioner.runtime.cluster import (
     driver_resource,
     num_cpus,
@@ -24,6 +24,7 @@ from captioner.runtime.cluster import (
     start_ray,
     worker_slots,
 )
+from captioner.runtime.failures import cause
 from captioner.runtime.progress import Ticker
 from captioner.training.history import EpochRecord
 from captioner.training.publish import history_so_far
@@ -194,7 +195,7 @@ def _run_trials(
             # Raised where a trial's result is dealt with: its note could not be written.
             raise error_of_ours(error) from error
     return {
-        int(str(result.path).rpartition("-")[2]): one_line(result.error)
+        int(str(result.path).rpartition("-")[2]): cause(result.error)
         for result in results
         if result.error is not None
     }
@@ -233,9 +234,7 @@ def _trainable(config: TuneConfig, root: str, *, threads: int) -> Any:
             run_training(training, callbacks=[ReportEpochs()])
         except Exception as error:
             diverged = isinstance(error, TrainingError)
-            write_note(
-                root, number, Note(status="failed", error=one_line(error), diverged=diverged)
-            )
+            write_note(root, number, Note(status="failed", error=cause(error), diverged=diverged))
             if not diverged:
                 time.sleep(_PAUSE_SECONDS)
                 raise

@@ -18,11 +18,13 @@ import ray
 from captioner.artifacts.output import WORK, Output
 from captioner.artifacts.tables import feature_rows
 from captioner.encoders.spec import FeatureShape
+from captioner.errors import OutOfReachError
 from captioner.features.pace import MOST_ROWS
 from captioner.features.pipeline import run_pipeline
 from captioner.features.row_marks import CHECKPOINT, finish_rows, finished
 from captioner.features.stage import PIXELS, Stage
 from captioner.runtime import cluster
+from captioner.runtime.progress import ProgressLine
 from captioner.sources import open_source
 from tests.cluster.conftest import SECRETS
 from tests.head import ROOT
@@ -132,3 +134,23 @@ def test_workers_get_the_address_of_s3_and_no_secret(local_ray: None) -> None:
     seen = json.loads(driver.stdout)
     assert seen.items() >= (address | {"OTHER": "x"}).items()
     assert seen.keys().isdisjoint(SECRETS)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_actors_that_only_end_end_the_block_that_waits_for_them() -> None:
+    def only_end() -> None:
+        with ProgressLine(10, actors=2) as progress:
+            for _ in range(11):
+                progress.counter.start.remote()
+            time.sleep(60)
+
+    with pytest.raises(OutOfReachError, match=r"have ended 5 times each, .*/logs has what they"):
+        only_end()
+    # The same number is well where something is done in between.
+    with ProgressLine(10, actors=2) as progress:
+        for _ in range(6):
+            progress.counter.start.remote()
+        progress.counter.add.remote(1, 0)
+        for _ in range(6):
+            progress.counter.start.remote()
+        assert ray.get(progress.counter.starts_in_vain.remote()) == 6

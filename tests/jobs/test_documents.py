@@ -4,24 +4,27 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from captioner.sources.scenes import draw_scene
-from tests.documents import WRITTEN, job_of
-from tests.head import ROOT, Head
+from tests.documents import WRITTEN, block_with, job_of
+from tests.head import ROOT, Head, free_port
+from tests.processes import descendants
 
 pytestmark = pytest.mark.timeout(900)
 
 # Real data and full size, made tiny; what is not named runs as it is written.
 TINY = {
-    "extract_features": [
-        "--source", "shapes", "--source-options.shapes.train", "24", "--source-options.shapes.validation", "6",
-        "--source-options.shapes.test", "6", "--encoder.weights", "random", "--encoder.layer", "layer3",
-    ],
+    "extract_features": ["--source", "hub", "--encoder.weights", "random", "--encoder.layer", "layer3"],
     "train": ["--decoder.width", "32", "--epochs", "1"],
 }  # fmt: skip
 
@@ -47,7 +50,68 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "my_photos").mkdir()
     for index in range(3):
         (root / "my_photos" / f"{index}.png").write_bytes(draw_scene(0, "test", index))
+    write_hub(root / "hub")
     return root
+
+
+def write_hub(folder: Path) -> None:
+    """Generated scenes as the hub has Flickr8k: Parquet files, a split each."""
+    folder.mkdir()
+    for split, count in (("train", 24), ("validation", 6), ("test", 6)):
+        rows = [
+            {
+                "image": {"bytes": draw_scene(0, "train", index), "path": f"{index}.png"},
+                **{f"caption_{number}": f"A scene number {number} ." for number in range(5)},
+            }
+            for index in range(count)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.mark.long
+def test_flickr8k_gets_from_nothing_to_a_page_in_one_copied_block(
+    head: Head, sandbox: Path
+) -> None:
+    port, log = free_port(), sandbox / "log"
+    tiny = "".join(f'{name}) set -- "$@" {shlex.join(more)};; ' for name, more in TINY.items())
+    script = f"""set -e
+make() {{ [ "$*" = install ]; }}
+source() {{ [ "$*" = .venv/bin/activate ]; }}
+captioner() {{
+    case "$1" in {tiny} serve) set -- "$@" --port {port}; unset RAY_ADDRESS;; esac
+    '{sys.executable}' -m ray_jobs "$@"
+}}
+{block_with("README.md", "--source flickr8k")}"""
+    with log.open("w") as output:
+        running = subprocess.Popen(
+            ["bash", "-c", script],
+            cwd=sandbox,
+            env=head.environment | {"RAY_ADDRESS": head.address},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + 600
+        while "\nserving model at " not in log.read_text():
+            assert running.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        url = f"http://127.0.0.1:{port}"
+        assert "captioner" in httpx.get(url).text
+        answer = httpx.post(f"{url}/v1/captions", content=draw_scene(0, "test", 1), timeout=60)
+        assert answer.json()["captions"][0]["caption"]
+    finally:
+        (service,) = descendants(running.pid)[1:2] or [running.pid]
+        os.kill(service, signal.SIGTERM)
+        running.wait(timeout=60)
+    said = log.read_text().splitlines()
+    followed = [
+        line.removeprefix("next: captioner ")
+        for line in said
+        if line.startswith("next: captioner ")
+    ]
+    # Each job names the next one of the block.
+    assert [line.split()[0] for line in followed] == ["train", "evaluate", "serve"]
 
 
 @pytest.mark.long

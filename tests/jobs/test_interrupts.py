@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.head import ROOT, Head
+from tests.said import unexpected
 from tests.stores import write_store
 
 JOBS = {
@@ -51,7 +52,6 @@ def test_interrupted_job_publishes_nothing_and_says_so(
             running.wait()
     said = log.read_text()
     assert status == 130, said
-    assert "interrupted; the same command goes on from here" in said
-    assert "Traceback" not in said
+    assert unexpected(job, said) == []
     assert not (output / "manifest.json").exists()
     assert not (output / "model").exists()

@@ -19,6 +19,7 @@ from captioner.features.likeness import find_alike
 from captioner.images.load import load_image
 from captioner.sources.scenes import draw_scene
 from tests import odd
+from tests.said import by_submission, unexpected
 
 from .conftest import RunJob
 
@@ -43,9 +44,12 @@ def road(tmp_path_factory: pytest.TempPathFactory, submit_job: RunJob) -> Path:
         ("evaluate", "--features", (root / "features").as_uri(), "--model", f"{root}/model",
          "--split", "validation", "--output", f"{root}/report", "--decode.beam-size", "3"),
     ]  # fmt: skip
+    said = root.with_name("said")
+    said.mkdir()
     for name, *arguments in steps:
         done = submit_job(name, *arguments)
         assert done.returncode == 0, f"{name}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        (said / name).write_text(by_submission(done.stdout))
     folder = root / "photos" / "deep"
     folder.mkdir(parents=True)
     for index in range(5):
@@ -61,7 +65,13 @@ def road(tmp_path_factory: pytest.TempPathFactory, submit_job: RunJob) -> Path:
         f"{root}/captions",
     )
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    (said / "caption").write_text(by_submission(done.stdout))
     return root
+
+
+@pytest.mark.parametrize("job", ["extract_features", "train", "evaluate", "caption"])
+def test_a_job_says_its_own_lines_and_nothing_else(road: Path, job: str) -> None:
+    assert unexpected(job, (road.with_name("said") / job).read_text(), str(road)) == []
 
 
 def test_store_holds_every_image_once(road: Path) -> None:
@@ -86,12 +96,12 @@ def test_a_picture_of_the_store_is_most_like_itself(road: Path, tmp_path: Path) 
     config = SearchConfig(
         features=f"{road}/features", image=f"{tmp_path}/a.png", output=f"{tmp_path}/found", k=5
     )
-    found = find_alike(config)
+    found = find_alike(config).rows
     assert found["image_id"][0].as_py() == "validation-000003"
     assert found["cosine"][0].as_py() == pytest.approx(1, abs=1e-4)
     assert found["cosine"].to_pylist() == sorted(found["cosine"].to_pylist(), reverse=True)
     assert verify(f"{tmp_path}/found").problems == []
-    assert find_alike(config).equals(found)
+    assert find_alike(config).rows.equals(found)
     with Image.open(tmp_path / "found/grid.png") as sheet:
         assert min(sheet.size) > 200
     other = {"image": f"{tmp_path}/found/neighbours.parquet", "output": f"{tmp_path}/other"}

@@ -38,6 +38,7 @@ WITH_RAY = (
     "captioner.runtime.cluster",
     "captioner.runtime.data_context",
     "captioner.runtime.lifeline",
+    "captioner.runtime.failures",
     "captioner.runtime.progress",
     "captioner.runtime.ray_private",
     "captioner.sources",

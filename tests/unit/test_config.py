@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from captioner import config
 from captioner.config import DecodeConfig, DecodeOverrides
+from ray_jobs.__main__ import JOBS
 
 OWN = DecodeConfig(beam_size=4, num_captions=2, length_penalty=1.0, mbr_samples=9)
 
@@ -51,3 +52,11 @@ def test_every_job_that_publishes_can_restart() -> None:
     ]
     assert len(publishing) >= 7
     assert [value for value in publishing if "restart" not in value.model_fields] == []
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_how_a_run_is_shown_is_no_part_of_what_it_makes(job: str) -> None:
+    assert "verbose" in JOBS[job].model_fields
+    made = JOBS[job].model_construct(verbose=True)
+    assert made.verbose
+    assert "verbose" not in made.model_dump()

@@ -54,7 +54,7 @@ def test_a_job_gets_the_arguments_behind_its_name(
         console.main()
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert "--features: missing; --output: missing; --split: should be 'train'," in error
+    assert "--output: missing; --split: should be 'train'," in error
 
 
 @pytest.mark.parametrize(

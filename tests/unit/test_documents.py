@@ -126,6 +126,11 @@ def check_session(words: list[str]) -> None:
     assert "/tmp/ray/session_latest/metrics/" in " ".join(words)
 
 
+def assert_made(words: list[str]) -> None:
+    """A file of the environment."""
+    assert words[1:] == [".venv/bin/activate"]
+
+
 def assert_files(words: list[str]) -> None:
     for name in FILES.findall(" ".join(words)):
         assert (ROOT / name).is_file(), name
@@ -133,6 +138,7 @@ def assert_files(words: list[str]) -> None:
 
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "captioner": lambda words: parse_job(*job_of(words)),
+    "source": assert_made,
     "python": check_python,
     "make": check_make,
     "ray": check_click(ray_cli),

@@ -39,7 +39,7 @@ def test_the_sheet_is_no_larger_than_people_look_at(
     config = SearchConfig(
         features=uri, image=f"{tmp_path}/a.png", output=f"{tmp_path}/found", k=10**6
     )
-    assert len(likeness.find_alike(config)) == 20
+    assert len(likeness.find_alike(config).rows) == 20
     with Image.open(tmp_path / "found/grid.png") as sheet:
         assert sheet.height < sheet.width  # two rows of five
 

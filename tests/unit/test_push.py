@@ -63,6 +63,8 @@ def test_a_pushed_model_is_read_by_its_name(model: str, hub: Hub, tmp_path: Path
     done = push(model, hub, tmp_path, "--license", "mit", "--dataset", "org/pictures")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "hf:org/name\n"
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(r"next: \S*captioner serve --model hf:org/name", line)
     commit, files = hub.files("org/name")
     there = {str(file.relative_to(model)) for file in Path(model).rglob("*") if file.is_file()}
     there = {path for path in there if not path.startswith("_work/")}
