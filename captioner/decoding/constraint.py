@@ -19,9 +19,12 @@ class Constraint:
         """Of a search's ``prefix`` and ``forbid``; forbidden words that are unknown are never written anyway.
 
         Raises:
-            ConfigError: a word of the prefix is unknown, it is longer than a caption, or what is forbidden is no word.
+            ConfigError: a word of the prefix is unknown or there is none in it, it is longer than a caption, or what is
+                forbidden is no word.
         """
         words = clean(decode.prefix, vocabulary.rules)
+        if decode.prefix.strip() and not words:
+            raise ConfigError(f"prefix: {decode.prefix.strip()!r:.40} has no word in it")
         if len(words) > decode.max_length:
             raise ConfigError(f"prefix: {len(words)} words, over max_length {decode.max_length}")
         prefix = [_id(word, vocabulary) for word in words]

@@ -67,22 +67,13 @@ _UNHEALTHY = {"model": Health, "description": "A model does not caption (yet)"}
 _OF_UPLOADS = (400, 413, 415, 422, 503)
 _OTHERS = (ErrorCode.BAD_REQUEST, ErrorCode.NO_METRICS)
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
-_BODY = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "properties": {"image": _FILES},
-                "required": ["image"],
-                "description": "Every part with a file name is an image; other parts are parameters, as in the query.",
-            }
-        },
-        **{
-            f"image/{kind}": {"schema": {"type": "string", "format": "binary"}}
-            for kind in ("jpeg", "png", "webp", "gif")
-        },
-    },
+_FORM = {
+    "schema": {
+        "type": "object",
+        "properties": {"image": _FILES},
+        "required": ["image"],
+        "description": "Every part with a file name is an image; other parts are parameters, as in the query.",
+    }
 }
 
 
@@ -148,11 +139,14 @@ def create_app(
     for kind in kinds:
         app.add_exception_handler(kind, answer_error)
 
+    picture = {"schema": {"type": "string", "format": "binary"}}
+    bodies = {"multipart/form-data": _FORM, **{f"image/{one}": picture for one in config.types}}
+
     @app.post(
         "/v1/captions",
         response_model=CaptionResponse,
         summary="Caption images",
-        openapi_extra={"requestBody": _BODY},
+        openapi_extra={"requestBody": {"required": True, "content": bodies}},
         responses={
             200: {"content": {"application/json": {"example": _EXAMPLE}}},
             **_errors(

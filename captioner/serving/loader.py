@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from captioner.config import ImageLimits
-from captioner.errors import ImageError, ImageTooLargeError, ImageTypeError
+from captioner.errors import ImageError, ImageTooLargeError, ImageTypeError, OutOfReachError
 from captioner.images.fence import Fence
 from captioner.images.load import Fit, Loaded, load_image, loading_bytes
 from captioner.runtime.device import num_cores
@@ -93,6 +93,8 @@ class Loader:
                 [found] = self._fence.load([data])
         except ImageError as error:  # of its header alone
             found = error
+        except OutOfReachError:  # the machine has no memory left for it now
+            return RequestError(ErrorCode.OVERLOADED)
         finally:
             self._pace.note(time.monotonic() - began, 1)
         if isinstance(found, ImageTooLargeError):

@@ -35,6 +35,8 @@ def test_words_become_ids() -> None:
     ("decode", "message"),
     [
         (DecodeConfig(prefix="two pink circles"), "prefix: 'pink' is no word that the model knows"),
+        (DecodeConfig(prefix=" !? "), "prefix: '!\\?' has no word"),
+        (DecodeConfig(prefix="\0"), "has no word"),
         (DecodeConfig(prefix="two red", max_length=1), "prefix: 2 words, over max_length 1"),
         (DecodeConfig(forbid="two red,left"), "forbid: 'two red' is not one word"),
         (DecodeConfig(forbid="!"), "forbid: '!' is not one word"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from captioner.config import ImageLimits
+from captioner.errors import OutOfReachError
 from captioner.images.fence import Fence
 from captioner.images.load import Fit, load_image
 from captioner.serving.errors import ErrorCode, RequestError
@@ -67,6 +68,18 @@ def test_picture_that_kills_is_refused_and_the_others_are_loaded() -> None:
     assert all(isinstance(one, list) for one in (first, *others))
     assert isinstance(killed, RequestError)
     assert killed.code is ErrorCode.NOT_AN_IMAGE
+
+
+def test_machine_without_room_is_a_busy_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = Loader(FIT, ImageLimits(), 2**30)
+
+    def none_starts(_: object) -> None:
+        raise OutOfReachError("no process for loading pictures starts: is memory short?")
+
+    monkeypatch.setattr(loader._fence, "load", none_starts)
+    with pytest.raises(RequestError) as refused:
+        asyncio.run(loader.load_all([picture(0)], [None], later()))
+    assert refused.value.code is ErrorCode.OVERLOADED
 
 
 def test_budget_is_never_exceeded_and_the_largest_gets_its_turn() -> None:

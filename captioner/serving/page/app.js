@@ -186,7 +186,7 @@ async function copy(card) {
 function download() {
   const cell = (value) => {
     const text = String(value);
-    const safe = typeof value === "string" && /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;
+    const safe = typeof value === "string" && /^(\s*[=+\-@\uff0b\uff0d\uff1d\uff20]|[\t\r\n])/.test(text) ? `'${text}` : text;
     return `"${safe.replaceAll('"', '""')}"`;
   };
   const cards = [...$("results").children].filter((card) => captions.has(card));
