@@ -17,7 +17,7 @@ SUBMIT = RAY_AUTH_MODE=token $(VENV)/bin/ray job submit --address $(ADDRESS) --w
 
 MODEL := runs/demo/model
 
-.PHONY: help install demo serve dashboard test test-unit test-cluster test-serve test-nodes test-chaos fuzz-store soak soak-serve chromium lint type requirements clean \
+.PHONY: help install demo gpu-report serve dashboard test test-unit test-cluster test-serve test-nodes test-chaos fuzz-store soak soak-serve chromium lint type requirements clean \
 	submit-extract submit-train submit-tune submit-evaluate submit-caption submit-serve
 
 help: ## List the targets
@@ -48,6 +48,11 @@ $(INSTALLED): requirements.txt pyproject.toml
 
 demo: $(INSTALLED) ## Extract, train, evaluate and caption generated pictures; results in runs/demo
 	$(PYTHON) -m ray_jobs.demo
+
+# With a GPU under ten minutes; ARGS=--smoke only sees that it runs, without one too. Where there is no package index, the
+# same without make: python -m ray_jobs.benchmark gpu
+gpu-report: $(INSTALLED) ## Measure all that a GPU does: figures in runs/gpu_report, make gpu-report ARGS=--smoke
+	$(PYTHON) -m ray_jobs.benchmark gpu --csv runs/gpu_report/report.csv $(ARGS)
 
 serve: $(INSTALLED) ## Serve a model over HTTP on this machine: make serve MODEL=runs/flickr8k/model
 	$(PYTHON) -m ray_jobs.serve --model $(MODEL)

@@ -12,6 +12,7 @@ from captioner.config.parts import (
     EncoderConfig,
     JobConfig,
     Positive,
+    Runtime,
     SourceConfig,
     TextConfig,
 )
@@ -46,6 +47,8 @@ class BenchmarkExtractConfig(BenchmarkConfig):
     """Duration of each measurement of loading and of the encoder alone, in seconds."""
     batch_size: Positive | None = None
     """Images per forward pass of one encoder actor; default: as extract_features chooses."""
+    runtime: Runtime = "eager"
+    """As for extract_features."""
     num_encoders: Positive | None = None
     """Encoder actors; default: as extract_features chooses."""
     cpus_per_encoder: Positive | None = None
@@ -68,6 +71,19 @@ class BenchmarkDriverConfig(BenchmarkConfig):
     """Directory for the files; default: the system's temporary one."""
 
 
+class BenchmarkGpuConfig(BenchmarkConfig):
+    """All that a GPU does: extraction and its limits, training, captioning, the service; a table and a page."""
+
+    pictures: str | None = None
+    """Pictures to extract and caption, as for extract_features; default: generated JPEGs of ImageNet's size."""
+    page: str = "runs/gpu_report/report.md"
+    """Markdown page of the figures (path or URI), written anew."""
+    seconds: Annotated[float, Field(gt=0.0)] = 8.0
+    """Duration of a measurement, in seconds."""
+    smoke: bool = False
+    """Only see that everything runs, on CPUs too: a small network, few pictures, figures that mean nothing."""
+
+
 class BenchmarkKeptConfig(BenchmarkConfig):
     """What a kill costs, by number of CPUs and speed of the encoder: a stand-in extraction is killed and continued."""
 
@@ -81,6 +97,23 @@ class BenchmarkKeptConfig(BenchmarkConfig):
     """Seconds between the first image that a run encodes and its kill; of the first run, then of continued ones."""
     side_by_side: Positive = 1
     """Runs at the same time: encoders that sleep need no cores."""
+
+
+class BenchmarkSimulateConfig(BenchmarkConfig):
+    """Extraction over many GPUs, simulated: nodes and GPUs are logical, loading and the network sleep."""
+
+    gpus: tuple[Positive, ...] = (1, 2, 4, 8)
+    """Numbers of GPUs, each in a node of its own."""
+    loaders: Positive = 8
+    """Logical CPUs of a node, which load."""
+    images_per_second: Annotated[float, Field(gt=0.0)] = 100.0
+    """Of one GPU's network."""
+    seconds_to_load: Annotated[float, Field(gt=0.0)] = 0.04
+    """Of one picture, on one CPU."""
+    batch_size: Positive | None = None
+    """Images per call of a network; default: as extract_features chooses."""
+    seconds: Annotated[float, Field(gt=0.0)] = 60.0
+    """Work of each run, in seconds of GPUs that never wait."""
 
 
 class BenchmarkTrainConfig(BenchmarkConfig):

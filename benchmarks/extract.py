@@ -4,6 +4,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,12 +22,13 @@ from captioner.artifacts.output import Output
 from captioner.artifacts.tables import feature_rows
 from captioner.config import ImageLimits
 from captioner.encoders.family import family_of
+from captioner.encoders.spec import EncoderSpec
 from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.features.encode import EncodeImages
 from captioner.features.extract import compute_on_cluster
 from captioner.features.pipeline import run_pipeline
 from captioner.images.views import view_names
-from captioner.runtime.cluster import num_cpus, num_gpus, plan_pool, start_ray
+from captioner.runtime.cluster import PoolPlan, num_cpus, num_gpus, plan_pool, start_ray
 from captioner.sources import open_source
 from captioner.sources.base import Listed, Source
 from captioner.sources.outage import RETRY_SECONDS
@@ -152,22 +154,35 @@ class RepeatedSource:
         return pieces
 
 
-def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
-    """Measure extraction with the settings of ``config``.
+@dataclass(frozen=True)
+class Extraction:
+    """An extraction that is set up, and not begun."""
 
-    Raises:
-        SourceError, ModelError, ConfigError: as in extraction.
-    """
-    source = open_source(config.source, config.source_options)
-    family, _ = family_of(config.encoder.name)
-    tensors, _ = family.weights(config.encoder)
-    start_ray()
-    pool = plan_pool(
-        config.images, size=config.num_encoders, cpus_per_actor=config.cpus_per_encoder
-    )
-    spec = family.spec(config.encoder, tensors, compute_on_cluster(config.encoder.compute))
-    with tempfile.TemporaryDirectory() as folder:
-        output = Output(config.scratch or f"{folder}/out", {"job": "benchmark"})
+    source: Source
+    spec: EncoderSpec
+    stage: EncodeImages
+    pool: PoolPlan
+    batch_size: int
+    output: Output
+
+    @classmethod
+    def set_up(cls, config: BenchmarkExtractConfig, root: str) -> "Extraction":
+        """
+        Args:
+            root: empty directory for the output (path or URI).
+
+        Raises:
+            SourceError, ModelError, ConfigError: as in extraction.
+        """
+        source = open_source(config.source, config.source_options)
+        family, _ = family_of(config.encoder.name)
+        tensors, _ = family.weights(config.encoder)
+        start_ray()
+        pool = plan_pool(
+            config.images, size=config.num_encoders, cpus_per_actor=config.cpus_per_encoder
+        )
+        spec = family.spec(config.encoder, tensors, compute_on_cluster(config.encoder.compute))
+        output = Output(root, {"job": "benchmark"})
         storage.write_bytes(output.uri(ENCODER_WEIGHTS), safetensors.torch.save(tensors))
         stage = EncodeImages(
             output.uri(ENCODER_WEIGHTS),
@@ -177,34 +192,47 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
             mirrored=config.mirrored,
             crops=config.crops,
             threads=pool.threads,
+            runtime=config.runtime,
         )
-        batch_size = config.batch_size or pool.batch_size
+        return cls(source, spec, stage, pool, config.batch_size or pool.batch_size, output)
+
+    def run(self, images: int, watch: Watch) -> tuple[int, float]:
+        """Extract so many images or a few more. Returns how many, and the seconds of it."""
+        repeated = RepeatedSource(self.source, images)
+        views = view_names(self.stage.mirrored, self.stage.crops)
+        started = time.perf_counter()
+        with self.output, watch:
+            run_pipeline(
+                repeated,
+                self.output,
+                "features",
+                feature_rows(self.spec.shape, grid=self.stage.grid, views=views),
+                self.stage,
+                batch_size=self.batch_size,
+                pool=self.pool,
+                counter=watch.counter,
+            )
+        return repeated.num_images(), time.perf_counter() - started
+
+
+def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
+    """Measure extraction with the settings of ``config``.
+
+    Raises:
+        SourceError, ModelError, ConfigError: as in extraction.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        extraction = Extraction.set_up(config, config.scratch or f"{folder}/out")
+        stage, pool, spec = extraction.stage, extraction.pool, extraction.spec
         watch = Watch()
-        sample = take_sample(source)
+        sample = take_sample(extraction.source)
         logger.info("loading alone, %.0f s", config.seconds)
         loading = load_rate(sample, stage, config.seconds)
         cost = fence_cost(sample, stage, config.seconds)
         logger.info("the encoder alone, %.0f s", config.seconds)
-        model = model_rate(sample, batch_size, config.seconds, stage, pool)
+        model = model_rate(sample, extraction.batch_size, config.seconds, stage, pool)
         logger.info("the pipeline")
-        repeated = RepeatedSource(source, config.images)
-        images = repeated.num_images()
-        started = time.perf_counter()
-        with watch:
-            run_pipeline(
-                repeated,
-                output,
-                "features",
-                feature_rows(
-                    spec.shape, grid=config.grid, views=view_names(config.mirrored, config.crops)
-                ),
-                stage,
-                batch_size=batch_size,
-                pool=pool,
-                counter=watch.counter,
-            )
-        wall = time.perf_counter() - started
-        output.close()
+        images, wall = extraction.run(config.images, watch)
     steady = watch.steady(images)
     # On GPUs the stages run side by side; on CPUs alone they take turns on the same cores.
     gpus, cpus = num_gpus(), num_cpus()
@@ -220,7 +248,7 @@ def benchmark_extract(config: BenchmarkExtractConfig) -> ExtractBenchmark:
         grid=config.grid,
         views=len(view_names(config.mirrored, config.crops)),
         images=images,
-        batch_size=batch_size,
+        batch_size=extraction.batch_size,
         load_only=loading,
         fence_cost=cost,
         model_only=model,

@@ -9,17 +9,21 @@ from benchmarks.config import (
     BenchmarkConfig,
     BenchmarkDriverConfig,
     BenchmarkExtractConfig,
+    BenchmarkGpuConfig,
     BenchmarkKeptConfig,
     BenchmarkScoresConfig,
     BenchmarkServeConfig,
+    BenchmarkSimulateConfig,
     BenchmarkTrainConfig,
 )
 from benchmarks.driver import benchmark_driver
 from benchmarks.extract import benchmark_extract
+from benchmarks.gpu_report import benchmark_gpu
 from benchmarks.kept import benchmark_kept
 from benchmarks.measurement import Measurement, append_rows
 from benchmarks.scores import benchmark_scores
 from benchmarks.serve import benchmark_serve
+from benchmarks.simulate import benchmark_simulate
 from benchmarks.train import benchmark_train
 from captioner import storage
 from captioner.runtime.screen import SCREEN
@@ -27,10 +31,12 @@ from captioner.runtime.screen import SCREEN
 PROGRAMS: dict[str, tuple[Callable[[Any], Measurement], type[BenchmarkConfig]]] = {
     "driver": (benchmark_driver, BenchmarkDriverConfig),
     "extract": (benchmark_extract, BenchmarkExtractConfig),
+    "gpu": (benchmark_gpu, BenchmarkGpuConfig),
     "kept": (benchmark_kept, BenchmarkKeptConfig),
     "train": (benchmark_train, BenchmarkTrainConfig),
     "scores": (benchmark_scores, BenchmarkScoresConfig),
     "serve": (benchmark_serve, BenchmarkServeConfig),
+    "simulate": (benchmark_simulate, BenchmarkSimulateConfig),
 }
 
 

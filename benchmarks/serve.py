@@ -192,7 +192,7 @@ class _Alone:
 
 
 def _limit(config: BenchmarkServeConfig, pictures: list[bytes]) -> float:
-    alone = _Alone.remote(config)  # type: ignore[attr-defined]
+    alone = _Alone.options(num_gpus=min(1, num_gpus())).remote(config)  # type: ignore[attr-defined]
     rate = float(ray.get(alone.rate.remote(pictures)))
     ray.kill(alone)
     return rate

@@ -4,8 +4,9 @@ import logging
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +19,12 @@ from benchmarks.config import BenchmarkTrainConfig
 from benchmarks.measurement import Measurement, Row
 from captioner.artifacts.feature_store import FeatureStore
 from captioner.artifacts.manifests import Record
-from captioner.config import DecoderKind, TrainConfig
+from captioner.config import DecoderKind, TextConfig, TrainConfig
 from captioner.decoders import decoder_class
 from captioner.errors import ConfigError
 from captioner.runtime.cluster import num_cpus, num_gpus, start_ray
 from captioner.text import Vocabulary, clean
-from captioner.training.data import Batch
+from captioner.training.data import Batch, on_device
 from captioner.training.history import Stopwatch
 from captioner.training.steps import train_step
 from captioner.training.worker import Worker
@@ -98,12 +99,7 @@ def benchmark_train(config: BenchmarkTrainConfig) -> TrainBenchmark:
     store = FeatureStore.open(config.features)
     for kind in config.decoders:
         store.require("train", decoder_class(kind).columns, captions=True)
-    words = (
-        clean(caption, config.text.rules)
-        for captions in store.captions("train").values()
-        for caption in captions
-    )
-    vocabulary = Vocabulary.build(words, config.text.min_count, config.text.rules)
+    vocabulary = vocabulary_of(store, config.text)
     start_ray()
     there = num_gpus() or num_cpus()
     if there < max(config.workers):
@@ -125,6 +121,16 @@ def benchmark_train(config: BenchmarkTrainConfig) -> TrainBenchmark:
     )
 
 
+def vocabulary_of(store: FeatureStore, text: TextConfig) -> Vocabulary:
+    """The words of the train split."""
+    words = (
+        clean(caption, text.rules)
+        for captions in store.captions("train").values()
+        for caption in captions
+    )
+    return Vocabulary.build(words, text.min_count, text.rules)
+
+
 def _measure(
     config: BenchmarkTrainConfig,
     kind: DecoderKind,
@@ -143,73 +149,94 @@ def _measure(
         num_workers=workers,
         ingest=ingest,
     )
+    (found,) = measure_steps([settings], vocabulary, config.steps)
+    return TrainRate(decoder=kind, ingest=ingest, workers=workers, **found)
+
+
+def measure_steps(
+    settings: Sequence[TrainConfig], vocabulary: Vocabulary, steps: int
+) -> list[dict[str, Any]]:
+    """Train so many steps with each of some settings, one after the other in the same workers.
+
+    Args:
+        settings: all with as many workers.
+
+    Returns:
+        what ``TrainRate`` holds of each.
+    """
     gpu = num_gpus() > 0
     with tempfile.TemporaryDirectory() as folder:
         trainer = TorchTrainer(
             _measure_worker,
             train_loop_config={
-                "config": settings.model_dump_json(),
+                "configs": [one.model_dump_json() for one in settings],
                 "vocabulary": vocabulary.save_json(),
-                "steps": config.steps,
+                "steps": steps,
             },
             scaling_config=ScalingConfig(
-                num_workers=workers,
+                num_workers=settings[0].num_workers,
                 use_gpu=gpu,
                 resources_per_worker=None if gpu else {"CPU": 1},
             ),
             run_config=RunConfig(name="benchmark", storage_path=str(Path(folder))),
         )
-        found: dict[str, Any] = trainer.fit().return_value
-    return TrainRate(decoder=kind, ingest=ingest, workers=workers, **found)
+        found: list[dict[str, Any]] = trainer.fit().return_value
+        return found
 
 
-def _measure_worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    worker = Worker(
-        TrainConfig.model_validate_json(arguments["config"]),
-        Vocabulary.from_json(arguments["vocabulary"]),
-        None,
-    )
+def _measure_worker(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    vocabulary = Vocabulary.from_json(arguments["vocabulary"])
+    found = [
+        _measure_one(TrainConfig.model_validate_json(one), vocabulary, arguments["steps"])
+        for one in arguments["configs"]
+    ]
+    # Everybody reports, or the others would be taken down while they still exchange gradients.
+    ray.train.report({})
+    return found
+
+
+def _measure_one(config: TrainConfig, vocabulary: Vocabulary, most: int) -> dict[str, Any]:
+    worker = Worker(config, vocabulary, None)
     epoch = worker.train.epoch(0)
-    steps = replace(epoch, plan=epoch.plan[: arguments["steps"] + _WARM_UP])
+    steps = replace(epoch, plan=epoch.plan[: most + _WARM_UP])
     captions = sum(int((share >= 0).sum()) for step in steps.plan[_WARM_UP:] for share in step)
     worker.model.train()
-    batches = iter(steps)
-    for _ in range(_WARM_UP):
-        _step(worker, next(batches))
+    batches = on_device(iter(steps), worker.device)
+    _run(worker, islice(batches, _WARM_UP))
     timer = Stopwatch(batches)
-    for batch in timer:
-        _step(worker, batch)
+    started = time.perf_counter()
+    _run(worker, timer)
+    seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # Read again: had they been kept in the loop above, its memory would be theirs, too.
     held = list(steps)[_WARM_UP:]
     # Each worker read in its own time: the clock starts when all are done.
     worker.reduce(torch.zeros(1))
     started = time.perf_counter()
-    for batch in held:
-        _step(worker, batch)
+    _run(worker, (batch.to(worker.device) for batch in held))
     in_memory = time.perf_counter() - started
-    # Everybody reports, or the others would be taken down while they still exchange gradients.
-    ray.train.report({})
     return {
         "compute": worker.compute,
-        "captions_per_second": captions / timer.seconds,
-        "steps_per_second": len(held) / timer.seconds,
-        "data_wait_fraction": timer.waited / timer.seconds,
+        "captions_per_second": captions / seconds,
+        "steps_per_second": len(held) / seconds,
+        "data_wait_fraction": timer.waited / seconds,
         "in_memory_captions_per_second": captions / in_memory,
         "peak_memory_bytes": peak,
     }
 
 
-def _step(worker: Worker, batch: Batch) -> None:
-    loss, _ = train_step(
-        worker.model,
-        worker.state.optimizer,
-        batch.to(worker.device),
-        seed=(worker.rank,),
-        workers=worker.workers,
-        config=worker.config,
-        compute=worker.compute,
-    )
-    if worker.device.type == "cuda":
-        # The training loop waits for every loss, too.
-        torch.cuda.synchronize(loss.device)
+def _run(worker: Worker, batches: Iterable[Batch]) -> None:
+    """As in training, where a GPU is waited for at the end of an epoch alone."""
+    sums = torch.zeros(2, dtype=torch.float64, device=worker.device)
+    for batch in batches:
+        loss, other = train_step(
+            worker.model,
+            worker.state.optimizer,
+            batch,
+            seed=(worker.rank,),
+            workers=worker.workers,
+            config=worker.config,
+            compute=worker.compute,
+        )
+        sums += torch.stack([loss.double(), other.double()])
+    sums.cpu()

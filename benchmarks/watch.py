@@ -1,6 +1,9 @@
 """What a running pipeline takes: images done, memory, object store; sampled twice a second."""
 
 import os
+import shutil
+import subprocess
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -54,20 +57,30 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         self._ticker.__enter__()
+        self._gpus = GpuUtilisation().__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._gpus.__exit__()
         self._ticker.__exit__()
         ray.kill(self.counter)
 
     def steady(self, images: int) -> float:
         """Images per second in the middle of a run of ``images``, between a fifth and nine tenths of them."""
+        first, last = self._middle(images)
+        return (last.done - first.done) / max(1e-9, last.when - first.when)
+
+    def gpu_utilisation(self, images: int) -> float | None:
+        """Share of that time in which the GPUs of the driver's node computed, as NVML has it; None without any."""
+        first, last = self._middle(images)
+        return self._gpus.mean(first.when, last.when)
+
+    def _middle(self, images: int) -> tuple[Sample, Sample]:
         inside = [one for one in self.samples if 0.2 * images <= one.done <= 0.9 * images]
         if len(inside) < 2 or inside[-1].done == inside[0].done:
             # Too few images for a middle: the whole, from the first finished batch on.
             inside = [one for one in self.samples if one.done]
-        first, last = inside[0], inside[-1]
-        return (last.done - first.done) / max(1e-9, last.when - first.when)
+        return inside[0], inside[-1]
 
     def _sample(self) -> None:
         done, _ = ray.get(self.counter.read.remote())
@@ -87,6 +100,47 @@ class Watch:
                 setattr(self.memory, kind, max(getattr(self.memory, kind), _resident(worker)))
             except (psutil.Error, IndexError):
                 continue  # it ended meanwhile
+
+
+class GpuUtilisation:
+    """Context manager: ``nvidia-smi``, which comes with the driver, says how busy the GPUs of this machine are."""
+
+    def __init__(self) -> None:
+        self._samples: list[tuple[float, float]] = []
+
+    def __enter__(self) -> "GpuUtilisation":
+        self._process: subprocess.Popen[str] | None = None
+        if shutil.which("nvidia-smi") is None:
+            return self
+        self._process = subprocess.Popen(
+            [
+                *("nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"),
+                f"--loop-ms={int(1000 * _SECONDS)}",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, args=[self._process], daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._reader.join()
+
+    def mean(self, start: float, end: float) -> float | None:
+        """Share of the time between two moments (of ``time.perf_counter``) in which GPUs were busy, their mean."""
+        inside = [share for when, share in self._samples if start <= when <= end]
+        return sum(inside) / len(inside) if inside else None
+
+    def _read(self, process: "subprocess.Popen[str]") -> None:
+        for line in process.stdout or ():
+            # Where a GPU does not tell: [N/A].
+            if line.strip().isdecimal():
+                self._samples.append((time.perf_counter(), int(line) / 100))
 
 
 @ray.remote(num_cpus=0)

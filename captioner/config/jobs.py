@@ -18,6 +18,7 @@ from captioner.config.parts import (
     Positive,
     Restart,
     RetrySeconds,
+    Runtime,
     Seed,
     ShapesConfig,
     SourceConfig,
@@ -62,6 +63,9 @@ class ExtractConfig(JobConfig):
     batch_size: Positive | None = None
     """Most images per forward pass of one encoder actor; default: 32, on a GPU 256. A GPU whose memory does not hold so
     many takes half of them, or a quarter ..."""
+    runtime: Runtime = "eager"
+    """How the network is run, which a continued run may change. compiled: by torch's compiler, which takes a minute or
+    more in every actor first: for GPUs and many images."""
     num_encoders: Positive | None = None
     """Encoder actors; default: one per GPU or, without, what suits the CPUs; fewer for a few hundred images."""
     cpus_per_encoder: Positive | None = None

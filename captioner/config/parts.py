@@ -11,6 +11,8 @@ DecoderKind = Literal[
 """Every kind of decoder: the modules of ``captioner.decoders`` that hold one."""
 DECODER_KINDS: tuple[DecoderKind, ...] = get_args(DecoderKind)
 Compute = Literal["float32", "bfloat16"]
+Runtime = Literal["eager", "compiled"]
+"""How a network is run, which changes its results by rounding at most."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from captioner.config import ImageLimits
+from captioner.config import ImageLimits, Runtime
 from captioner.encoders.spec import EncoderSpec
 from captioner.features.stage import PIXELS, PixelStage, tensor
 from captioner.runtime.device import prepare_device
@@ -24,9 +24,10 @@ class EncodeImages(PixelStage):
         crops: int = 0,
         thumbnails: bool = True,
         threads: int = 1,
+        runtime: Runtime = "eager",
     ):
         super().__init__(spec, limits, thumbnails=thumbnails)
-        self.weights_uri, self.threads = weights_uri, threads
+        self.weights_uri, self.threads, self.runtime = weights_uri, threads, runtime
         self.grid, self.mirrored, self.crops = grid, mirrored, crops
 
     def prepare(self) -> None:
@@ -36,6 +37,8 @@ class EncodeImages(PixelStage):
 
         device = prepare_device(threads=self.threads)
         self.encoder = Encoder.load(self.weights_uri, self.spec, device)
+        if self.runtime == "compiled":
+            self.encoder.network.compile()
         self.feed = Feed(self.encoder.device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

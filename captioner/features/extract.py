@@ -108,6 +108,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
                 crops=config.crops,
                 thumbnails=config.thumbnails,
                 threads=pool.threads,
+                runtime=config.runtime,
             )
             schema = feature_rows(
                 spec.shape,

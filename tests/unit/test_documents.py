@@ -26,9 +26,11 @@ CONFIGS = {
     **JOBS,
     "benchmark driver": benchmarks.BenchmarkDriverConfig,
     "benchmark extract": benchmarks.BenchmarkExtractConfig,
+    "benchmark gpu": benchmarks.BenchmarkGpuConfig,
     "benchmark kept": benchmarks.BenchmarkKeptConfig,
     "benchmark scores": benchmarks.BenchmarkScoresConfig,
     "benchmark serve": benchmarks.BenchmarkServeConfig,
+    "benchmark simulate": benchmarks.BenchmarkSimulateConfig,
     "benchmark train": benchmarks.BenchmarkTrainConfig,
 }
 TARGETS = {"extract": "extract_features"}

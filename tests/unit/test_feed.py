@@ -2,8 +2,10 @@
 and batches no larger than memory holds.
 """
 
+import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
 
 import numpy as np
@@ -77,6 +79,24 @@ def test_vectors_of_views_cut_on_a_device_are_those_of_pillows(
     monkeypatch.setattr("captioner.encoders.views.other_views", cut_views)
     assert stage(images).equals(wanted)
     assert not wanted["pooled"].equals(wanted["pooled_crop1"])
+
+
+def test_a_compiled_network_gives_the_same_vectors(
+    stage: EncodeImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the compiler makes of it takes its C++ compiler minutes: here, torch's own operations."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "runtime", "compiled")
+        patch.setattr(stage, "encoder", None)
+        compiled = copy.copy(stage)
+        compiled.prepare()
+    images = batch(noise(SIDE, SIDE, 5), IDS[:5])
+    wanted, found = stage(images), compiled(images)
+    assert compiled.encoder.network._compiled_call_impl is not None
+    for name in wanted.column_names:
+        one, other = (table[name].combine_chunks().to_numpy_ndarray() for table in (wanted, found))
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
 def test_calls_at_the_same_time_give_each_its_own_vectors(
