@@ -1,6 +1,7 @@
 """Sources of images and captions, opened by name, path or URI with ``open_source``."""
 
 import logging
+from collections.abc import Mapping
 from importlib import import_module
 
 from captioner import storage
@@ -56,6 +57,8 @@ def open_source(
         source: Source | None = module.open_place(place)
         if source is None:
             continue
+        if not source.num_images():
+            raise SourceError(f"{spec}: no images{_told(source.left_out())}")
         for option, default in SourceConfig():
             if option not in module.OPTIONS | _ANY and getattr(place.options, option) != default:
                 raise SourceError(
@@ -72,8 +75,9 @@ def open_source(
             )
         prefix = place.options.id_prefix
         return Prefixed(source, prefix) if prefix else source
-    left_out = ", ".join(f"{count} {kind}" for kind, count in place.left_out.items())
-    raise SourceError(
-        f"{spec}: no images, no shards and no Parquet files"
-        + (f" ({left_out})" if left_out else "")
-    )
+    raise SourceError(f"{spec}: no images, no shards and no Parquet files{_told(place.left_out)}")
+
+
+def _told(left_out: Mapping[str, int]) -> str:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
+    return f" ({kinds})" if kinds else ""

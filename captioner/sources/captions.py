@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from captioner.config import SourceConfig
 from captioner.errors import SourceError
 from captioner.sources.columns import (
+    IMAGE_SUFFIX,
     column_flags,
     find_caption_columns,
     find_image_column,
@@ -106,7 +107,9 @@ def _json(name: str, text: str, options: SourceConfig) -> CaptionFile:
             return _coco(name, raw["images"], raw["annotations"], options)
         lists = [value for value in raw.values() if isinstance(value, list) and value]
         tables = [rows for rows in lists if all(isinstance(row, dict) for row in rows)]
-        if len(tables) == 1:
+        if _is_record(name, raw, options, sure=bool(tables)):
+            raw = [raw]  # JSON lines of one line
+        elif len(tables) == 1:
             raw = tables[0]
         elif raw and all(isinstance(value, str | list) for value in raw.values()):
             # {"1.jpg": ["a dog", ...]}
@@ -118,6 +121,19 @@ def _json(name: str, text: str, options: SourceConfig) -> CaptionFile:
             f"{name}: not captions: neither Karpathy's nor COCO's JSON, nor a list of records"
         )
     return _records(name, ((f"{name}, record {n}", row) for n, row in enumerate(raw, 1)), options)
+
+
+def _is_record(name: str, raw: dict[str, Any], options: SourceConfig, *, sure: bool) -> bool:
+    """Whether an object is about one image, rather than one of captions by image or of columns.
+
+    Args:
+        sure: only where what names the image looks like a file's name.
+    """
+    keys = [key for key in raw if key == options.image_column or is_image_column([key])]
+    names = [str(raw[key]) for key in keys if isinstance(raw[key], str | int)]
+    if sure:
+        names = [one for one in names if IMAGE_SUFFIX.fullmatch(one)]
+    return bool(names and find_caption_columns(list(raw), options, name, lambda column: True))
 
 
 def _unpivoted(raw: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

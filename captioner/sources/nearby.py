@@ -68,7 +68,8 @@ def find_captions(
         return found
     flags = column_flags(options)
     passed_over: list[str] = []
-    stems = set(map(_stem, images))
+    # a.txt of a.jpg, and a.jpg.txt where there is an a.png, too.
+    stems = {*map(_stem, images), *images}
     sidecars = [file for file in files if _is_sidecar(file.path, stems)]
     rest = [file for file in files if _stem(file.path) not in stems]
     for kind in (looks_like_captions, _is_table, _is_text):
@@ -234,8 +235,8 @@ def _add_sidecars(
     images: Sequence[str],
     options: SourceConfig,
 ) -> None:
-    """``a.txt`` beside ``a.jpg``: a caption a line; else ``a.json``, a record. A line without a letter, such as the box
-    of a detector, is none."""
+    """``a.jpg.txt`` or else ``a.txt`` beside ``a.jpg``: a caption a line; else ``a.json``, a record. A line without a
+    letter, such as the box of a detector, is none."""
     # What img2dataset writes has both.
     texted = {_stem(file.path) for file in sidecars if not _is_table(file.path)}
     sidecars = [f for f in sidecars if not _is_table(f.path) or _stem(f.path) not in texted]
@@ -257,5 +258,5 @@ def _add_sidecars(
             by_stem.setdefault(_stem(file.path), []).extend(lines)
             found.files.append(file.uri)
     for image in images:
-        if lines := by_stem.get(_stem(image), []):
+        if lines := by_stem.get(image) or by_stem.get(_stem(image), []):
             found.captions[image] = lines

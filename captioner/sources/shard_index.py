@@ -62,6 +62,8 @@ class _Found:
     """What a shard holds under a key."""
 
     image: bool = False
+    more: int = 0
+    """Pictures besides the first."""
     texts: list[str] | None = None
     record: dict[str, Any] = field(default_factory=dict)
 
@@ -149,6 +151,7 @@ def _add(
         return
     sample = found.setdefault(key, _Found())
     if is_picture(suffix):
+        sample.more += sample.image
         sample.image = True
     elif suffix in ("txt", "caption", "json"):
         data = cast(io.BufferedReader, tar.extractfile(member)).read()
@@ -180,7 +183,7 @@ def _read_table(table: storage.FileInfo, options: SourceConfig) -> dict[str, _Fo
             rows = file.read(columns=[*{"key", "status", *captions, *own}]).to_pylist()
     except (pa.ArrowException, OSError, StoreError) as error:
         raise SourceError(f"{table.uri}: not readable as Parquet: {one_line(error)}") from error
-    return {str(row["key"]): _Found(row["status"] == _SUCCESS, None, row) for row in rows}
+    return {str(row["key"]): _Found(row["status"] == _SUCCESS, record=row) for row in rows}
 
 
 def _shard(
@@ -200,6 +203,7 @@ def _shard(
         if not sample.image:
             left_out["sample without a picture"] += 1
             continue
+        left_out["further picture"] += sample.more
         place = f"{file.uri}#{key}"
         texts = sample.texts or []
         names = tuple(sample.record)
@@ -217,4 +221,4 @@ def _shard(
             own = str(sample.record[named(names, options.id_column, "id-column", place)])
         texts = [text for text in texts if text.strip()] if with_captions else []
         samples.append(Sample(key, tuple(texts), own))
-    return Shard(file, tuple(samples), dict(left_out))
+    return Shard(file, tuple(samples), dict(+left_out))

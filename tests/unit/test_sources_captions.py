@@ -315,3 +315,25 @@ def test_any_file_is_read_or_refused(data: bytes) -> None:
     for name, captions in found.captions.items():
         assert all(text.encode().decode() == text for text in [name, *captions])
     assert found.splits.keys() <= found.captions.keys()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"file_name": "a.jpg", "text": "a dog"},
+        {"image_id": "a.jpg", "captions": ["a dog"]},
+        {"image": "a.jpg", "sentences": [{"raw": "a dog"}], "split": "train"},
+    ],
+)
+def test_json_lines_may_be_one(record: dict[str, Any]) -> None:
+    found = parse_captions("metadata.jsonl", json.dumps(record).encode() + b"\n")
+    assert found.captions == {"a.jpg": ["a dog"]}
+
+
+def test_an_object_of_captions_by_image_is_no_record() -> None:
+    by_image = {"image.jpg": "a dog", "text.jpg": ["a cat"], "caption": "a hen"}
+    found = parse_captions("captions.json", json.dumps(by_image).encode())
+    assert found.captions == {"image.jpg": ["a dog"], "text.jpg": ["a cat"], "caption": ["a hen"]}
+    about = {"name": "my set", "description": "dogs", "data": [{"image": "a.jpg", "text": "a dog"}]}
+    found = parse_captions("captions.json", json.dumps(about).encode())
+    assert found.captions == {"a.jpg": ["a dog"]}

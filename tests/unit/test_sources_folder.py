@@ -346,3 +346,14 @@ def test_a_flag_that_finds_nothing_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
         if name is not None:
             (tmp_path / name).unlink()
+
+
+def test_a_text_file_may_have_its_images_whole_name(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.jpg", "a.png", "deep/b.jpg", "c.jpg")
+    for name, text in (("a.jpg.txt", "one\ntwo"), ("a.png.txt", "three"), ("deep/b.txt", "four")):
+        (tmp_path / name).write_text(f"{text}\n")
+    assert captions_of(open_source(str(tmp_path))) == {
+        "a.jpg": ["one", "two"],
+        "a.png": ["three"],
+        "deep/b.jpg": ["four"],
+    }

@@ -197,3 +197,15 @@ def test_the_archive_that_images_came_in_is_left_out(tmp_path: Path) -> None:
     source = open_source(str(tmp_path))
     assert [row["image_id"] for row in read_all(source)] == ["images/a.jpg"]
     assert source.left_out() == {".gz": 1}
+
+
+def test_every_picture_is_taken_or_counted(tmp_path: Path) -> None:
+    members = ["1.jpg", "1.png", "1.txt", "1.seg.png", "2.jpg", "deep/1.jpg"]
+    write_shard(tmp_path / "x.tar", {name: name.encode() for name in members})
+    source = open_source(str(tmp_path))
+    assert [row["bytes"] for row in read_all(source)] == [b"1.jpg", b"2.jpg", b"deep/1.jpg"]
+    assert source.left_out() == {"further picture": 1}
+    # webdataset's keys end at the first dot.
+    write_shard(tmp_path / "dots/x.tar", {"a.1.jpg": b"", "a.2.jpg": b""})
+    with pytest.raises(SourceError, match=r"no images \(1 sample without a picture\)"):
+        open_source(str(tmp_path / "dots"))
