@@ -25,6 +25,7 @@ from captioner.sources.parquet_files import (
     InspectedFile,
     holds_images,
     is_parquet,
+    names_images,
     open_files,
     read_column,
 )
@@ -52,7 +53,7 @@ OPTIONS = frozenset(
 
 
 def open_place(place: Place) -> "ParquetSource | None":
-    """Parquet files, or a directory of them and of no images.
+    """Parquet files, or a directory of them and of no images but those that they name.
 
     Raises:
         SourceError: the directory holds both.
@@ -61,6 +62,7 @@ def open_place(place: Place) -> "ParquetSource | None":
         tables = None
         if not is_parquet(place.uri):
             return None
+        named = False
     else:
         tables = place.taken("parquet", is_parquet)
         place.check_unchanged(tables)
@@ -70,7 +72,8 @@ def open_place(place: Place) -> "ParquetSource | None":
         others = image is not None or any(is_shard(file.path) for file in place.files)
         if others and not any(map(holds_images, tables)):
             return None  # captions of the images, or what a downloader notes
-        if image is not None:
+        named = image is not None and all(map(names_images, tables))
+        if image is not None and not named:
             raise SourceError(
                 f"{place.spec}: holds both Parquet files ({tables[0].path}, ...) and images "
                 f"({image}, ...): give the folder of one kind, or leave one out with source-options.exclude"
@@ -84,7 +87,11 @@ def open_place(place: Place) -> "ParquetSource | None":
         if place.beginning
         else dict(
             Counter(place.left_out)
-            + Counter(suffix_of(f.path) for f in place.files or () if not is_parquet(f.path))
+            + Counter(
+                suffix_of(file.path)
+                for file in place.files or ()
+                if not is_parquet(file.path) and not (named and is_image(file.path))
+            )
         ),
     )
 

@@ -26,6 +26,8 @@ from captioner.sources.outage import told_of
 SUFFIX = ".parquet"
 # Where several columns are binary, the first of these is the picture; webdataset's are called as files end.
 _USUAL = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")
+# Rows that are looked at.
+_FIRST = 8
 _SHARD = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(-\w+)?\.parquet", re.I)
 
 
@@ -153,6 +155,19 @@ def holds_images(info: storage.FileInfo) -> bool:
         return True
 
 
+def names_images(info: storage.FileInfo) -> bool:
+    """Whether a Parquet file names files of images instead of holding them, as its first rows tell."""
+    try:
+        with storage.open_input(info.uri) as handle:
+            file = pq.ParquetFile(handle)
+            columns = [field.name for field in file.schema_arrow if _names_files(field.type)]
+            rows = next(file.iter_batches(_FIRST, columns=columns), None) if columns else None
+    except (pa.ArrowException, StoreError, OSError):
+        return False
+    cells = [cell for column in (rows or ()) for cell in column.to_pylist() if cell]
+    return any(cell["path"] and cell.get("bytes") is None for cell in cells)
+
+
 def read_column(file: InspectedFile, name: str) -> list[str | None]:
     """The texts, or numbers as such, in a column of splits or ids; None where it is null.
 
@@ -219,9 +234,14 @@ def _holds_images(kind: pa.DataType) -> bool:
         names = {field.name: field.type for field in kind}
         if _is_binary(names.get("bytes", pa.null())):
             return True
-        # As datasets has it where the files lie elsewhere.
-        return "path" in names and set(names) <= {"bytes", "path"}
+        return _names_files(kind)
     return _is_binary(kind)
+
+
+def _names_files(kind: pa.DataType) -> bool:
+    """As datasets has it where the files lie elsewhere."""
+    names = {field.name for field in kind} if pa.types.is_struct(kind) else set()
+    return "path" in names and names <= {"bytes", "path"}
 
 
 def _is_binary(kind: pa.DataType) -> bool:

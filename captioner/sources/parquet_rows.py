@@ -24,6 +24,7 @@ ROWS_PER_PIECE = 128
 # their group 4.5 times over, whatever its size.
 SLICES_PER_GROUP = 8
 BYTES_PER_TABLE = 16 * 2**20
+_FILES_PER_TABLE, _LARGEST_FILE = 8, 2**30
 # Read page by page; the default takes in the image column of a whole row group at once, of any size.
 _READ_BUFFER = 4 * 2**20
 
@@ -99,10 +100,15 @@ class Slice:
         done, outage = 0, Outage(retry_seconds)
         while True:
             try:
-                for cells in self.cells(done):
-                    outage.over()
-                    yield self._table(done, cells)
-                    done += len(cells)
+                for batch in self.cells(done):
+                    # The files that rows name may be large.
+                    most = len(batch) if _parts(batch)[1] is None else _FILES_PER_TABLE
+                    for start in range(0, len(batch), most):
+                        cells = batch[start : start + most]
+                        table = self._table(done, cells)
+                        outage.over()
+                        yield table
+                        done += len(cells)
                 return
             except (pa.ArrowException, OSError) as problem:
                 if not outage.wait(problem, self.uri):
@@ -161,6 +167,8 @@ class Slice:
         place = posixpath.join(posixpath.dirname(self.path), path)
         try:
             with self.filesystem.open_input_file(place) as handle:
+                if handle.size() > _LARGEST_FILE:
+                    return None, (f"{path} has {handle.size():,} bytes", FINAL)
                 return handle.read(), None
         except (pa.ArrowException, OSError) as problem:
             if not is_of_picture(problem, self.uri):

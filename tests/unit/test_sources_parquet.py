@@ -319,6 +319,28 @@ def test_rows_may_name_files_beside_the_table(tmp_path: Path) -> None:
     assert [row["bytes"] for row in rows][:2] == [picture("a"), picture("b.dat")]
 
 
+def test_a_folder_may_hold_a_table_and_the_images_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"images/{number:02}.jpg" for number in range(20)]
+    write_images(tmp_path, *names)
+    (tmp_path / "notes.pdf").touch()
+    cells = pa.array([{"bytes": None, "path": name} for name in names], IMAGE)
+    pq.write_table(pa.table({"image": cells, "caption": names}), tmp_path / "x.parquet")
+    source = open_source(str(tmp_path))
+    assert [row["bytes"] for row in read_all(source)] == [picture(name) for name in names]
+    assert source.left_out() == {".pdf": 1}
+    # Few at a time, for each may be large.
+    tables = [table for task in source.images().get_read_tasks(1) for table in task()]
+    assert max(map(len, tables)) == 8
+    monkeypatch.setattr("captioner.sources.parquet_rows._LARGEST_FILE", 9)
+    assert read_all(source)[0]["error"] == "images/00.jpg has 22 bytes"
+    # One that holds its images is another data set than the images beside it.
+    write_parquet(tmp_path / "y.parquet", 3)
+    with pytest.raises(SourceError, match="holds both Parquet files"):
+        open_source(str(tmp_path))
+
+
 def test_columns_of_parquet_are_named_by_flags(tmp_path: Path) -> None:
     table = {
         "left": [b"1", b"2"], "right": [b"3", b"4"], "alt": ["A", "B"], "title": [["C"], ["D", "E"]],
