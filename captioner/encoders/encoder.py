@@ -3,7 +3,6 @@
 Shapes: B batch, C and D channels, P grid cells (row-major).
 """
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -59,7 +58,6 @@ class Encoder:
         self.mean = torch.tensor(spec.mean, device=self.device)
         self.deviation = torch.tensor(spec.deviation, device=self.device)
         self._feed = Feed(self.device)
-        self._most = _CPU_IMAGES if self.device.type == "cpu" else sys.maxsize
 
     @classmethod
     def load(cls, uri: str, spec: EncoderSpec, device: str = "cpu") -> "Encoder":
@@ -86,16 +84,8 @@ class Encoder:
             pooled float32 [B, C] and, with ``grid``, float16 [B, P, D], on the encoder's device.
         """
         pixels = images if isinstance(images, Tensor) else self._feed.put(images)
-        parts: list[tuple[Tensor, Tensor]] = []
-        at = 0
-        while at < len(pixels):
-            if (part := self._encode(pixels[at : at + self._most])) is None:
-                # Half as many, from now on: who else is on the device stays there.
-                self._most = max(1, min(self._most, len(pixels) - at) // 2)
-                torch.cuda.empty_cache()
-                continue
-            parts.append(part)
-            at += len(part[0])
+        size = _CPU_IMAGES if self.device.type == "cpu" else len(pixels)
+        parts = [self._encode(part) for part in torch.split(pixels, size)]
         pooled = torch.cat([part.float() for part, _ in parts])
         if not grid:
             return pooled, None
@@ -103,16 +93,10 @@ class Encoder:
         # Beyond what float16 holds lie values of random networks alone.
         return pooled, cells.clamp(-_LARGEST, _LARGEST).to(torch.float16).contiguous()
 
-    def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor] | None:
-        """None where memory does not hold so many."""
-        try:
-            # NHWC seen as NCHW is exactly the channels-last layout: no copy.
-            values = (pixels.float() - self.mean) / self.deviation
-            found: tuple[Tensor, Tensor] = self.network(values.to(self.dtype).permute(0, 3, 1, 2))
-        except torch.OutOfMemoryError:
-            if len(pixels) == 1:
-                raise
-            return None
+    def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        # NHWC seen as NCHW is exactly the channels-last layout: no copy.
+        values = ((pixels.float() - self.mean) / self.deviation).to(self.dtype)
+        found: tuple[Tensor, Tensor] = self.network(values.permute(0, 3, 1, 2))
         return found
 
 

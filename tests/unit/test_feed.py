@@ -3,7 +3,7 @@ and batches no larger than memory holds.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Barrier
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from captioner.config import EncoderConfig, ImageLimits
-from captioner.encoders.encoder import Encoder
 from captioner.encoders.family import family_of
 from captioner.encoders.feed import Feed
 from captioner.encoders.views import cut_views
@@ -132,34 +131,44 @@ class Small(torch.nn.Module):
 
 
 @pytest.fixture
-def encoder(stage: EncodeImages) -> Iterator[Encoder]:
-    encoder = stage.encoder
-    network, most = encoder.network, encoder._most
-    encoder._most = 2**31  # as on a GPU
-    yield encoder
-    encoder.network, encoder._most = network, most
+def small(stage: EncodeImages) -> Iterator[Callable[[int], tuple[EncodeImages, Small]]]:
+    network = stage.encoder.network
+
+    def make(most: int) -> tuple[EncodeImages, Small]:
+        found = copy.copy(stage)
+        found.encoder.network = Small(network, most)
+        return found, found.encoder.network
+
+    yield make
+    stage.encoder.network = network
 
 
-def test_a_batch_that_memory_does_not_hold_is_halved_until_it_does(encoder: Encoder) -> None:
-    images = noise(SIDE, SIDE, 20)
-    wanted = encoder(images, grid=True)
-    small = encoder.network = Small(encoder.network, most=6)
-    found = encoder(images, grid=True)
-    for one, other in zip(found, wanted, strict=True):
-        assert one is not None
-        assert other is not None
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
-    assert small.sizes == [20, 10, 5, 5, 5, 5]
+def test_a_batch_that_memory_does_not_hold_is_halved_until_it_does(
+    stage: EncodeImages, small: Callable[[int], tuple[EncodeImages, Small]]
+) -> None:
+    # On a CPU the network is handed eight at a time.
+    images = batch(noise(SIDE, SIDE, 8), IDS[:8])
+    wanted = stage(images)
+    holds_three, network = small(3)
+    assert holds_three(images).column_names == wanted.column_names
+    views = 1 + len(view_names(mirrored=True, crops=2))
+    assert network.sizes == [8, 4, *[2] * views * 4]
     # What was learnt holds for the next batch.
-    encoder(images[:7], grid=False)
-    assert small.sizes[6:] == [5, 2]
+    network.sizes.clear()
+    found = holds_three(images)
+    assert network.sizes == [2] * views * 4
+    for name in wanted.column_names:
+        one, other = (table[name].combine_chunks().to_numpy_ndarray() for table in (wanted, found))
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
-def test_memory_that_holds_no_picture_is_told(encoder: Encoder) -> None:
-    small = encoder.network = Small(encoder.network, most=0)
+def test_memory_that_holds_no_picture_is_told(
+    small: Callable[[int], tuple[EncodeImages, Small]],
+) -> None:
+    holds_none, network = small(0)
     with pytest.raises(torch.OutOfMemoryError):
-        encoder(noise(SIDE, SIDE, 3), grid=False)
-    assert small.sizes == [3, 1]
+        holds_none(batch(noise(SIDE, SIDE, 3), IDS[:3]))
+    assert network.sizes == [3, 1]
 
 
 def test_what_is_fetched_is_the_callers_own() -> None:
