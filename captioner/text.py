@@ -40,7 +40,9 @@ _UNSPACED = _CJK + r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Lana}\p{Tale}\p{Talu}
 # Joiners shape the letters of Persian, Sinhala or Malayalam words.
 _RUN = regex.compile(r"[\p{L}\p{N}\p{Mn}\p{Mc}\u200c\u200d']+")
 _UNSPACED_RUN = regex.compile(rf"[{_UNSPACED}][{_UNSPACED}\p{{M}}\u200c\u200d]*", regex.V1)
-_GRAPHEME = regex.compile(r"\X")
+# Unicode's, and the vowels of Myanmar and Tai Tham that it lets stand alone.
+_GRAPHEME = regex.compile(r"\X\p{M}*")
+_TIBETAN, _TSHEG = regex.compile(r"\p{Tibetan}"), "\u0f0b"
 _IS_UNSPACED = regex.compile(rf"[{_UNSPACED}]", regex.V1)
 _IS_CJK = regex.compile(rf"[{_CJK}]", regex.V1)
 _LATIN = regex.compile(r"\p{Latin}\p{M}*")
@@ -91,13 +93,15 @@ def _unelided(run: str) -> list[str]:
 
 
 def join(words: Iterable[str]) -> str:
-    """Cleaned words as a text: with spaces, where their script has any."""
+    """Cleaned words as a text: with spaces, or what their script has instead, if anything."""
     text = last = ""
     for word in words:
         if not text or last.endswith("'"):
             space = ""
         elif _IS_CJK.match(word) or _IS_CJK.match(last):
             space = ""
+        elif _TIBETAN.match(word) and _TIBETAN.match(last):
+            space = _TSHEG
         else:
             space = "" if _IS_UNSPACED.match(word) and _IS_UNSPACED.match(last) else " "
         text += space + word

@@ -8,7 +8,7 @@ from captioner.config import SourceConfig
 from captioner.errors import SourceError
 
 IMAGE_SUFFIX = re.compile(
-    r".+\.(jpe?g|jpe|jfif|mpo|png|webp|gif|bmp|dib|tiff?|avif|heic|heif)", re.I
+    r".+\.(jpe?g|jpe|jfif|mpo|a?png|webp|gif|bmp|dib|tiff?|avif|heic|heif|hif)", re.I
 )
 
 _IMAGES = (

@@ -4,6 +4,7 @@ import posixpath
 from concurrent.futures import ThreadPoolExecutor
 
 from captioner import storage
+from captioner.errors import StoreError
 from captioner.images.load import HEIF_EXTRA, has_loader, sniff_format
 from captioner.sources.columns import IMAGE_SUFFIX
 from captioner.sources.nearby import SIDECARS, TABLES
@@ -31,11 +32,17 @@ def is_known(path: str) -> bool:
 
 
 def sniff(files: list[storage.FileInfo]) -> list[storage.FileInfo]:
-    """Those whose content is a picture's that can be loaded here."""
+    """Those whose content is a picture's that can be loaded here; a local file that its owner keeps to himself, or that
+    has gone, is none."""
 
     def is_picture(file: storage.FileInfo) -> bool:
-        with storage.open_input(file.uri) as handle:
-            found = sniff_format(handle.read(64))
+        try:
+            with storage.open_input(file.uri) as handle:
+                found = sniff_format(handle.read(64))
+        except StoreError:
+            if not storage.is_local(file.uri):
+                raise
+            return False
         return found is not None and (found != "image/heic" or has_loader("HEIF"))
 
     with ThreadPoolExecutor(16) as pool:

@@ -3,13 +3,15 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from captioner import storage
 from captioner.config import ImageLimits, SourceConfig
-from captioner.errors import SourceError
+from captioner.errors import SourceError, StoreError
 from captioner.sources import open_source
 from captioner.sources.splits import hashed_split
 from tests.sources import captions_of, read_all, write_images
@@ -263,13 +265,17 @@ def test_two_files_that_caption_the_same_image_are_named(tmp_path: Path) -> None
 def test_heic_without_its_loader_is_counted_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_images(tmp_path, "a.jpg", "b.HEIC", "c.heic")
+    write_images(tmp_path, "a.jpg", "b.HEIC", "c.heic", "e.HIF")
     (tmp_path / "d").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0heicmif1")
-    assert len(read_all(open_source(str(tmp_path), SourceConfig(sniff=True)))) == 4
+    assert len(read_all(open_source(str(tmp_path), SourceConfig(sniff=True)))) == 5
     monkeypatch.setattr("captioner.sources.image_files.has_loader", lambda name: False)
     source = open_source(str(tmp_path), SourceConfig(sniff=True))
     assert [row["image_id"] for row in read_all(source)] == ["a.jpg"]
-    assert source.left_out() == {".heic (needs the extra heif)": 2, "no suffix": 1}
+    assert source.left_out() == {
+        ".heic (needs the extra heif)": 2,
+        ".hif (needs the extra heif)": 1,
+        "no suffix": 1,
+    }
 
 
 def test_ids_of_ones_own_are_kept(tmp_path: Path) -> None:
@@ -357,3 +363,19 @@ def test_a_text_file_may_have_its_images_whole_name(tmp_path: Path) -> None:
         "a.png": ["three"],
         "deep/b.jpg": ["four"],
     }
+
+
+def test_what_cannot_be_opened_is_sniffed_as_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path, "a.jpg", "kept to himself")
+    open_input = storage.open_input
+
+    def denied(uri: str) -> Any:
+        if uri.endswith("himself"):
+            raise StoreError("cannot open: Permission denied")
+        return open_input(uri)
+
+    monkeypatch.setattr("captioner.sources.image_files.storage.open_input", denied)
+    source = open_source(str(tmp_path), SourceConfig(sniff=True))
+    assert source.left_out() == {"no suffix": 1}
