@@ -95,7 +95,9 @@ class Output:
             self.complete, there = self._examine(restart)
             if self.complete:
                 self.close()
-            elif there is not None and (CLEARED in there or (restart and claim is not None)):
+            elif there is not None and (
+                CLEARED in there or (restart and (claim is not None or there != self._identity))
+            ):
                 self._clear(there)
             else:
                 self.resumed = claim is not None

@@ -64,7 +64,8 @@ def _write(base: Tables, output: Output, directory: str) -> list[FileEntry]:
         if not storage.exists(output.uri(path)):  # whole, where a killed run has written it
             output.check()
             _copy(base, groups[number], output.uri(path))
-        with storage.open_input(output.uri(path)) as handle:
+        place = output.uri(path)
+        with storage.reading(place), storage.open_input(place) as handle:
             rows = pq.ParquetFile(handle).metadata.num_rows
             entry = FileEntry(
                 path=path, bytes=handle.size(), rows=rows, part=groups[number][0].part
@@ -98,7 +99,8 @@ def _groups(entries: list[FileEntry]) -> Iterator[list[FileEntry]]:
 
 
 def _copy(base: Tables, entries: list[FileEntry], target: str) -> None:
-    with storage.open_input(entries[0].path) as handle:
+    first = entries[0].path
+    with storage.reading(first), storage.open_input(first) as handle:
         schema = pq.read_schema(handle)
     with (
         storage.atomic_writer(target) as file,

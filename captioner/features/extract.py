@@ -282,7 +282,8 @@ def count_splits(rows: Rows, output: Output, files: list[FileEntry]) -> dict[str
     """Good images of every split, and their captions."""
     images, captions = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     for file in files:
-        with storage.open_input(file.uri(output.root)) as handle:
+        place = file.uri(output.root)
+        with storage.reading(place), storage.open_input(place) as handle:
             for batch in pq.ParquetFile(handle).iter_batches(_CAPTIONS_PER_BATCH):
                 table = pa.table(batch)
                 # The rows of an image follow each other, over the end of a batch or of a file.

@@ -158,7 +158,8 @@ def rewrite_repeated(output: Output, rows: Rows) -> list[FileEntry]:
     entries = []
     for entry in rows.files:
         if ids := rows.repeated.get(entry.path):
-            with storage.open_input(output.uri(entry.path)) as handle:
+            place = output.uri(entry.path)
+            with storage.reading(place), storage.open_input(place) as handle:
                 table = pq.read_table(handle)
             table = table.filter(pc.invert(pc.is_in(table["image_id"], pa.array(ids))))
             # Not in its place: were this run killed, its mark would seem to be of another file.

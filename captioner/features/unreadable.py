@@ -84,4 +84,5 @@ def _accepted(output: Output, directory: str) -> str:
 
 
 def _read(file: storage.FileInfo) -> pa.Table:
-    return pq.read_table(io.BytesIO(storage.read_bytes(file.uri)))
+    with storage.reading(file.uri):
+        return pq.read_table(io.BytesIO(storage.read_bytes(file.uri)))

@@ -104,10 +104,15 @@ def _load_one(load: Callable[[bytes], Any], data: bytes, shelf: _Shelf) -> Found
         return {"type": "MemoryError"}
     except ImageError as error:
         kind = type(error).__name__
-        return {"type": kind if kind in ERRORS else "ImageError", "error": str(error)}
+        return {"type": kind if kind in ERRORS else "ImageError", "error": _plain(str(error))}
     except BaseException as error:  # the fence
         text = " ".join(f"cannot be loaded: {type(error).__name__}: {error}".split())
-        return {"type": "ImageError", "error": text[:300].removesuffix(":")}
+        return {"type": "ImageError", "error": _plain(text)[:300].removesuffix(":")}
+
+
+def _plain(text: str) -> str:
+    """As a table takes it: what a loader quotes of a file may be no text."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _set_alarms(seconds: float) -> None:

@@ -64,8 +64,13 @@ def start_ray() -> None:
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
         _knock(address)
         alone = ray_private.alone() if _on_loopback_alone(address) else contextlib.nullcontext()
-        with alone, _own_end():
-            ray.init(runtime_env={"env_vars": found}, **options)
+        try:
+            with alone, _own_end():
+                ray.init(runtime_env={"env_vars": found}, **options)
+        except ConnectionError as error:  # "auto", where none runs; or it ends just now
+            raise OutOfReachError(
+                f"no Ray answers at {address}, which RAY_ADDRESS names: start it, correct or unset the variable"
+            ) from error
         lifeline = Lifeline(ray.get_runtime_context().get_node_id())
     else:
         lifeline = Lifeline()

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from captioner.config import Config, JobConfig
-from captioner.errors import CaptionerError, ConfigError
+from captioner.errors import CaptionerError, ConfigError, OutOfReachError
 from captioner.runtime import tyro_errors
 from captioner.runtime.flags import Place, registry, spell, spellings, stand_in
 from captioner.runtime.screen import SCREEN
@@ -62,6 +62,10 @@ def run(
         # A full disk or a missing permission is the user's to mend.
         if isinstance(error, OSError) and error.errno in _USERS_TO_MEND:
             fail(f"{os.strerror(error.errno)}: {error.filename or 'output'}")
+        from captioner.storage.faults import Fault, fault_of, one_line
+
+        if isinstance(error, OSError) and fault_of(error) == Fault.PASSING:
+            fail(one_line(error), OutOfReachError.status)
         if not SCREEN.hides:
             raise
         from captioner.runtime.failures import cause  # takes Ray, which is there now

@@ -213,12 +213,12 @@ def _table(name: str, text: str, options: SourceConfig) -> CaptionFile:
 def _parquet(name: str, data: bytes) -> Iterator[_Row]:
     """The rows of a table that lies beside the images, such as img2dataset's or an image folder's metadata."""
     try:
-        table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
+        rows = pq.read_table(pa.BufferReader(data)).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise SourceError(
             f"{name}: not readable as Parquet: {' '.join(str(error).split())}"
         ) from error
-    for number, row in enumerate(table.to_pylist()):
+    for number, row in enumerate(rows):
         # img2dataset also lists what it could not download.
         if row.get("status", "success") == "success":
             yield f"{name}, row {number}", row

@@ -5,7 +5,7 @@ import json
 import math
 import posixpath
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from itertools import groupby, islice
 from typing import Any
@@ -84,10 +84,11 @@ class FolderSource:
         self,
         uri: str,
         images: storage.FileTable,
-        left_out: dict[str, int],
+        left_out: Mapping[str, int],
         place: Place,
         *,
         today: storage.FileTable | None = None,
+        listed: bool = False,
         single: bool = False,
     ):
         """
@@ -95,7 +96,8 @@ class FolderSource:
             images: their paths are relative to ``uri``.
             left_out: what the listing passed over, by kind.
             today: what would be the images of a run that begins today.
-            single: ``uri`` is itself the image, or a list of images wherever they are.
+            listed: ``uri`` is a list of images, wherever they are.
+            single: ``uri`` is itself the image.
 
         Raises:
             SourceError: the captions cannot be read, or name an image that is not there.
@@ -103,7 +105,7 @@ class FolderSource:
         self.uri = uri
         self.options = place.options
         self.limits = place.limits
-        self._single = single
+        self._single, self._listed = single, listed
         others = list(place.files or ())
         found = Nearby()
         asked = place.options.captions is not None or column_flags(place.options)
@@ -210,7 +212,7 @@ class FolderSource:
     def _places(self, table: pa.Table) -> Iterator[tuple[FileSystem, str | list[str], range]]:
         """File systems and the rows of ``table`` that lie there: below a directory, or each at a path of its own."""
         # Opened once and sent along: opening S3 may ask it for the bucket's region, and workers may lack its endpoint.
-        if not self._single:
+        if not (self._single or self._listed):
             yield *storage.resolve(self.uri), range(len(table))
             return
         batches = table.select(storage.FILE_SCHEMA.names).to_batches()
@@ -302,7 +304,8 @@ class FolderSource:
 
 def _single(uri: str) -> storage.FileInfo:
     filesystem, path = storage.resolve(uri)
-    info = filesystem.get_file_info(path)
+    with storage.reading(uri):
+        info = filesystem.get_file_info(path)
     return storage.FileInfo(uri, posixpath.basename(path), info.size, info.mtime_ns)
 
 

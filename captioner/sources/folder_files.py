@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from pyarrow.fs import FileSystem, FileType
+from pyarrow.fs import FileSystem
 
 from captioner import storage
 from captioner.artifacts.tables import FINAL
-from captioner.errors import OutOfReachError
-from captioner.sources.outage import Outage, kind_of, reason_of
+from captioner.sources.outage import Outage, kind_of, of_place, reason_of
 from captioner.sources.tasks import BYTES_PER_PIECE, source_rows
-from captioner.storage.faults import Fault, fault_of
 
 MOST_ROWS = 64
 
@@ -89,11 +87,9 @@ def _read_files(
                 data[number] = handle.read()
             outage.over()
         except (OSError, pa.ArrowException) as problem:
-            error: Exception = problem
             path = places[number]
             root = path.removesuffix(f"/{files[number].path}")
-            if fault_of(problem) == Fault.ABSENT and root != path and _is_gone(filesystem, root):
-                error = OutOfReachError(f"{root} is gone")  # a disk, say, and not its pictures
+            error = problem if root == path else of_place(problem, filesystem, root)
             # Another one comes next: what fails alone keeps nobody waiting.
             waiting.append(number)
             if outage.wait(error, files[number].uri):
@@ -112,10 +108,3 @@ def _read_files(
         sizes=[file.size for file in files],
         mtime=[file.mtime for file in files],
     )
-
-
-def _is_gone(filesystem: FileSystem, root: str) -> bool:
-    try:
-        return bool(filesystem.get_file_info(root).type == FileType.NotFound)
-    except OSError:
-        return True

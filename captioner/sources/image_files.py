@@ -37,7 +37,7 @@ def sniff(files: list[storage.FileInfo]) -> list[storage.FileInfo]:
 
     def is_picture(file: storage.FileInfo) -> bool:
         try:
-            with storage.open_input(file.uri) as handle:
+            with storage.reading(file.uri), storage.open_input(file.uri) as handle:
                 found = sniff_format(handle.read(64))
         except StoreError:
             if not storage.is_local(file.uri):

@@ -1,6 +1,7 @@
 """A list of files or URIs, one a line: of pictures, of Parquet files or of shards."""
 
 import posixpath
+from collections import Counter
 from collections.abc import Callable
 
 import pyarrow.fs as pafs
@@ -11,6 +12,7 @@ from captioner.sources import folder, parquet, shards
 from captioner.sources.base import Source
 from captioner.sources.encodings import decode_text
 from captioner.sources.folder import FolderSource
+from captioner.sources.listing import no_path
 from captioner.sources.parquet import ParquetSource
 from captioner.sources.parquet_files import is_parquet
 from captioner.sources.place import Place
@@ -33,9 +35,22 @@ def open_place(place: Place) -> Source | None:
         return None
     text = decode_text(place.spec, storage.read_bytes(place.uri), place.options)
     lines = list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
-    files = _look_up(place, lines)
-    missing = len(lines) - len(files)
-    left_out = {"missing file": missing} if missing else {}
+    left_out: Counter[str] = Counter()
+    for line in lines:
+        if why := _no_place(line):
+            left_out[why] += 1
+    lines = [line for line in lines if not _no_place(line)]
+    # A run about pictures that has begun misses what goes, and goes on.
+    goes_on = place.beginning is not None and place.beginning.kind == "folder"
+    files = _look_up(place, lines, missing="skip" if goes_on else place.options.missing)
+    if len(files) < len(lines):
+        left_out["missing file"] = len(lines) - len(files)
+    where = posixpath.dirname(place.uri)
+    today = storage.FileTable.collect(where, files, anywhere=True)
+    if goes_on:
+        begun = place.or_begun("folder", today)
+        images = storage.FileTable(where, begun.batches(), anywhere=True)
+        return FolderSource(place.uri, images, left_out, place, today=today, listed=True)
     if not files:
         raise SourceError(f"{place.spec}: lists no file that is there")
     kinds: tuple[Callable[[str], bool], ...] = (is_parquet, is_shard)
@@ -48,15 +63,22 @@ def open_place(place: Place) -> Source | None:
             )
     if is_parquet(files[0].path):
         captions = place.captions
-        return ParquetSource(place.uri, files, place.options, captions=captions, others=left_out)
+        others = dict(left_out)
+        return ParquetSource(place.uri, files, place.options, captions=captions, others=others)
     if is_shard(files[0].path):
         return ShardSource(place, files, single=True)
-    where = posixpath.dirname(place.uri)
-    images = storage.FileTable.collect(where, files, anywhere=True)
-    return FolderSource(place.uri, images, left_out, place, single=True)
+    return FolderSource(place.uri, today, left_out, place, listed=True)
 
 
-def _look_up(place: Place, lines: list[str]) -> list[storage.FileInfo]:
+def _no_place(line: str) -> str | None:
+    """Why a line can name no file, in a word or two."""
+    if "\0" in line:
+        return "name with a zero byte"
+    _, is_uri, key = line.partition("://")
+    return no_path(key) if is_uri and not storage.is_local(line) else None
+
+
+def _look_up(place: Place, lines: list[str], *, missing: str) -> list[storage.FileInfo]:
     """The files that are there, in the order of the list."""
     where = posixpath.dirname(place.uri)
     uris = [
@@ -82,7 +104,7 @@ def _look_up(place: Place, lines: list[str]) -> list[storage.FileInfo]:
         for line, uri in zip(lines, uris, strict=True)
         if found[uri].type == pafs.FileType.File
     ]
-    if len(files) < len(lines) and place.options.missing == "error":
+    if len(files) < len(lines) and missing == "error":
         there = {file.path for file in files}
         absent = [line for line in lines if line not in there]
         raise SourceError(

@@ -5,6 +5,7 @@ import posixpath
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from captioner import storage
@@ -15,7 +16,7 @@ from captioner.storage.faults import Fault, fault_of, told
 # What other programs leave among pictures: thumbnails, the recycled, resource forks.
 _FOREIGN = ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini")
 _NO_MEDIA = ".nomedia"
-_NOT_TEXT = "name that is not UTF-8"
+NOT_TEXT = "name that is not UTF-8"
 
 
 def list_place(uri: str, exclude: Sequence[str] = ()) -> tuple[storage.FileTable, dict[str, int]]:
@@ -54,36 +55,42 @@ def list_place(uri: str, exclude: Sequence[str] = ()) -> tuple[storage.FileTable
     return found, dict(left_out)
 
 
+@dataclass
+class _Folder:
+    """One that is being walked through."""
+
+    below: str
+    """Its name below the root, with a slash behind it; "" for the root."""
+    real: str
+    """Its real path."""
+    reached_from: tuple[str, ...]
+    """The folders that it was reached from by links, the root first."""
+    names: list[bytes]
+    """Of what is left in it, the last one first: each is let go of when its file goes into the listing."""
+
+
 def _walk(root: str, uri: str, left_out: Counter[str]) -> Iterator[storage.FileInfo]:
     """Files below a local directory, in the order of their paths. Arrow's own listing follows links in circles, and
     fails on any name or folder that is out of order."""
     real = os.path.realpath(root)
-    yield from _walk_folder("", real, (real,), uri, left_out)
+    # No recursion, which Python ends sooner than a path does.
+    open_folders = [_Folder("", real, (real,), _names(real))]
 
+    def enter(below: str, real: str, reached_from: tuple[str, ...]) -> None:
+        try:
+            open_folders.append(_Folder(below, real, reached_from, _names(real)))
+        except OSError as error:
+            _pass_on(error, f"{uri}/{below}".rstrip("/"))
+            left_out["unreadable folder"] += 1
 
-def _walk_folder(
-    below: str, real: str, reached_from: tuple[str, ...], uri: str, left_out: Counter[str]
-) -> Iterator[storage.FileInfo]:
-    """
-    Args:
-        below: name of the folder below the root, with a slash behind it; "" for the root.
-        real: its real path.
-        reached_from: the folders that it was reached from by links, the root first.
-    """
-    try:
-        # Names alone, the last one first: each is let go of when its file goes into the listing.
-        names = os.listdir(os.fsencode(real))
-    except OSError as error:
-        _pass_on(error, f"{uri}/{below}".rstrip("/"))
-        if not below:
-            raise
-        left_out["unreadable folder"] += 1
-        return
-    names.sort(reverse=True)
-    while names:
-        raw = names.pop()
+    while open_folders:
+        folder = open_folders[-1]
+        if not folder.names:
+            open_folders.pop()
+            continue
+        raw = folder.names.pop()
         entry = os.fsdecode(raw.removesuffix(b"/"))
-        name, path = below + entry, f"{real.rstrip('/')}/{entry}"
+        name, path = folder.below + entry, f"{folder.real.rstrip('/')}/{entry}"
         is_link = False
         try:
             status = os.lstat(path)
@@ -96,23 +103,29 @@ def _walk_folder(
         if stat.S_ISDIR(status.st_mode):
             if not raw.endswith(b"/"):
                 # Its files come after those that begin with its name and a character before the slash.
-                _put_back(names, raw + b"/")
+                _put_back(folder.names, raw + b"/")
                 continue
             target = os.path.realpath(path) if is_link else path
             if not is_link:
-                yield from _walk_folder(f"{name}/", path, reached_from, uri, left_out)
-            elif _is_inside(real, target):
+                enter(f"{name}/", path, folder.reached_from)
+            elif _is_inside(folder.real, target):
                 left_out["circular link"] += 1
-            elif any(_lists(start, target) for start in reached_from):
+            elif any(_lists(start, target) for start in folder.reached_from):
                 left_out["repeated link"] += 1
             else:
-                yield from _walk_folder(f"{name}/", target, (*reached_from, target), uri, left_out)
+                enter(f"{name}/", target, (*folder.reached_from, target))
         elif not stat.S_ISREG(status.st_mode):
             left_out["special file"] += 1
-        elif not _is_text(name):
-            left_out[_NOT_TEXT] += 1
+        elif not is_text(name):
+            left_out[NOT_TEXT] += 1
         else:
             yield storage.FileInfo(f"{uri}/{name}", name, status.st_size, status.st_mtime_ns)
+
+
+def _names(real: str) -> list[bytes]:
+    names = os.listdir(os.fsencode(real))
+    names.sort(reverse=True)
+    return names
 
 
 def _put_back(names: list[bytes], name: bytes) -> None:
@@ -142,7 +155,8 @@ def _lists(start: str, folder: str) -> bool:
     return _is_inside(folder, start) and _hidden(folder[len(start) :].strip("/") + "/") is None
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
+    """Whether a name of a file is UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -160,9 +174,8 @@ def _left_out(
     path: str, written: tuple[str, ...], no_media: tuple[str, ...], exclude: Sequence[str]
 ) -> str | None:
     """Why a file is none of the source's, in a word or two; None of those that are."""
-    # Keys of object stores that no path can name: Arrow lists them, and cannot open them.
-    if {"", ".", ".."} & set(path.split("/")):
-        return "key with //" if "" in path.split("/") else "key with . or .."
+    if kind := no_path(path):
+        return kind
     if path.startswith(written):
         return "file of a job"
     if path.startswith(no_media):
@@ -170,6 +183,14 @@ def _left_out(
     if any(_matches(path, glob) for glob in exclude):
         return "excluded file"
     return _hidden(path)
+
+
+def no_path(key: str) -> str | None:
+    """Why no path can name an object's key, in a word or two: Arrow lists such, and cannot open them."""
+    parts = key.split("/")
+    if "" in parts:
+        return "key with //"
+    return "key with . or .." if {".", ".."} & set(parts) else None
 
 
 def _hidden(path: str) -> str | None:

@@ -45,7 +45,7 @@ class ImageNames:
         """
         found = {name: path for name in names if (path := self._find(name, folder))}
         absent = [name for name in names if name not in found]
-        if not any("/" in _plain(name) for name in found):
+        if not found:
             cut = {name: path for name in absent if (path := self._find_deeper(name))}
             if len({*cut.values(), *found.values()}) == len(cut) + len(found):
                 found |= cut

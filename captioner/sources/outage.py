@@ -1,19 +1,25 @@
 """Outages of the store that a task reads from: waited for, up to a time, and told apart from pictures that are bad."""
 
+import os
 import random
 import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import pyarrow as pa
+from pyarrow.fs import FileSystem, FileType, LocalFileSystem
+
 from captioner.artifacts.tables import FINAL, RETRYABLE
-from captioner.errors import CaptionerError, OutOfReachError, SourceError
+from captioner.errors import CaptionerError, OutOfReachError, SourceError, StoreError
 from captioner.storage import is_local
 from captioner.storage.faults import Fault, fault_of, one_line, told
 
 Result = TypeVar("Result")
 
 RETRY_SECONDS = 60.0
+# What reading a table raises, its texts in other encodings than they must have included.
+TABLE_ERRORS = (pa.ArrowException, StoreError, OSError, UnicodeDecodeError)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 8.0
 # Before it stands the key, and behind it what the server said.
 _OF_ARROW = re.compile(r"AWS Error [^:]+ during \w+ operation")
@@ -76,6 +82,23 @@ def reason_of(error: Exception) -> str:
     text = one_line(error)
     found = _OF_ARROW.search(text)
     return found[0] if found else text
+
+
+def of_place(error: Exception, filesystem: FileSystem, folder: str) -> Exception:
+    """The error itself, or that the whole folder is gone: a disk, say, and not its pictures."""
+    if fault_of(error) == Fault.ABSENT and _is_gone(filesystem, folder):
+        return OutOfReachError(f"{folder} is gone")
+    return error
+
+
+def _is_gone(filesystem: FileSystem, folder: str) -> bool:
+    try:
+        if filesystem.get_file_info(folder).type == FileType.NotFound:
+            return True
+        # Where a disk is not mounted, nothing is there.
+        return isinstance(filesystem, LocalFileSystem) and not os.listdir(folder)
+    except OSError:
+        return True
 
 
 def told_of(what: str, error: Exception) -> CaptionerError:

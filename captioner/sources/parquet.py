@@ -16,11 +16,11 @@ from captioner.artifacts.id_set import NONE, IdSet
 from captioner.artifacts.manifests import SourceIdentity
 from captioner.artifacts.tables import CAPTION_ROWS
 from captioner.config import SourceConfig, Split
-from captioner.errors import SourceError, StoreError
+from captioner.errors import SourceError
 from captioner.sources.base import Listed
 from captioner.sources.columns import NO_CAPTIONS, texts_of
 from captioner.sources.image_files import is_image
-from captioner.sources.outage import RETRY_SECONDS, told_of
+from captioner.sources.outage import RETRY_SECONDS, TABLE_ERRORS, told_of
 from captioner.sources.parquet_files import (
     InspectedFile,
     holds_images,
@@ -201,7 +201,7 @@ class ParquetSource:
                         row += len(values)
                         if row == rows:
                             break
-            except (pa.ArrowException, StoreError, OSError) as error:
+            except TABLE_ERRORS as error:
                 raise told_of(f"{file.uri}: captions cannot be read", error) from error
 
     def _take(self, split_column: bool) -> Iterator[tuple[InspectedFile, Labels, int]]:

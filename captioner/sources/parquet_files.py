@@ -2,7 +2,9 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner import storage
+from captioner.artifacts.tables import RETRYABLE
 from captioner.config import SourceConfig
-from captioner.errors import SourceError, StoreError
+from captioner.errors import SourceError
 from captioner.sources.columns import (
     NO_CAPTIONS,
     TEXT_FIELDS,
@@ -21,7 +24,7 @@ from captioner.sources.columns import (
     named,
     normal,
 )
-from captioner.sources.outage import told_of
+from captioner.sources.outage import TABLE_ERRORS, kind_of, told_of
 
 SUFFIX = ".parquet"
 # Where several columns are binary, the first of these is the picture; webdataset's are called as files end.
@@ -132,7 +135,7 @@ def open_file(
             size = handle.size()
             file = pq.ParquetFile(handle)
             metadata, schema = file.metadata, file.schema_arrow
-    except (pa.ArrowException, StoreError, OSError) as error:
+    except TABLE_ERRORS as error:
         raise told_of(f"{info.uri}: not readable as Parquet", error) from error
     groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
     return InspectedFile(
@@ -147,25 +150,40 @@ def open_file(
 
 def holds_images(info: storage.FileInfo) -> bool:
     """Whether a Parquet file has a column of images, rather than captions of such that lie elsewhere; True of one that
-    cannot be read."""
-    try:
-        with storage.open_input(info.uri) as handle:
-            return any(_holds_images(field.type) for field in pq.ParquetFile(handle).schema_arrow)
-    except (pa.ArrowException, StoreError, OSError):
-        return True
+    is damaged.
+
+    Raises:
+        OutOfReachError: it cannot be read now.
+    """
+    with _damaged(info), storage.open_input(info.uri) as handle:
+        return any(_holds_images(field.type) for field in pq.ParquetFile(handle).schema_arrow)
+    return True
 
 
 def names_images(info: storage.FileInfo) -> bool:
-    """Whether a Parquet file names files of images instead of holding them, as its first rows tell."""
+    """Whether a Parquet file names files of images instead of holding them, as its first rows tell; False of one that
+    is damaged.
+
+    Raises:
+        OutOfReachError: it cannot be read now.
+    """
+    with _damaged(info), storage.open_input(info.uri) as handle:
+        file = pq.ParquetFile(handle)
+        columns = [field.name for field in file.schema_arrow if _names_files(field.type)]
+        rows = next(file.iter_batches(_FIRST, columns=columns), None) if columns else None
+        cells = [cell for column in (rows or ()) for cell in column.to_pylist() if cell]
+        return any(cell["path"] and cell.get("bytes") is None for cell in cells)
+    return False
+
+
+@contextmanager
+def _damaged(info: storage.FileInfo) -> Iterator[None]:
+    """Goes on after the block where a file turns out to be damaged in it, but not where it cannot be read now."""
     try:
-        with storage.open_input(info.uri) as handle:
-            file = pq.ParquetFile(handle)
-            columns = [field.name for field in file.schema_arrow if _names_files(field.type)]
-            rows = next(file.iter_batches(_FIRST, columns=columns), None) if columns else None
-    except (pa.ArrowException, StoreError, OSError):
-        return False
-    cells = [cell for column in (rows or ()) for cell in column.to_pylist() if cell]
-    return any(cell["path"] and cell.get("bytes") is None for cell in cells)
+        yield
+    except TABLE_ERRORS as error:
+        if kind_of(error) == RETRYABLE:
+            raise told_of(info.uri, error) from error
 
 
 def read_column(file: InspectedFile, name: str) -> list[str | None]:
@@ -176,10 +194,10 @@ def read_column(file: InspectedFile, name: str) -> list[str | None]:
     """
     try:
         with storage.open_input(file.uri) as handle:
-            column = pq.ParquetFile(handle).read(columns=[name])[0]
-    except (pa.ArrowException, StoreError, OSError) as error:
+            values = pq.ParquetFile(handle).read(columns=[name])[0].to_pylist()
+    except TABLE_ERRORS as error:
         raise told_of(f"{file.uri}: column {name} cannot be read", error) from error
-    return [None if value is None else str(value).strip() for value in column.to_pylist()]
+    return [None if value is None else str(value).strip() for value in values]
 
 
 def _find_columns(

@@ -14,7 +14,14 @@ from captioner import storage
 from captioner.artifacts.id_set import IdSet
 from captioner.artifacts.tables import FINAL
 from captioner.config import Split
-from captioner.sources.outage import RETRY_SECONDS, Outage, is_of_picture, kind_of, reason_of
+from captioner.sources.outage import (
+    RETRY_SECONDS,
+    Outage,
+    is_of_picture,
+    kind_of,
+    of_place,
+    reason_of,
+)
 from captioner.sources.parquet_files import InspectedFile
 from captioner.sources.splits import hashed_split
 from captioner.sources.tasks import source_rows
@@ -110,7 +117,8 @@ class Slice:
                         yield table
                         done += len(cells)
                 return
-            except (pa.ArrowException, OSError) as problem:
+            except (pa.ArrowException, OSError) as error:
+                problem = of_place(error, self.filesystem, posixpath.dirname(self.path))
                 if not outage.wait(problem, self.uri):
                     cells = pa.nulls(len(self.rows) - done, pa.large_binary())
                     why = f"cannot be read: {reason_of(problem)}"
@@ -148,7 +156,7 @@ class Slice:
         ]
         if paths is not None and failed is None:
             data: list[bytes | None] = cells.to_pylist()
-            for row, path in enumerate(paths.to_pylist()):
+            for row, path in enumerate(paths.cast(pa.large_binary()).to_pylist()):
                 if data[row] is None and path:
                     data[row], errors[row] = self._beside(path)
             cells = pa.array(data, pa.large_binary())
@@ -162,8 +170,9 @@ class Slice:
             mtime=self.mtime,
         )
 
-    def _beside(self, path: str) -> tuple[bytes | None, tuple[str, str] | None]:
+    def _beside(self, name: bytes) -> tuple[bytes | None, tuple[str, str] | None]:
         """A file that a row names instead of holding it; relative names begin where the Parquet file is."""
+        path = name.decode(errors="replace")
         place = posixpath.join(posixpath.dirname(self.path), path)
         try:
             with self.filesystem.open_input_file(place) as handle:

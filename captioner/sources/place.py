@@ -97,8 +97,10 @@ class Place:
                     f"{self.spec}: no such file or directory, nor one of shapes, flickr8k, flickr30k"
                     + (f"; of the hub it would be hf:{self.spec}" if hub else "")
                 )
-            if not storage.is_directory(self.uri):
+            if storage.is_file(self.uri):
                 return None, {}
+            if not storage.is_directory(self.uri):
+                raise SourceError(f"{self.spec}: neither a file nor a directory")
             if storage.exists(storage.join(self.uri, CLAIM)):
                 raise SourceError(
                     f"{self.spec}: written by a job of this package: not a source of images"

@@ -11,13 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem, LocalFileSystem
 
 from captioner import storage
 from captioner.config import SourceConfig
-from captioner.errors import SourceError, StoreError
+from captioner.errors import SourceError
 from captioner.sources.columns import (
     IMAGE_SUFFIX,
     NO_CAPTIONS,
@@ -26,6 +25,8 @@ from captioner.sources.columns import (
     texts_of,
 )
 from captioner.sources.encodings import decode_text
+from captioner.sources.listing import NOT_TEXT, is_text
+from captioner.sources.outage import TABLE_ERRORS, told_of
 from captioner.storage.faults import one_line
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -127,7 +128,9 @@ def index_shard(
     try:
         with storage.reading(file.uri), open_tar(filesystem, path) as tar:
             for member in tar:
-                if member.isfile():
+                if not is_text(member.name):
+                    left_out[NOT_TEXT] += is_picture(split_name(member.name)[1])
+                elif member.isfile():
                     _add(found, tar, member, f"{file.uri}#{member.name}", options)
     except (tarfile.TarError, zlib.error, EOFError) as error:
         if not options.partial:
@@ -181,8 +184,8 @@ def _read_table(table: storage.FileInfo, options: SourceConfig) -> dict[str, _Fo
                 else []
             )
             rows = file.read(columns=[*{"key", "status", *captions, *own}]).to_pylist()
-    except (pa.ArrowException, OSError, StoreError) as error:
-        raise SourceError(f"{table.uri}: not readable as Parquet: {one_line(error)}") from error
+    except TABLE_ERRORS as error:
+        raise told_of(f"{table.uri}: not readable as Parquet", error) from error
     return {str(row["key"]): _Found(row["status"] == _SUCCESS, record=row) for row in rows}
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import posixpath
 import tarfile
 import zlib
 from collections import Counter
@@ -23,7 +24,7 @@ from captioner.errors import SourceError
 from captioner.sources.base import Listed
 from captioner.sources.columns import NO_CAPTIONS
 from captioner.sources.image_files import is_image
-from captioner.sources.outage import RETRY_SECONDS, Outage, kind_of, reason_of
+from captioner.sources.outage import RETRY_SECONDS, Outage, kind_of, of_place, reason_of
 from captioner.sources.place import Place, suffix_of
 from captioner.sources.shard_index import (
     Sample,
@@ -56,7 +57,9 @@ def open_place(place: Place) -> "ShardSource | None":
     if place.files is None:
         if not is_shard(place.uri):
             return None
-        info = storage.resolve(place.uri)[0].get_file_info(storage.resolve(place.uri)[1])
+        filesystem, path = storage.resolve(place.uri)
+        with storage.reading(place.uri):
+            info = filesystem.get_file_info(path)
         name = place.uri.rpartition("/")[2]
         one = storage.FileInfo(place.uri, name, info.size, info.mtime_ns)
         return ShardSource(place, [one], single=True)
@@ -265,9 +268,10 @@ def _read(
         except (tarfile.TarError, zlib.error, EOFError) as problem:
             why = f"the shard is damaged: {one_line(problem)}"
             break
-        except (OSError, pa.ArrowException) as problem:
-            if not outage.wait(problem, file.uri):
-                why, kind = f"cannot be read: {reason_of(problem)}", kind_of(problem)
+        except (OSError, pa.ArrowException) as error:
+            fault = of_place(error, filesystem, posixpath.dirname(path))
+            if not outage.wait(fault, file.uri):
+                why, kind = f"cannot be read: {reason_of(fault)}", kind_of(fault)
                 break
     if rows:
         yield table()

@@ -153,6 +153,15 @@ def is_directory(uri: str) -> bool:
     return bool(_type(uri) == pafs.FileType.Directory)
 
 
+def is_file(uri: str) -> bool:
+    """Whether a regular file is there.
+
+    Raises:
+        StoreError: the store does not say.
+    """
+    return bool(_type(uri) == pafs.FileType.File)
+
+
 def _type(uri: str) -> pafs.FileType:
     filesystem, path = resolve(uri)
     with _told("look at", uri):

@@ -1,5 +1,6 @@
 """Command lines: wrong values end in one line and status 2, before anything starts."""
 
+import errno
 import re
 from typing import Annotated
 
@@ -218,14 +219,24 @@ def test_workers_are_one_number_or_a_range_in_order() -> None:
         command_line.parse(TrainConfig, [*base, "--num-workers", "4", "1"])
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfReachError("s3://bucket cannot be reached"),
+        OSError("s3://bucket\n cannot be reached: AWS Error SLOW_DOWN during GetObject operation"),
+        OSError(errno.ESTALE, "of the system"),
+    ],
+)
 def test_what_is_out_of_reach_is_told_apart_from_what_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     def job(config: ExtractConfig) -> None:
-        raise OutOfReachError("s3://bucket cannot be reached")
+        raise error
 
     monkeypatch.setattr("sys.argv", ["extract_features", *MINIMAL])
     with pytest.raises(SystemExit) as stop:
         command_line.run(job, ExtractConfig)
     assert stop.value.code == 75
-    assert capsys.readouterr().err == "error: s3://bucket cannot be reached\n"
+    assert re.fullmatch(
+        r"error: (s3://bucket cannot be reached.*|Stale file handle)\n", capsys.readouterr().err
+    )

@@ -30,6 +30,10 @@ def recurse(data: bytes) -> Any:
     return recurse(data)
 
 
+def quote(data: bytes) -> None:
+    raise ValueError("caf\udce9")
+
+
 def spin(data: bytes) -> None:
     while True:
         pass
@@ -57,6 +61,7 @@ def once(data: bytes) -> dict[str, Any]:
 DEEDS = {
     b"raise": lambda data: 1 // 0,
     b"recurse": recurse,
+    b"quote": quote,
     b"exit": lambda data: sys.exit(0),
     b"interrupt": partial(stop_this, how=signal.SIGINT),
     b"leave": lambda data: os._exit(0),
@@ -115,6 +120,7 @@ def test_more_than_is_handed_over_at_once_comes_back_in_order(fence: Fence) -> N
 REASONS = {
     b"raise": "cannot be loaded: ZeroDivisionError: ",
     b"recurse": "cannot be loaded: RecursionError",
+    b"quote": r"cannot be loaded: ValueError: caf\udce9",
     b"exit": "cannot be loaded: SystemExit: 0",
     b"interrupt": "cannot be loaded: KeyboardInterrupt",
     b"leave": "ends the process (status 0)",

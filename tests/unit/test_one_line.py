@@ -97,6 +97,11 @@ def no_ray(**_: Any) -> None:
     pytest.fail("Ray was started")
 
 
+def none_runs(**_: Any) -> None:
+    """What Ray says where it finds none on this machine."""
+    raise ConnectionError("Could not find any running Ray instance.\nPlease specify")
+
+
 @pytest.mark.parametrize(
     ("arguments", "fault", "status", "words"),
     [
@@ -173,6 +178,7 @@ def test_what_is_wrong_or_out_of_reach_is_one_line(
         ("nonsense", WRONG, "'nonsense' is not the host:port of a Ray head"),
         ("http://127.0.0.1:8265", WRONG, "is not the host:port of a Ray head"),
         ("127.0.0.1:9", AWAY, "no Ray answers at 127.0.0.1:9"),
+        ("auto", AWAY, "no Ray answers at auto"),
     ],
 )
 def test_an_address_without_a_ray_is_one_line(
@@ -183,7 +189,7 @@ def test_an_address_without_a_ray_is_one_line(
     status: int,
     words: str,
 ) -> None:
-    monkeypatch.setattr(ray, "init", no_ray)
+    monkeypatch.setattr(ray, "init", none_runs if address == "auto" else no_ray)
     monkeypatch.setenv("RAY_ADDRESS", address)
     arguments = [text.format(world=world) for text in CAPTIONER]
     monkeypatch.setattr("sys.argv", [*arguments, f"--output={world}/out"])

@@ -11,7 +11,14 @@ from captioner.errors import OutOfReachError, SourceError, StoreError
 from captioner.sources import open_source
 from captioner.sources.base import Source
 from captioner.sources.beginning import keep_beginning, tell_change
-from tests.sources import caption_rows, captions_of, write_images, write_parquet, write_shard
+from tests.sources import (
+    caption_rows,
+    captions_of,
+    read_all,
+    write_images,
+    write_parquet,
+    write_shard,
+)
 
 LISTING = f"{WORK}/listing.parquet"
 
@@ -81,6 +88,33 @@ def test_captions_of_pictures_that_came_later_are_no_mistake(photos: Path, tmp_p
     (photos / "captions.csv").write_text("image,caption\na.jpg,A cat\nnew.jpg,A hen\n")
     assert captions_of(go_on(photos, output)) == {"a.jpg": ["A cat"]}
     assert captions_of(go_on(photos, tmp_path / "other"))["new.jpg"] == ["A hen"]
+
+
+def test_a_list_of_pictures_may_change_while_its_run_goes_on(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output, listed, far = tmp_path / "out", tmp_path / "list.txt", tmp_path / "far"
+    write_images(far, "x.jpg")
+    lines = ["photos/a.jpg", "photos/b.jpg", str(far / "x.jpg")]
+    listed.write_text("\n".join(lines))
+    begin(listed, output)
+    before = go_on(listed, output)
+    (photos / "a.jpg").unlink()
+    listed.write_text("\n".join([*lines, "photos/c.jpg"]))
+    with caplog.at_level(logging.INFO):
+        source = go_on(listed, output)
+    assert "1 files are new or changed, 1 files are gone or changed; the run goes on" in caplog.text
+    assert ids(source) == lines
+    assert source.identity() == before.identity()
+    rows = {row["image_id"]: row["error"] for row in read_all(source)}
+    assert [rows[line] is None for line in lines] == [False, True, True]
+    with pytest.raises(SourceError, match=r"1 of 4 files are not there \(photos/a.jpg\)"):
+        go_on(listed, tmp_path / "other")
+    # Lists of tables are their tables'.
+    write_parquet(tmp_path / "t.parquet", 3)
+    listed.write_text("t.parquet\n")
+    begin(listed, tmp_path / "tables")
+    assert go_on(listed, tmp_path / "tables").num_images() == 3
 
 
 def test_shards_that_come_change_nothing_and_one_that_changes_is_refused(tmp_path: Path) -> None:

@@ -145,12 +145,14 @@ def test_a_split_column_is_honoured_in_tables(
 
 
 def test_a_caption_goes_to_no_image_of_another_folder(tmp_path: Path) -> None:
-    write_images(tmp_path, "x/001.jpg", "x/002.jpg", "a/b/003.jpg")
+    write_images(tmp_path, "x/001.jpg", "x/002.jpg", "a/b/003.jpg", "top.jpg", "005.jpg")
     for table, absent in (
         ("y/001.jpg,A CAT", r"1 of 1 .*\(y/001.jpg"),
         ("x/002.jpg,A DOG\ny/001.jpg,A CAT", r"1 of 2 .*\(y/001.jpg"),
         ("b/001.jpg,A CAT\nb/003.jpg,A DOG", r"1 of 2 .*\(b/001.jpg"),
         ("z/b/003.jpg,A DOG", r"1 of 1 .*\(z/b/003.jpg"),
+        # What is at the root has names without a folder, or this folder would be a deeper one for all.
+        ("top.jpg,A CAT\ny/005.jpg,A DOG", r"1 of 2 .*\(y/005.jpg"),
     ):
         (tmp_path / "captions.csv").write_text(f"image,caption\n{table}\n")
         with pytest.raises(SourceError, match=absent):

@@ -22,7 +22,7 @@ from captioner.errors import OutOfReachError, StoreError
 from captioner.sources import open_source
 from captioner.sources.outage import patiently
 from tests.s3 import Fault, S3Server
-from tests.sources import picture, write_images, write_parquet
+from tests.sources import picture, write_images, write_parquet, write_shard
 
 SLOW_DOWN = Fault(503, "SlowDown", "GET HEAD", "outage")
 NAMES = [f"{number:02d}.jpg" for number in range(24)]
@@ -212,11 +212,24 @@ def test_what_cannot_be_listed_now_is_not_left_out(
         open_source(str(tmp_path))
 
 
-def test_a_disk_that_goes_is_no_fault_of_its_pictures(tmp_path: Path) -> None:
-    write_images(tmp_path / "disk", "a.jpg", "b.jpg")
-    (task,) = open_source(str(tmp_path / "disk")).images(retry_seconds=0).get_read_tasks(1)
-    (tmp_path / "disk").rename(tmp_path / "gone")
+@pytest.mark.parametrize("mounted", ["below", "there"])
+@pytest.mark.parametrize("kind", ["folder", "parquet", "shards"])
+def test_a_disk_that_goes_is_no_fault_of_its_pictures(
+    tmp_path: Path, kind: str, mounted: str
+) -> None:
+    disk = tmp_path / "disk"
+    if kind == "folder":
+        write_images(disk, "a.jpg", "b.jpg")
+    elif kind == "parquet":
+        write_parquet(disk / "a.parquet", 2)
+    else:
+        write_shard(disk / "a.tar", {"a.jpg": b"1", "b.jpg": b"2"})
+    (task,) = open_source(str(disk)).images(retry_seconds=0).get_read_tasks(1)
+    disk.rename(tmp_path / "gone")
+    if mounted == "there":
+        disk.mkdir()
     rows = [row for table in task() for row in table.to_pylist()]
+    assert len(rows) == 2
     assert {row["error_kind"] for row in rows} == {"retryable"}
     assert {row["error"] for row in rows} == {f"cannot be read: {tmp_path}/disk is gone"}
 
@@ -232,6 +245,26 @@ def test_tables_that_cannot_be_opened_now_are_out_of_reach(
         pytest.raises(OutOfReachError, match="AWS Error"),
     ):
         open_source(f"{bucket}/opened")
+
+
+@pytest.mark.parametrize("beside", ["a.jpg", "a.tar"])
+def test_a_table_beside_pictures_that_cannot_be_read_now_is_out_of_reach(
+    bucket: str, s3_server: S3Server, tmp_path: Path, beside: str
+) -> None:
+    place = f"{bucket}/{beside.replace('.', '_')}"
+    write_shard(tmp_path / "a.tar", {"1.jpg": b"1"})
+    storage.write_bytes(f"{place}/a.jpg", picture("a.jpg"))
+    if beside == "a.tar":
+        storage.delete(f"{place}/a.jpg")
+        storage.write_bytes(f"{place}/a.tar", (tmp_path / "a.tar").read_bytes())
+    pq.write_table(pa.table({"key": ["1"], "status": ["success"]}), tmp_path / "a.parquet")
+    storage.write_bytes(f"{place}/a.parquet", (tmp_path / "a.parquet").read_bytes())
+    assert open_source(place).num_images() == 1
+    with (
+        s3_server.failing(Fault(503, "SlowDown", "GET", "a.parquet")),
+        pytest.raises(OutOfReachError, match="AWS Error"),
+    ):
+        open_source(place)
 
 
 def test_a_file_with_fewer_rows_than_it_had_ends(tmp_path: Path) -> None:

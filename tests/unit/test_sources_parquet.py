@@ -1,6 +1,7 @@
 """Parquet files as a source: ids, splits, captions, limits, and what is refused."""
 
 import os
+import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def test_damaged_parquet_pages_are_rows_with_an_error(tmp_path: Path) -> None:
     assert [row["image_id"] for row in bad] == [f"test/{number:06d}" for number in range(100)]
     assert all(row["error"].startswith("cannot be read: ") for row in bad)
     assert all(row["error"] is None for row in rows[100:])
-    path.unlink()
+    path.rename(tmp_path / "another.parquet")
     rows = read_all(source)
     assert {row["error"] for row in rows} == {"cannot be read: No such file or directory"}
 
@@ -440,3 +441,20 @@ def test_what_is_no_table_is_counted_as_left_out(tmp_path: Path) -> None:
         (tmp_path / name).write_text("no table")
     source = open_source(str(tmp_path), SourceConfig(limit=2))
     assert source.left_out() == {".md": 2, ".zip": 1, "hidden file": 1, "over the limit": 1}
+
+
+@pytest.mark.parametrize("column", ["caption", "split", "own"])
+def test_text_that_is_no_text_is_one_line(tmp_path: Path, column: str) -> None:
+    ends = pa.py_buffer(struct.pack("<3i", 0, 1, 2))
+    texts = pa.Array.from_buffers(pa.string(), 2, [None, ends, pa.py_buffer(b"a\xff")])
+    pq.write_table(pa.table({"image": [b"1", b"2"], column: texts}), tmp_path / "a.parquet")
+    options = SourceConfig(id_column="own" if column == "own" else None)
+    with pytest.raises(SourceError, match=r"a\.parquet: .* cannot be read: 'utf-8' codec"):
+        captions_of(open_source(str(tmp_path), options))
+    # Where it is a picture's name it is that picture's.
+    image = pa.StructArray.from_arrays([pa.nulls(2, pa.binary()), texts], ["bytes", "path"])
+    pq.write_table(pa.table({"image": image}), tmp_path / "a.parquet")
+    write_images(tmp_path, "a")
+    first, second = read_all(open_source(str(tmp_path)))
+    assert first["bytes"] == picture("a")
+    assert second["error"].startswith("\ufffd cannot be read: ")

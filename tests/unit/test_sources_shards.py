@@ -34,6 +34,14 @@ def samples(*keys: str, **texts: str) -> dict[str, bytes]:
     return members
 
 
+def test_names_that_are_no_text_are_counted(tmp_path: Path) -> None:
+    members = samples("a") | {"caf\udce9.jpg": b"1", "\udcff.txt": b"of nothing"}
+    write_shard(tmp_path / "0.tar", members)
+    source = open_source(str(tmp_path))
+    assert [row["image_id"] for row in read_all(source)] == ["0/a"]
+    assert source.left_out() == {"name that is not UTF-8": 1}
+
+
 def test_shards_as_webdataset_writes_them(tmp_path: Path) -> None:
     members = samples("a", "b.c", "x/d", a="One\nTwo\n") | {
         "./e.PNG": picture("e"),

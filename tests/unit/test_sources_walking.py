@@ -1,11 +1,13 @@
 """Which files below a folder are a source's images, and by what names."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import boto3
 import pytest
 
+from captioner import storage
 from captioner.config import SourceConfig
 from captioner.errors import SourceError
 from captioner.sources import open_source
@@ -92,12 +94,14 @@ def test_nothing_to_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "names").mkdir()
     with open(os.fsencode(tmp_path) + b"/names/\xff.jpg", "wb") as file:
         file.write(b"1")
+    os.mkfifo(tmp_path / "pipe.jpg")
     absent = SourceConfig(captions=str(tmp_path / "absent.txt"))
     cases = (
         (tmp_path / "absent", SourceConfig(), "no such file or directory, nor one of shapes"),
         (tmp_path / "empty", SourceConfig(), "no images, no shards and no Parquet files"),
         (tmp_path / "both", SourceConfig(), "holds both Parquet files"),
         (tmp_path / "images", absent, "absent.txt"),
+        (tmp_path / "pipe.jpg", SourceConfig(), "pipe.jpg: neither a file nor a directory"),
         (
             tmp_path / "names",
             SourceConfig(),
@@ -137,6 +141,23 @@ def test_links_that_lead_back_are_not_followed(tmp_path: Path) -> None:
         "y/b.jpg": picture("real/y/b.jpg"),
     }
     assert source.left_out() == {"circular link": 4, "repeated link": 3, "hidden file": 1}
+
+
+def test_folders_may_lie_deeper_than_calls_may(tmp_path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        for _ in range(1200):
+            os.mkdir("d")
+            os.chdir("d")
+        Path("deep.jpg").write_bytes(b"1")
+    finally:
+        os.chdir(here)
+    write_images(tmp_path, "d.jpg", "e.jpg")
+    source = open_source(str(tmp_path))
+    expected = ["d.jpg", "d/" * 1200 + "deep.jpg", "e.jpg"]
+    assert [row["image_id"] for row in read_all(source)] == expected
+    subprocess.run(["rm", "-r", str(tmp_path / "d")], check=True)  # pytest's own goes only so deep
 
 
 def test_what_cannot_be_named_or_entered_is_counted(tmp_path: Path) -> None:
@@ -192,6 +213,11 @@ def test_keys_that_no_path_can_name_are_counted(bucket: str) -> None:
     rows = {row["image_id"]: row["bytes"] for row in read_all(source)}
     assert rows == {name: picture(name) for name in ("a.jpg", "x/y/e f+%20#?.jpg")}
     assert source.left_out() == {"key with //": 3, "key with . or ..": 1}
+    lines = "".join(f"{bucket}/keys/{key}\n" for key in keys[:4])
+    storage.write_bytes(f"{bucket}/keys/list.lst", lines.encode())
+    source = open_source(f"{bucket}/keys/list.lst")
+    assert [row["image_id"] for row in read_all(source)] == [f"{bucket}/keys/a.jpg"]
+    assert source.left_out() == {"key with //": 2, "key with . or ..": 1}
 
 
 def test_a_setting_that_says_nothing_to_a_source_is_refused(tmp_path: Path) -> None:

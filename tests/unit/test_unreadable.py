@@ -121,6 +121,29 @@ def test_rejects_are_a_table_that_people_open(
     assert not Path(output.uri(REJECTS)).exists()
 
 
+def test_accepted_images_that_could_not_be_read_are_no_rejects(output: Output) -> None:
+    failed = failed_rows(3).set_column(
+        3, "error_kind", pa.array(["retryable", "retryable", "final"])
+    )
+    assert [entry.path for entry in report_rejects(output, failed, 6, 0.2)] == [REJECTS]
+    with pytest.raises(SourceError, match=r"^1 of 6 images were rejected"):
+        report_rejects(output, failed, 6, 0.1)
+    # But a collection of nothing is nobody's wish.
+    with pytest.raises(OutOfReachError, match=r"^none of 3 images .* 2 could not be read: "):
+        report_rejects(output, failed, 3, 0.5)
+    assert report_rejects(output, failed, 3, 1.0)
+
+
+@pytest.mark.parametrize(("fraction", "most"), [(0.0, 0), (0.5, 3), (1.0, 6)])
+def test_the_fraction_of_rejects_is_a_bound_that_is_allowed(
+    output: Output, fraction: float, most: int
+) -> None:
+    report_rejects(output, failed_rows(most), 6, fraction)
+    if most < 6:
+        with pytest.raises(SourceError):
+            report_rejects(output, failed_rows(most + 1), 6, fraction)
+
+
 def test_too_many_rejects_are_a_failure_that_says_why_and_where(output: Output) -> None:
     with pytest.raises(
         SourceError, match=r"(?s)^4 of 6 images .* 0\.5: 3 rejected: damaged .*rejects\.csv"
