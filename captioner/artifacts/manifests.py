@@ -1,5 +1,6 @@
 """What is written last into every published directory, and the one way to open it."""
 
+import re
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -11,6 +12,7 @@ from captioner.errors import StoreError
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
+_COMMIT = re.compile(r"@[0-9a-f]{40}$")
 
 
 class Record(BaseModel):
@@ -69,8 +71,10 @@ class SourceIdentity(Record):
 
     @property
     def key(self) -> str:
-        """What part of a collection its images are: the same source's, whatever is chosen or changed in it."""
-        return " ".join([self.kind, self.uri, str(self.options.get("id_prefix") or "")])
+        """What part of a collection its images are: the same source's, whatever is chosen or changed in it, a later
+        commit of the hub's included."""
+        place = _COMMIT.sub("", self.uri)
+        return " ".join([self.kind, place, str(self.options.get("id_prefix") or "")])
 
     def claim(self) -> dict[str, Any]:
         """What must be the same for a run to continue another."""

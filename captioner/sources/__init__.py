@@ -54,6 +54,10 @@ def open_source(
     place = Place(spec, options or SourceConfig(), limits or ImageLimits(), captions, output)
     for kind in KINDS:
         module = import_module(f"{__name__}.{kind}")
+        if kind in _BUILT_IN and spec in module.NAMES and storage.exists(spec):
+            logger.warning(
+                "%s is the data set of that name; what lies here under it is ./%s", spec, spec
+            )
         source: Source | None = module.open_place(place)
         if source is None:
             continue
@@ -64,15 +68,6 @@ def open_source(
                 raise SourceError(
                     f"source-options.{option.replace('_', '-')} says nothing to a source of this kind: {spec}"
                 )
-        if (
-            "/" not in spec
-            and not spec.startswith("hf:")
-            and kind in _BUILT_IN
-            and storage.exists(spec)
-        ):
-            logger.warning(
-                "%s is the data set of that name; what lies here under it is ./%s", spec, spec
-            )
         prefix = place.options.id_prefix
         return Prefixed(source, prefix) if prefix else source
     raise SourceError(f"{spec}: no images, no shards and no Parquet files{_told(place.left_out)}")

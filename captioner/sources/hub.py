@@ -45,6 +45,7 @@ REPOSITORIES = {
         "umaru97/flickr30k_train_val_test", {"train": 29000, "validation": 1014, "test": 1000}
     ),
 }
+NAMES = tuple(REPOSITORIES)
 
 
 def open_place(place: Place) -> ParquetSource | None:

@@ -19,13 +19,14 @@ ROWS_PER_PIECE = 100
 _BYTES_PER_IMAGE = 3_000
 # Part of the identity: raised when the same seed draws other pictures or says other things about them.
 _VERSION = 1
+NAMES = ("shapes",)
 OPTIONS = frozenset(("limit", "shapes"))
 """Settings of ``SourceConfig`` that say something here."""
 
 
 def open_place(place: Place) -> "ShapesSource | None":
     """The generated data set, where its name is asked for."""
-    if place.spec != "shapes":
+    if place.spec not in NAMES:
         return None
     return ShapesSource(place.options.shapes, place.options.limit)
 

@@ -8,6 +8,7 @@ import boto3
 import pytest
 
 from captioner import storage
+from captioner.artifacts.manifests import SourceIdentity
 from captioner.config import SourceConfig
 from captioner.errors import SourceError
 from captioner.sources import open_source
@@ -245,3 +246,22 @@ def test_a_folder_of_a_data_sets_name_is_not_passed_over_in_silence(
     assert open_source("shapes").num_images() == 2800
     assert "what lies here under it is ./shapes" in caplog.text
     assert open_source("./shapes").num_images() == 1
+    # Also where the data set cannot be had.
+    monkeypatch.setattr("captioner.sources.hub.snapshot_download", _fail)
+    write_images(tmp_path, "flickr8k/a.jpg")
+    with pytest.raises(SourceError, match="not in the hub's cache"):
+        open_source("flickr8k")
+    assert "what lies here under it is ./flickr8k" in caplog.text
+
+
+def _fail(*_: object, **__: object) -> None:
+    raise ConnectionError
+
+
+def test_a_later_commit_of_the_hub_is_the_same_source() -> None:
+    def key(uri: str, **options: str) -> str:
+        return SourceIdentity(kind="parquet", uri=uri, options=options).key
+
+    before, after = (f"hf:org/name@{digit * 40}" for digit in "1a")
+    assert key(before) == key(after) != key(after, id_prefix="x/")
+    assert key("/photos@2024") != key("/photos@2025") != key("/photos")
