@@ -17,7 +17,7 @@ from ray import serve
 from benchmarks.config import BenchmarkServeConfig
 from benchmarks.measurement import Measurement, Row
 from captioner.artifacts.manifests import Record
-from captioner.artifacts.model_directory import open_model
+from captioner.artifacts.models import open_any
 from captioner.captioning.captioner import Captioner
 from captioner.config import ServeConfig
 from captioner.errors import ImageError, SourceError
@@ -143,7 +143,7 @@ def _free_port() -> int:
 
 def _pictures(config: BenchmarkServeConfig) -> list[bytes]:
     """Those of the files that the service would not refuse."""
-    fit = open_model(config.model).record.encoder.spec.fit
+    fit = open_any(config.model).fit
     source = open_source(config.images, config.source_options)
     found: list[bytes] = []
     left_out = 0
@@ -169,7 +169,7 @@ class _Alone:
 
     def __init__(self, config: BenchmarkServeConfig):
         self.captioner = Captioner.load(config.model, prepare_device())
-        self.decode = self.captioner.model.directory.search(config.decode)
+        self.decode = self.captioner.opened.search(config.decode)
         self.config = config
 
     def rate(self, pictures: list[bytes]) -> float:

@@ -168,7 +168,7 @@ class CaptionsManifest(Collection):
     model: str
     """URI of the model directory."""
     version: str
-    """SHA-256 of the model's weights."""
+    """SHA-256 of the model's weights or, of a model of transformers, of its files."""
     decode: DecodeConfig
     sentences: bool = False
     """Whether captions have a capital and a full stop."""

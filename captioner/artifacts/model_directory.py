@@ -27,6 +27,7 @@ from captioner.decoding.cider import NGramFrequencies
 from captioner.decoding.constraint import Constraint
 from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.errors import ConfigError, ModelError, StoreError
+from captioner.images.load import Fit
 from captioner.text import Vocabulary
 
 CONFIG, VOCABULARY, WEIGHTS = "config.json", "vocab.json", "weights.safetensors"
@@ -65,6 +66,19 @@ class ModelDirectory:
     def version(self) -> str:
         """SHA-256 of the decoder's weights."""
         return str(self.entry(WEIGHTS).sha256)
+
+    memory = None
+    """Of no account."""
+
+    @property
+    def fit(self) -> Fit:
+        """How a picture becomes what it sees."""
+        return self.record.encoder.spec.fit
+
+    @property
+    def decode(self) -> DecodeConfig:
+        """Its own search."""
+        return self.record.decode
 
     @property
     def encoder_weights_uri(self) -> str:
@@ -133,6 +147,10 @@ def check_search(decode: DecodeConfig, vocabulary: Vocabulary, *, ngrams: bool) 
     Raises:
         ConfigError: the search ranks by n-grams, which the model does not have, or begins with words it does not know.
     """
+    if decode.prompt:
+        raise ConfigError(
+            "decode.prompt: the model is no chat model, and is asked nothing; leave it out"
+        )
     if decode.mbr_samples and not ngrams:
         raise ConfigError(
             f"decode.mbr_samples: {decode.mbr_samples} asked of a model without n-grams to rank captions by: "

@@ -4,25 +4,34 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
 from captioner import storage
-from captioner.artifacts.model_directory import LoadedModel, check_search, load_model
+from captioner.artifacts.model_directory import (
+    LoadedModel,
+    ModelDirectory,
+    check_search,
+    load_model,
+)
+from captioner.artifacts.models import Model, open_any
+from captioner.artifacts.transformers_folder import TransformersFolder
 from captioner.config import DecodeConfig, ImageLimits
 from captioner.decoders.base import Features
 from captioner.decoding.beam import Hypothesis, search
 from captioner.decoding.mbr import search_mbr
 from captioner.encoders.encoder import Encoder
+from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.errors import ImageError
-from captioner.images.load import Fit, load_image
+from captioner.images.load import Fit, Pixels, load_image
 from captioner.runtime.device import choose_device
 
 # Encoding and decoding run in pieces of this many images, so that memory does not grow with the caller's list.
@@ -108,34 +117,36 @@ class Caption:
         return self.candidates[1:]
 
 
-class Captioner:
+Encoded = TypeVar("Encoded")
+"""What a model makes of loaded images before it searches for their captions."""
+
+
+class Captioner(ABC, Generic[Encoded]):
     """A model ready to caption, on one device. An image's caption does not depend on what else is in its batch."""
 
-    def __init__(self, model: LoadedModel, device: str):
-        self.model = model
-        self.device = torch.device(device)
+    opened: Model
+    """What it is, as it was opened."""
+    device: torch.device
 
-    @cached_property
-    def encoder(self) -> Encoder:
-        """The image network; loaded when the first image comes, as who brings features needs none."""
-        directory = self.model.directory
-        spec = directory.record.encoder.spec
-        return Encoder.load(directory.encoder_weights_uri, spec, str(self.device))
-
-    @classmethod
-    def load(cls, uri: str, device: str | None = None) -> "Captioner":
-        """Load a model directory; everything it needs is in it.
+    @staticmethod
+    def load(uri: str, device: str | None = None) -> "Captioner[Any]":
+        """Load a model directory; everything it needs is in it. Or a captioning model of ``transformers``.
 
         Args:
+            uri: of its directory, or ``hf:org/name[@revision]``.
             device: ``cpu``, ``cuda`` ...; default: a GPU where there is one.
 
         Raises:
             ModelError: the directory is incomplete or its parts do not agree.
         """
         device = device or choose_device()
-        model = load_model(uri)
-        model.decoder.to(device)
-        return cls(model, device)
+        opened = open_any(uri)
+        if isinstance(opened, TransformersFolder):
+            # Here, for only who has such a model has transformers.
+            from captioner.captioning.transformers import TransformersCaptioner
+
+            return TransformersCaptioner(opened, device)
+        return DecoderCaptioner.open(opened.uri, device)
 
     def caption(
         self,
@@ -153,7 +164,7 @@ class Captioner:
             ImageError: one of them is not an image that is accepted; the message says which.
             StoreError: a file cannot be read.
         """
-        fit = self.model.record.encoder.spec.fit
+        fit = self.opened.fit
         files = [
             image if isinstance(image, bytes) else storage.read_bytes(str(image))
             for image in images
@@ -166,39 +177,127 @@ class Captioner:
                 if len(files) == 1:
                     raise
                 raise type(error)(f"image {position + 1} of {len(files)}: {error}") from error
-        found = self.caption_pixels(np.stack(pixels), decode) if pixels else []
+        found = self.caption_pixels(pixels, decode)
         return [
             replace(caption, seen=Seen(data, fit, limits))
             for caption, data in zip(found, files, strict=True)
         ]
 
     def caption_pixels(
-        self, images: np.ndarray[Any, np.dtype[np.uint8]], decode: DecodeConfig | None = None
+        self, images: Sequence[Pixels] | Pixels, decode: DecodeConfig | None = None
     ) -> list[Caption]:
-        """Caption loaded images, uint8 RGB [N, rows, columns, 3] of the encoder's input."""
+        """Caption loaded images, uint8 RGB [rows, columns, 3] each, as the model's ``fit`` makes them."""
         captions = []
         for start in range(0, len(images), PIECE):
-            features = self.encode(images[start : start + PIECE])
-            captions += self.caption_features(features, decode)
+            encoded = self.encode(images[start : start + PIECE])
+            captions += self.caption_features(encoded, decode)
         return captions
 
-    def encode(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> Features:
+    def get_ready(self) -> None:
+        """Load what would be loaded for the first picture."""
+
+    @abstractmethod
+    def encode(self, images: Sequence[Pixels] | Pixels) -> Encoded:
+        """What the search needs of loaded images, whatever it looks for."""
+
+    @abstractmethod
+    def choose(self, encoded: Encoded, places: list[int]) -> Encoded:
+        """That of some of them."""
+
+    @abstractmethod
+    def caption_features(
+        self, encoded: Encoded, decode: DecodeConfig | None = None
+    ) -> list[Caption]:
+        """Caption encoded images.
+
+        Raises:
+            ConfigError: as ``check``.
+        """
+
+    @abstractmethod
+    def check(self, decode: DecodeConfig) -> None:
+        """
+        Raises:
+            ConfigError: the model cannot be searched like that; the setting is named.
+        """
+
+    @abstractmethod
+    def on_step(self, act: Callable[[], None]) -> None:
+        """Call ``act`` at every step of every search; what it raises ends the search."""
+
+
+def load_whole(uri: str) -> Model:
+    """Open a model, all of whose parts are there and agree.
+
+    Raises:
+        ModelError: they do not.
+        OutOfReachError: the hub cannot be reached.
+    """
+    opened = Captioner.load(uri, "cpu").opened
+    if isinstance(opened, ModelDirectory):
+        opened.read(ENCODER_WEIGHTS)
+    return opened
+
+
+class DecoderCaptioner(Captioner[Features]):
+    """A model of this package: an encoder, a decoder, and the search."""
+
+    opened: ModelDirectory
+
+    def __init__(self, model: LoadedModel, device: str):
+        self.model, self.opened = model, model.directory
+        self.device = torch.device(device)
+
+    @classmethod
+    def open(cls, uri: str, device: str) -> "DecoderCaptioner":
+        """From a model directory.
+
+        Raises:
+            ModelError: it is incomplete or its parts do not agree.
+        """
+        model = load_model(uri)
+        model.decoder.to(device)
+        return cls(model, device)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The image network; loaded when the first image comes, as who brings features needs none."""
+        directory = self.model.directory
+        spec = directory.record.encoder.spec
+        return Encoder.load(directory.encoder_weights_uri, spec, str(self.device))
+
+    def encode(self, images: Sequence[Pixels] | Pixels) -> Features:
         """Features of loaded images, those that the model reads: ``pooled`` [B, C], ``grid`` [B, P, D]."""
         columns = self.model.decoder.columns
-        pooled, grid = self.encoder(images, grid="grid" in columns)
+        pooled, grid = self.encoder(np.asarray(images), grid="grid" in columns)
         found = {"pooled": pooled, "grid": grid}
         # The store keeps grids in float16; the decoder computes in float32.
         return {name: found[name].float() for name in columns}  # type: ignore[union-attr]
 
+    def get_ready(self) -> None:
+        self.encoder  # noqa: B018
+
+    def choose(self, encoded: Features, places: list[int]) -> Features:
+        return {name: column[places] for name, column in encoded.items()}
+
+    def check(self, decode: DecodeConfig) -> None:
+        check_search(decode, self.model.vocabulary, ngrams=self.model.ngrams is not None)
+
+    def on_step(self, act: Callable[[], None]) -> None:
+        for module in self.model.decoder.modules():
+            # Every step of a search ends in it.
+            if isinstance(output := getattr(module, "output", None), torch.nn.Module):
+                output.register_forward_pre_hook(lambda *_: act())
+
     def caption_features(
-        self, features: Features, decode: DecodeConfig | None = None
+        self, encoded: Features, decode: DecodeConfig | None = None
     ) -> list[Caption]:
         """Caption images given by their features (float32, on any device).
 
         Raises:
             ConfigError: as ``check_search``.
         """
-        features = {name: tensor.to(self.device) for name, tensor in features.items()}
+        features = {name: tensor.to(self.device) for name, tensor in encoded.items()}
         decode = decode or self.model.record.decode
         decoder, ngrams = self.model.decoder, self.model.ngrams
         constraint = check_search(decode, self.model.vocabulary, ngrams=ngrams is not None)

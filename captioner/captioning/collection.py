@@ -7,14 +7,13 @@ from typing import Any
 from captioner import storage
 from captioner.artifacts.collection import Tables
 from captioner.artifacts.manifests import CaptionsManifest, Part, open_manifest
-from captioner.artifacts.model_directory import load_model
 from captioner.artifacts.output import Output, differences, publish_once
 from captioner.artifacts.tables import CAPTIONED_ROWS, THUMBNAIL
+from captioner.captioning.captioner import load_whole
 from captioner.captioning.contact_sheet import write_contact_sheet
 from captioner.captioning.exports import check_exports, write_exports
 from captioner.captioning.stage import CaptionImages
 from captioner.config import CaptionConfig
-from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.errors import StoreError
 from captioner.features.extract import describe_counts
 from captioner.features.growth import plan_growth
@@ -60,10 +59,8 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
     base = None if config.extends is None else _open_base(config.extends)
     check_exports(config, [source.identity(), *(base.sources if base else ())])
     # All of it, once, before every actor of a cluster finds the same damage.
-    model = patiently(config.retry_seconds, lambda: load_model(config.model))
-    directory, spec = model.directory, model.record.encoder.spec
-    directory.read(ENCODER_WEIGHTS)
-    decode = directory.search(config.decode)
+    model = patiently(config.retry_seconds, lambda: load_whole(config.model))
+    decode = model.search(config.decode)
     growth, total = None, source.num_images()
     if base is not None:
         growth = plan_growth(
@@ -77,16 +74,19 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
     if total:
         start_ray()
         pool = plan_pool(
-            total, size=config.num_captioners, cpus_per_actor=config.cpus_per_captioner
+            total,
+            size=config.num_captioners,
+            cpus_per_actor=config.cpus_per_captioner,
+            memory=model.memory,
         )
 
     def fill(output: Output) -> CaptionsManifest:
         keep_beginning(output, source)
         if pool is not None:
-            logger.info("captioning %s images with %s", f"{total:,}", directory.uri)
+            logger.info("captioning %s images with %s", f"{total:,}", model.uri)
             stage = CaptionImages(
-                directory.uri,
-                spec,
+                model.uri,
+                model.fit,
                 decode,
                 config.limits,
                 thumbnails=config.contact_sheet,
@@ -119,8 +119,8 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
         rejects = report_rejects(output, rows.failed, len(rows), config.max_reject_fraction)
         logger.info(describe_counts(counts))
         manifest = CaptionsManifest(
-            model=directory.uri,
-            version=directory.version,
+            model=model.uri,
+            version=model.version,
             decode=decode,
             sentences=config.sentences,
             source=source.identity(),
@@ -137,7 +137,7 @@ def caption_collection(config: CaptionConfig) -> CaptionsManifest:
 
     identity = {
         "job": "caption",
-        "model": directory.version,
+        "model": model.version,
         "source": source.identity().claim(),
         "decode": decode.model_dump(mode="json"),
         "limits": config.limits.model_dump(mode="json"),

@@ -5,8 +5,8 @@ import regex
 
 from captioner.artifacts.tables import CAPTIONED_ROWS
 from captioner.config import DecodeConfig, ImageLimits
-from captioner.encoders.spec import EncoderSpec
-from captioner.features.stage import PIXELS, PixelStage, tensor
+from captioner.features.stage import PixelStage
+from captioner.images.load import Fit
 from captioner.runtime.device import prepare_device
 
 _WORD = regex.compile(r"[\p{L}\p{N}]\p{M}*\Z")
@@ -36,7 +36,7 @@ class CaptionImages(PixelStage):
     def __init__(
         self,
         model_uri: str,
-        spec: EncoderSpec,
+        fit: Fit,
         decode: DecodeConfig,
         limits: ImageLimits,
         *,
@@ -44,7 +44,7 @@ class CaptionImages(PixelStage):
         sentences: bool,
         threads: int,
     ):
-        super().__init__(spec, limits, thumbnails=thumbnails)
+        super().__init__(fit, limits, thumbnails=thumbnails)
         self.model_uri, self.decode, self.threads = model_uri, decode, threads
         self.written = sentence if sentences else str
 
@@ -54,10 +54,10 @@ class CaptionImages(PixelStage):
 
         self.captioner = Captioner.load(self.model_uri, prepare_device(threads=self.threads))
         # Now, or the actor would be handed pictures while others that are ready have none.
-        self.captioner.encoder  # noqa: B018
+        self.captioner.get_ready()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        captions = self.captioner.caption_pixels(tensor(batch, PIXELS), self.decode)
+        captions = self.captioner.caption_pixels(self.pictures(batch), self.decode)
         alternatives = [
             [
                 {"caption": self.written(other.text), "log_prob": other.log_prob}

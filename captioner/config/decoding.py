@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+import tyro
 from pydantic import BaseModel, Field, create_model, model_validator
 
 from captioner.config.parts import Config
@@ -26,6 +27,8 @@ class DecodeConfig(Config):
     """Forbid any n-gram of this size from occurring twice in a caption; 0 allows repeats."""
     prefix: Annotated[str, Field(max_length=1000)] = ""
     """What every caption begins with, such as "a photo of"; its words must be known to the model."""
+    prompt: Annotated[str, Field(max_length=1000)] = ""
+    """What a chat model of transformers is asked about each picture; other models are asked nothing."""
     forbid: Annotated[str, Field(max_length=1000)] = ""
     """Words that no caption has after its prefix, separated by commas."""
     mbr_samples: Annotated[int, Field(ge=0, le=1000)] = 0
@@ -64,8 +67,9 @@ def optional(model: type[BaseModel], *names: str) -> Callable[[type[Model]], typ
     }
 
     def add(cls: type[Model]) -> type[Model]:
+        new = {name: field for name, field in fields.items() if name not in cls.model_fields}
         return create_model(
-            cls.__name__, __base__=cls, __module__=cls.__module__, __doc__=cls.__doc__, **fields
+            cls.__name__, __base__=cls, __module__=cls.__module__, __doc__=cls.__doc__, **new
         )
 
     return add
@@ -74,6 +78,11 @@ def optional(model: type[BaseModel], *names: str) -> Callable[[type[Model]], typ
 @optional(DecodeConfig)
 class DecodeOverrides(Config):
     """Search for the caption; what is left out is as the model was trained to be searched."""
+
+    prompt: Annotated[str | None, Field(max_length=1000), tyro.conf.arg(aliases=["--prompt"])] = (
+        None
+    )
+    """What a chat model of transformers is asked about each picture; other models are asked nothing."""
 
     if TYPE_CHECKING:
 

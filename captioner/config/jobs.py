@@ -146,6 +146,8 @@ class TrainConfig(JobConfig):
         low, high = self.worker_range
         if low > high:
             raise ValueError(f"num_workers: the first of {low} {high} must not be the larger")
+        if self.decode.prompt:
+            raise ValueError("decode.prompt: is for chat models, and none is trained here")
         if self.objective == "self_critical" and self.init is None:
             raise ValueError("objective: self_critical starts from a model; give init")
         check_gpu_share("gpus_per_worker", self.gpus_per_worker, high)

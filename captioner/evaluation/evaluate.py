@@ -20,12 +20,14 @@ import pyarrow.parquet as pq
 from captioner import notebook, storage
 from captioner.artifacts.feature_store import FeatureStore
 from captioner.artifacts.manifests import FileEntry, ReportManifest
-from captioner.artifacts.model_directory import ModelDirectory, check_features_fit, load_model
+from captioner.artifacts.model_directory import ModelDirectory, check_features_fit
+from captioner.artifacts.models import Model
 from captioner.artifacts.output import Output, publish_once
 from captioner.artifacts.tables import THUMBNAIL
 from captioner.artifacts.tensorboard import add_picture, event_file
+from captioner.captioning.captioner import load_whole
 from captioner.config import DecodeConfig, EvaluateConfig
-from captioner.errors import ModelError
+from captioner.errors import ConfigError, ModelError
 from captioner.evaluation.on_pictures import score_pictures
 from captioner.evaluation.pictures import choose_images, draw_report
 from captioner.evaluation.pipeline import score_split
@@ -78,7 +80,7 @@ def evaluate(config: EvaluateConfig) -> Report:
         OutOfReachError: pictures could not be read.
     """
     # All of it, once, before every actor of a cluster finds the same damage.
-    model = load_model(config.model).directory
+    model = load_whole(config.model)
     decode = model.search(config.decode)
     captions, about, score = (_of_store if config.source is None else _of_source)(
         config, model, decode
@@ -102,10 +104,12 @@ def evaluate(config: EvaluateConfig) -> Report:
 
 
 def _of_store(
-    config: EvaluateConfig, model: ModelDirectory, decode: DecodeConfig
+    config: EvaluateConfig, model: Model, decode: DecodeConfig
 ) -> tuple[Captions, dict[str, Any], Score]:
     """References, identity and scores of a feature store's split."""
     assert config.features is not None
+    if not isinstance(model, ModelDirectory):
+        raise ConfigError(f"features: {model.kind} reads pictures, no features: give source")
     store = FeatureStore.open(config.features)
     try:
         check_features_fit(model.record, store.manifest)
@@ -129,7 +133,7 @@ def _of_store(
 
 
 def _of_source(
-    config: EvaluateConfig, model: ModelDirectory, decode: DecodeConfig
+    config: EvaluateConfig, model: Model, decode: DecodeConfig
 ) -> tuple[Captions, dict[str, Any], Score]:
     """References, identity and scores of the pictures of a source's split."""
     assert config.source is not None
@@ -163,11 +167,10 @@ def _fill(
     output: Output,
     captions: Captions,
     score: Score,
-    model: ModelDirectory,
+    model: Model,
     decode: DecodeConfig,
 ) -> ReportManifest:
     start_ray()
-    record = model.record
     chosen = choose_images(list(captions), config.seed)
     found = score(output, frozenset(chosen[: config.attention_images]))
     rows = found.rows
@@ -181,7 +184,9 @@ def _fill(
     scores = {
         "standard": {**standard.corpus, "tokenizer": standard.tokenizer},
         "notebook": notebook.score(
-            references, hypotheses, cleaned=record.text.rules == "notebook"
+            references,
+            hypotheses,
+            cleaned=isinstance(model, ModelDirectory) and model.record.text.rules == "notebook",
         ).model_dump(),
         # Of a model that says nothing about next words, nothing.
         "loss": loss / targets if targets else None,
@@ -204,7 +209,7 @@ def _fill(
     scored = pa.table({**predictions, **looked})
     there = set(scored_ids)
     chosen = [name for name in chosen if name in there]
-    pictures = draw_report(scored, chosen, found.thumbnails, fit=record.encoder.spec.fit)
+    pictures = draw_report(scored, chosen, found.thumbnails, fit=model.fit)
     table = io.BytesIO()
     pq.write_table(pa.table(predictions), table)
     files = [

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from captioner import storage
 from captioner.artifacts.manifests import FileEntry
-from captioner.artifacts.model_directory import ModelDirectory
+from captioner.artifacts.models import Model
 from captioner.artifacts.output import WORK, Output
 from captioner.artifacts.tables import SOURCE_ROWS, THUMBNAIL
 from captioner.config import DecodeConfig, EvaluateConfig
@@ -32,7 +32,7 @@ def score_pictures(
     source: Source,
     captions: Captions,
     output: Output,
-    model: ModelDirectory,
+    model: Model,
     decode: DecodeConfig,
     config: EvaluateConfig,
     drawn: frozenset[str],
@@ -52,13 +52,13 @@ def score_pictures(
         OutOfReachError: images could not be read, or a store or a cluster cannot be had now.
     """
     total = source.num_images()
-    pool = plan_pool(total)
+    pool = plan_pool(total, memory=model.memory)
     logger.info("captioning %s pictures of split %s", f"{total:,}", config.split)
     references = output.work(_REFERENCES)
     storage.write_bytes(references, json.dumps(captions).encode())
     stage = ScorePictures(
         model.uri,
-        model.record.encoder.spec,
+        model.fit,
         decode,
         config.limits,
         references=references,

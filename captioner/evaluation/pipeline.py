@@ -14,7 +14,7 @@ from ray.data import ActorPoolStrategy
 
 from captioner.artifacts.feature_store import Chunk, FeatureStore
 from captioner.artifacts.model_directory import ModelDirectory
-from captioner.captioning.captioner import Captioner
+from captioner.captioning.captioner import DecoderCaptioner
 from captioner.config import DecodeConfig
 from captioner.decoders.base import Features
 from captioner.errors import ModelError
@@ -51,7 +51,7 @@ class ScoreImages:
             drawn: ids of the images whose attention is returned.
         """
         counter.start.remote()
-        self.captioner = Captioner.load(model_uri, prepare_device(threads=threads))
+        self.captioner = DecoderCaptioner.open(model_uri, prepare_device(threads=threads))
         self.decode = decode
         self.captions: dict[str, list[str]] = ray.get(captions)
         self.drawn = drawn

@@ -1,11 +1,12 @@
 """What is found of each image of a split: its caption, where the decoder looked, sums under teacher forcing."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import pyarrow as pa
 import torch
 
-from captioner.captioning.captioner import Caption, Captioner
+from captioner.captioning.captioner import Caption, Captioner, DecoderCaptioner
 from captioner.config import DecodeConfig
 from captioner.decoders.base import Features
 from captioner.text import clean
@@ -57,8 +58,21 @@ def scored(
     )
 
 
+def score_encoded(
+    captioner: Captioner[Any],
+    encoded: Any,
+    references: Sequence[Sequence[str]],
+    drawn: Collection[bool],
+    decode: DecodeConfig,
+) -> pa.Table:
+    """``score_features`` of what any model makes of pictures: without sums where it predicts no words of ours."""
+    if isinstance(captioner, DecoderCaptioner):
+        return score_features(captioner, encoded, references, drawn, decode)
+    return scored(captioner.caption_features(encoded, decode), list(drawn))
+
+
 def score_features(
-    captioner: Captioner,
+    captioner: DecoderCaptioner,
     features: Features,
     references: Sequence[Sequence[str]],
     drawn: Collection[bool],

@@ -4,8 +4,8 @@ import pyarrow as pa
 
 from captioner import storage
 from captioner.config import DecodeConfig, ImageLimits
-from captioner.encoders.spec import EncoderSpec
-from captioner.features.stage import PIXELS, PixelStage, tensor
+from captioner.features.stage import PixelStage
+from captioner.images.load import Fit
 from captioner.runtime.device import prepare_device
 
 
@@ -15,7 +15,7 @@ class ScorePictures(PixelStage):
     def __init__(
         self,
         model_uri: str,
-        spec: EncoderSpec,
+        fit: Fit,
         decode: DecodeConfig,
         limits: ImageLimits,
         *,
@@ -28,26 +28,26 @@ class ScorePictures(PixelStage):
             references: URI of a JSON file, raw captions by image id: a stage is sent to every task.
             drawn: ids of the images whose attention is wanted.
         """
-        super().__init__(spec, limits, thumbnails=True)
+        super().__init__(fit, limits, thumbnails=True)
         self.model_uri, self.decode, self.threads = model_uri, decode, threads
         self.references, self.drawn = references, drawn
 
     def prepare(self) -> None:
         # Here, for the tasks that load pictures have no use for the tensor library.
         from captioner.captioning.captioner import Captioner
-        from captioner.evaluation.scoring import score_features
+        from captioner.evaluation.scoring import score_encoded
 
         self.captioner = Captioner.load(self.model_uri, prepare_device(threads=self.threads))
         # Now, or the actor would be handed pictures while others that are ready have none.
-        self.captioner.encoder  # noqa: B018
+        self.captioner.get_ready()
         self.captions = storage.read_json(self.references)
-        self.score = score_features
+        self.score = score_encoded
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         names = batch["image_id"].to_pylist()
         return self.score(
             self.captioner,
-            self.captioner.encode(tensor(batch, PIXELS)),
+            self.captioner.encode(self.pictures(batch)),
             [self.captions[name] for name in names],
             [name in self.drawn for name in names],
             self.decode,

@@ -28,8 +28,9 @@ class EncodeImages(PixelStage):
         threads: int = 1,
         runtime: Runtime = "eager",
     ):
-        super().__init__(spec, limits, thumbnails=thumbnails)
-        self.weights_uri, self.threads, self.runtime = weights_uri, threads, runtime
+        super().__init__(spec.fit, limits, thumbnails=thumbnails)
+        self.weights_uri, self.spec = weights_uri, spec
+        self.threads, self.runtime = threads, runtime
         self.grid, self.mirrored, self.crops = grid, mirrored, crops
         self.most = sys.maxsize
 

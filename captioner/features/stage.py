@@ -8,11 +8,10 @@ import pyarrow as pa
 
 from captioner.artifacts.tables import THUMBNAIL
 from captioner.config import ImageLimits
-from captioner.encoders.spec import EncoderSpec
 from captioner.images.fence import memory_limit
-from captioner.images.load import load_image
+from captioner.images.load import Fit, load_image
 
-PIXELS = "pixels"
+PIXELS, SIDES = "pixels", "sides"
 
 
 class Stage(ABC):
@@ -62,15 +61,33 @@ def tensor(batch: pa.Table, name: str) -> np.ndarray[Any, Any]:
 
 
 class PixelStage(Stage):
-    """A stage whose network sees an encoder's pixels, uint8 [rows, columns, 3]; and thumbnails, where asked for."""
+    """A stage whose network sees pixels as ``fit`` makes them, uint8 [rows, columns, 3]; and thumbnails if asked."""
 
-    def __init__(self, spec: EncoderSpec, limits: ImageLimits, *, thumbnails: bool):
-        self.spec, self.limits, self.thumbnails = spec, limits, thumbnails
+    def __init__(self, fit: Fit, limits: ImageLimits, *, thumbnails: bool):
+        self.fit, self.limits, self.thumbnails = fit, limits, thumbnails
         self.loading_bytes = memory_limit(limits)
-        pixels = pa.field(PIXELS, pa.fixed_shape_tensor(pa.uint8(), [*spec.input_size, 3]))
-        self.loaded = pa.schema([pixels, *[THUMBNAIL] * thumbnails])
+        pixels = pa.field(PIXELS, pa.fixed_shape_tensor(pa.uint8(), [*fit.size, 3]))
+        # Pictures of several sizes lie in the upper left corners of tensors of one.
+        sides = pa.field(SIDES, pa.fixed_shape_tensor(pa.int32(), [2]))
+        within = [sides] * (fit.resize == "within")
+        self.loaded = pa.schema([pixels, *within, *[THUMBNAIL] * thumbnails])
 
     def load(self, data: bytes) -> dict[str, Any]:
-        found = load_image(data, self.spec.fit, self.limits, thumbnail=self.thumbnails)
+        found = load_image(data, self.fit, self.limits, thumbnail=self.thumbnails)
         columns: dict[str, Any] = {PIXELS: found.pixels}
+        if self.fit.resize == "within":
+            rows, width, _ = found.pixels.shape
+            columns[PIXELS] = np.zeros((*self.fit.size, 3), np.uint8)
+            columns[PIXELS][:rows, :width] = found.pixels
+            columns[SIDES] = np.array([rows, width], np.int32)
         return columns | {THUMBNAIL.name: found.thumbnail} if self.thumbnails else columns
+
+    def pictures(self, batch: pa.Table) -> np.ndarray[Any, Any] | list[np.ndarray[Any, Any]]:
+        """The pixels of a batch: [N, rows, columns, 3], or each picture's where they differ in size."""
+        pixels = tensor(batch, PIXELS)
+        if SIDES not in batch.column_names:
+            return pixels
+        return [
+            picture[:rows, :columns]
+            for picture, (rows, columns) in zip(pixels, tensor(batch, SIDES).tolist(), strict=True)
+        ]

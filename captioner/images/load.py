@@ -19,6 +19,8 @@ from captioner.errors import ImageError, ImageTooLargeError, ImageTypeError
 
 # Longest side of a thumbnail, in pixels.
 THUMBNAIL_SIDE = 240
+# Shortest side of a picture that keeps its proportions, in pixels: networks refuse thinner ones.
+_LEAST = 32
 _THUMBNAIL_QUALITY = 75
 
 Filter = Literal["bilinear", "bicubic", "lanczos"]
@@ -97,8 +99,9 @@ class Fit:
 
     size: tuple[int, int]
     """Rows and columns."""
-    resize: Literal["squash", "crop"] = "squash"
-    """squash: in the picture's proportions, which are not kept. crop: in those of the input."""
+    resize: Literal["squash", "crop", "within"] = "squash"
+    """squash: in the picture's proportions, which are not kept. crop: in those of the input. within: kept, and nothing
+    cut, down to 32 pixels a side; the size is the largest, and pictures within it stay as they are."""
     crop_fraction: float = 1.0
     """Share of the sides of the largest centred box of those proportions that is shown."""
     filter: Filter = "bilinear"
@@ -108,10 +111,18 @@ class Fit:
         """For a picture that lies on its side."""
         return replace(self, size=(self.size[1], self.size[0]))
 
+    def made(self, width: int, height: int) -> tuple[int, int]:
+        """Rows and columns that a picture becomes."""
+        rows, columns = self.size
+        if self.resize != "within":
+            return rows, columns
+        scale = min(1.0, columns / width, rows / height)
+        return max(_LEAST, round(scale * height)), max(_LEAST, round(scale * width))
+
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """The part of a picture that is shown: left, top, right, bottom, in its pixels."""
         rows, columns = self.size
-        if self.resize == "squash":
+        if self.resize != "crop":
             wide, high = self.crop_fraction * width, self.crop_fraction * height
         else:
             wide = self.crop_fraction * min(width, height * columns / rows)
@@ -158,7 +169,7 @@ def load_image(
             lying, upright = fit, (width, height)
             if turn in _SWAPPING:
                 lying, upright = fit.turned(), (height, width)
-            rows, columns = lying.size
+            rows, columns = lying.made(width, height)
             box = lying.box(width, height)
             left, top, right, bottom = fit.box(*upright)
             pixels = _reduce(image, (columns, rows), box, _FILTERS[fit.filter], turn)
@@ -242,7 +253,7 @@ def _draft(image: Image.Image, fit: Fit, thumbnail: bool) -> None:
         *[_SMALL] * thumbnail,
     ):  # whether it is turned is known only later
         left, top, right, bottom = one.box(*image.size)
-        rows, columns = one.size
+        rows, columns = one.made(*image.size)
         across, down = columns / (right - left), rows / (bottom - top)
         wanted.append((2 * across * image.width, 2 * down * image.height))
     width, height = (math.ceil(max(sides)) for sides in zip(*wanted, strict=True))

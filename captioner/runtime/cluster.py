@@ -214,7 +214,11 @@ class PoolPlan:
 
 
 def plan_pool(
-    images: int, *, size: int | None = None, cpus_per_actor: int | None = None
+    images: int,
+    *,
+    size: int | None = None,
+    cpus_per_actor: int | None = None,
+    memory: int | None = None,
 ) -> PoolPlan:
     """Model actors for the cluster as it stands: one per GPU, else CPU actors that cover each node's cores.
 
@@ -227,6 +231,7 @@ def plan_pool(
         images: how many there are to do; few get few actors.
         size: number of actors, to override the plan.
         cpus_per_actor: threads of one actor on CPU, to override the plan.
+        memory: bytes that an actor on CPU takes; there are no more, but one, than the cluster has room for.
 
     Raises:
         ConfigError: the cluster has too few CPUs for a pipeline.
@@ -237,6 +242,8 @@ def plan_pool(
             "cluster must keep a worker up)"
         )
     most = max(1, -(-images // _LEAST_IMAGES))
+    if memory is not None and not num_gpus():
+        most = min(most, max(1, int(ray.cluster_resources().get("memory", 0)) // memory))
     if gpus := num_gpus():
         return PoolPlan(size or min(gpus, most), num_gpus=1, threads=1)
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]

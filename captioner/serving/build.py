@@ -9,7 +9,8 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
-from captioner.artifacts.model_directory import ModelDirectory, open_model
+from captioner.artifacts.model_directory import ModelDirectory
+from captioner.artifacts.models import Model, open_any
 from captioner.config import DecodeConfig, ReplicaSettings, ServeConfig
 from captioner.decoders import decoder_class
 from captioner.errors import ConfigError
@@ -48,7 +49,7 @@ def application(args: ServeConfig, kind: type[CaptionModel]) -> serve.Applicatio
     settings = ReplicaSettings(**args.model_dump(include=set(ReplicaSettings.model_fields)))
     handles = {
         name: model.options(name=deployment_name(name)).bind(
-            name, open_model(uri).uri, settings, args.max_upload_bytes
+            name, open_any(uri).uri, settings, args.max_upload_bytes
         )
         for name, uri in args.models.items()
     }
@@ -141,7 +142,7 @@ def describe_models(config: ServeConfig) -> dict[str, ModelCard]:
         ConfigError: a model cannot be searched as asked, or Ray Serve is set to a proxy that cannot be guarded.
     """
     _refuse_ha_proxy()
-    models = {name: open_model(uri) for name, uri in config.models.items()}
+    models = {name: open_any(uri) for name, uri in config.models.items()}
     default = next(iter(models))
     return {
         name: _card(name, model, model.search(config.search_of(name)), name == default)
@@ -149,11 +150,16 @@ def describe_models(config: ServeConfig) -> dict[str, ModelCard]:
     }
 
 
-def _card(name: str, model: ModelDirectory, decode: DecodeConfig, default: bool) -> ModelCard:
+def _card(name: str, model: Model, decode: DecodeConfig, default: bool) -> ModelCard:
+    version = model.version[:12]
+    if not isinstance(model, ModelDirectory):
+        return ModelCard(
+            name=name, version=version, decoder=model.kind, decode=decode, default=default
+        )
     record, spec = model.record, model.record.encoder.spec
     return ModelCard(
         name=name,
-        version=model.version[:12],
+        version=version,
         decoder=record.decoder.kind,
         encoder=EncoderCard(family=spec.family, name=spec.name, layer=spec.layer),
         vocabulary_size=record.vocabulary_size,

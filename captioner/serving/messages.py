@@ -100,11 +100,14 @@ class ModelCard(Message):
 
     name: str
     version: str
-    """Beginning of the SHA-256 of its weights."""
+    """Beginning of the SHA-256 of its weights or, of a model of transformers, of its files."""
     decoder: str
-    encoder: EncoderCard
-    vocabulary_size: int
-    attention: bool
+    """What writes: a kind of decoder or, of transformers, of model."""
+    encoder: EncoderCard | None = None
+    """None of models of transformers, which are one network."""
+    vocabulary_size: int | None = None
+    """Words; None of models of transformers, which write parts of words."""
+    attention: bool = False
     """Whether it can say where it looked."""
     decode: DecodeConfig
     """Search for its captions where a request asks for nothing else."""

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from captioner.artifacts.model_directory import check_search
 from captioner.captioning.captioner import Candidate, Caption, Captioner
 from captioner.config import DecodeConfig, ReplicaSettings
 from captioner.errors import CaptionerError, ConfigError
@@ -52,7 +51,7 @@ class CaptionModel:
         """
         self._name = name
         self._captioner = Captioner.load(uri, prepare_device(threads=settings.threads))
-        self._version = self._captioner.model.directory.version[:12]
+        self._version = self._captioner.opened.version[:12]
         self._queue: ModelQueue[_Item, Caption] = ModelQueue(
             self._run,
             max_batch_size=settings.max_batch_size,
@@ -60,12 +59,9 @@ class CaptionModel:
             max_bytes=max_bytes,
             timeout_s=settings.request_timeout_s,
         )
-        fit = self._captioner.model.record.encoder.spec.fit
+        fit = self._captioner.opened.fit
         self._loader = Loader(fit, settings.limits, settings.max_loading_bytes)
-        for module in self._captioner.model.decoder.modules():
-            # Every step of a search ends in it.
-            if isinstance(output := getattr(module, "output", None), torch.nn.Module):
-                output.register_forward_pre_hook(lambda *_: self._queue.step())
+        self._captioner.on_step(self._queue.step)
         self._warm_up(settings.max_batch_size)
 
     async def caption(
@@ -81,9 +77,8 @@ class CaptionModel:
         Yields:
             None once they are loaded; then the answer, or the error with which the request is refused.
         """
-        model = self._captioner.model
         try:
-            check_search(decode, model.vocabulary, ngrams=model.ngrams is not None)
+            self._captioner.check(decode)
         except ConfigError as error:
             yield RequestError(ErrorCode.BAD_PARAMETER, str(error))
             return
@@ -134,14 +129,14 @@ class CaptionModel:
     def _run(self, items: list[_Item]) -> Ran[Caption]:
         """One forward pass for all; the search once for each of the configurations asked for."""
         started = time.monotonic()
-        features = self._captioner.encode(np.stack([item.pixels for item in items]))
+        features = self._captioner.encode([item.pixels for item in items])
         if self._captioner.device.type == "cuda":
             torch.cuda.synchronize()
         encoded = time.monotonic()
         found: list[Caption | None] = [None] * len(items)
         for decode in {item.decode for item in items}:
             places = [place for place, item in enumerate(items) if item.decode == decode]
-            chosen = {name: column[places] for name, column in features.items()}
+            chosen = self._captioner.choose(features, places)
             for place, caption in zip(
                 places, self._captioner.caption_features(chosen, decode), strict=True
             ):
@@ -161,7 +156,7 @@ class CaptionModel:
         pixels = found.pixels
         for size in {1, max_batch_size}:
             self._run([_Item(pixels, PROBE_DECODE)] * size)
-        own = self._captioner.model.record.decode
+        own = self._captioner.opened.decode
         self._queue.note(Work(1, own.work), self._run([_Item(pixels, own)]))
 
 

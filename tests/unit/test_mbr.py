@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captioner.artifacts.model_directory import LoadedModel
-from captioner.captioning.captioner import Captioner
+from captioner.captioning.captioner import DecoderCaptioner
 from captioner.config import DecodeConfig, DecodeOverrides
 from captioner.decoders.base import Features, State
 from captioner.decoders.ensemble import members_of
@@ -173,7 +173,7 @@ def test_a_sample_is_not_compared_with_itself() -> None:
 def test_the_captioner_ranks_by_utility_when_asked() -> None:
     decoder = small_decoder()
     vocabulary = Vocabulary.build([[f"w{number}" for number in range(VOCABULARY - UNK - 1)]])
-    captioner = Captioner(LoadedModel(None, vocabulary, decoder, RARE), "cpu")
+    captioner = DecoderCaptioner(LoadedModel(None, vocabulary, decoder, RARE), "cpu")
     plain = DecodeConfig(beam_size=5, max_length=8)
     asked = plain.model_copy(update={"mbr_samples": 30})
     column = features(30)

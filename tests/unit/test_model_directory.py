@@ -22,7 +22,7 @@ from captioner.artifacts.model_directory import (
     pack_weights,
     unpack_weights,
 )
-from captioner.captioning.captioner import Captioner
+from captioner.captioning.captioner import Captioner, DecoderCaptioner
 from captioner.config import DecodeConfig, DecodeOverrides, DecoderConfig
 from captioner.decoders import build_decoder
 from captioner.decoding.cider import NGramFrequencies
@@ -185,7 +185,7 @@ def test_a_search_with_n_grams_is_refused_of_a_model_without(
     with pytest.raises(ConfigError, match=refused):
         plain.directory.search(asked)
     with pytest.raises(ConfigError, match=refused):
-        Captioner(plain, "cpu").caption_features(
+        DecoderCaptioner(plain, "cpu").caption_features(
             {"pooled": torch.zeros(1, SHAPE.pooled_channels)}, DecodeConfig(mbr_samples=7)
         )
 
