@@ -90,6 +90,8 @@ class Loader:
             return RequestError(ErrorCode.OVERLOADED)
         try:
             with self._budget.hold(loading_bytes(data, self._fit, self._limits)):
+                if time.monotonic() > deadline:  # it waited too long for its share
+                    return RequestError(ErrorCode.OVERLOADED)
                 [found] = self._fence.load([data])
         except ImageError as error:  # of its header alone
             found = error

@@ -70,6 +70,22 @@ def test_picture_that_kills_is_refused_and_the_others_are_loaded() -> None:
     assert killed.code is ErrorCode.NOT_AN_IMAGE
 
 
+def test_what_has_waited_too_long_for_memory_is_not_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loader = Loader(FIT, ImageLimits(), 2**30)
+    loaded: list[object] = []
+    monkeypatch.setattr(loader._fence, "load", loaded.append)
+    with ThreadPoolExecutor(1) as pool:
+        with loader._budget.hold(2**30):
+            waiting = pool.submit(loader.load, picture(0), time.monotonic() + 0.2)
+            time.sleep(0.4)
+        found = waiting.result()
+    assert isinstance(found, RequestError)
+    assert found.code is ErrorCode.OVERLOADED
+    assert not loaded
+
+
 def test_machine_without_room_is_a_busy_one(monkeypatch: pytest.MonkeyPatch) -> None:
     loader = Loader(FIT, ImageLimits(), 2**30)
 

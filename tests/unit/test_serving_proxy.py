@@ -13,10 +13,12 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+import uvloop
 
-from captioner.serving import proxy
+from captioner.serving import connection
+from captioner.serving.connection import BoundedProtocol, TlsProtocol, make_connection
 from captioner.serving.guard import Guard, GuardSettings
-from captioner.serving.proxy import SETTINGS, BoundedProtocol, middlewares
+from captioner.serving.proxy import SETTINGS, bound_connections, middlewares
 from captioner.serving.tokens import TOKENS
 from tests.certificate import write_certificate
 
@@ -24,6 +26,8 @@ from tests.certificate import write_certificate
 @pytest.fixture(autouse=True)
 def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uvicorn.config, "HTTP_PROTOCOLS", dict(uvicorn.config.HTTP_PROTOCOLS))
+    monkeypatch.setattr(uvicorn.config, "create_ssl_context", uvicorn.config.create_ssl_context)
+    monkeypatch.setattr(TlsProtocol, "context", None)
     monkeypatch.delenv(SETTINGS, raising=False)
     monkeypatch.delenv(TOKENS, raising=False)
 
@@ -31,8 +35,8 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     found: Counter[str] = Counter()
-    monkeypatch.setattr(proxy, "count_rejected", lambda code: found.update([code]))
-    monkeypatch.setattr(proxy, "count_request", lambda *_: None)
+    monkeypatch.setattr(connection, "count_rejected", lambda code: found.update([code]))
+    monkeypatch.setattr(connection, "count_request", lambda *_: None)
     return found
 
 
@@ -41,7 +45,7 @@ def test_servers_made_afterwards_cut_off_slow_clients(monkeypatch: pytest.Monkey
     middlewares()
     config = uvicorn.Config(lambda: None, factory=True, log_config=None)  # as Ray Serve makes it
     config.load()
-    assert config.http_protocol_class is BoundedProtocol
+    assert config.http_protocol_class is make_connection
     assert BoundedProtocol.settings.upload_timeout_s == 7
 
 
@@ -76,7 +80,7 @@ async def listening(
     BoundedProtocol.settings = GuardSettings(**bounds)
     BoundedProtocol.addresses.clear()
     BoundedProtocol.reserve.clear()
-    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{proxy.__name__}:{BoundedProtocol.__name__}"
+    bound_connections()
     ssl_certfile, ssl_keyfile = certificate or (None, None)
     config = uvicorn.Config(
         lambda: application, factory=True, port=0, log_config=None, access_log=False, lifespan="off",
@@ -112,12 +116,18 @@ async def say(port: int, *pieces: bytes) -> bytes:
     return found
 
 
-def run(talk: Callable[[int], Awaitable[None]], application: Any = app, **bounds: Any) -> None:
+def run(
+    talk: Callable[[int], Awaitable[None]],
+    application: Any = app,
+    new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+    **bounds: Any,
+) -> None:
     async def main() -> None:
         async with listening(application, **bounds) as port:
             await talk(port)
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(main())
 
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n"
@@ -185,7 +195,7 @@ def test_connections_are_bounded_and_their_places_free_again(counted: Counter[st
 def test_health_is_answered_beyond_the_bounds_and_nothing_else(
     bound: str, counted: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy, "_RESERVE_S", 0.3)
+    monkeypatch.setattr(connection, "_RESERVE_S", 0.3)
 
     async def talk(port: int) -> None:
         first = await asyncio.open_connection("127.0.0.1", port)
@@ -290,7 +300,12 @@ def test_what_is_no_request_is_told_in_json(counted: Counter[str]) -> None:
     run(talk)
 
 
-def test_the_same_holds_behind_a_certificate(tmp_path: Path, counted: Counter[str]) -> None:
+@pytest.mark.parametrize(
+    "new_loop", [asyncio.new_event_loop, uvloop.new_event_loop]
+)  # Ray takes uvloop
+def test_the_same_holds_behind_a_certificate(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path, counted: Counter[str]
+) -> None:
     certificate = write_certificate(tmp_path)
     trusting = ssl.create_default_context(cafile=certificate[0])
 
@@ -309,5 +324,23 @@ def test_the_same_holds_behind_a_certificate(tmp_path: Path, counted: Counter[st
             writer.close()
         await asyncio.sleep(0.2)
         assert BoundedProtocol.addresses.total() == 0
+        # Without a word of TLS, in rubbish, and in the middle of a handshake.
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+        for number, (_, writer) in enumerate(silent):
+            writer.write([b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01"][number % 3])
+        await asyncio.sleep(0.2)
+        assert BoundedProtocol.addresses.total() <= 3
+        assert BoundedProtocol.reserve.total() <= 4
+        ended = await asyncio.wait_for(
+            asyncio.gather(*(reader.read() for reader, _ in silent), return_exceptions=True), 5
+        )
+        assert len(ended) == 20
+        for _, writer in silent:
+            writer.close()
+        await asyncio.sleep(0.1)
+        assert BoundedProtocol.addresses.total() == BoundedProtocol.reserve.total() == 0
+        async with httpx.AsyncClient(verify=trusting, base_url=f"https://127.0.0.1:{port}") as http:
+            assert (await http.post("/", content=bytes(100_000))).text == "got 100000"
 
-    run(talk, certificate=certificate, max_header_bytes=2048, max_connections=3)
+    bounds = {"max_header_bytes": 2048, "max_connections": 3, "upload_timeout_s": 1}
+    run(talk, new_loop=new_loop, certificate=certificate, **bounds)
