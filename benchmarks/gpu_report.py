@@ -62,7 +62,7 @@ class _Size:
 
 
 _WHOLE = _Size(512, 40, 4000, None, 150, 512, (1, 8, 32, 64))
-_SMOKE = _Size(40, 3, 100, 32, 5, 32, (2,))
+_SMOKE = _Size(40, 30, 100, 32, 5, 32, (2,))
 
 
 class Figure(Record):

@@ -153,7 +153,10 @@ def run_pipeline(
         ProgressLine(total, already, counter=counter, actors=pool.size) as progress,
     ):
         _configure(context, checkpoint, filesystem, store_bytes(pool))
-        pace = Pace(pool.size, rows_per_file(total, schema), most_rows=max(MOST_ROWS, batch_size))
+        of_a_file = rows_per_file(total, schema)
+        # What a task gives is never cut for two files.
+        most = max(MOST_ROWS, min(batch_size, of_a_file))
+        pace = Pace(pool.size, of_a_file, most_rows=most)
         _steer(context, pace, stage, batch_size)
         images = ray.data.read_datasource(
             source.images(done, retry_seconds=retry_seconds), num_cpus=TASK_CPUS
