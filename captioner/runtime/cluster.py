@@ -56,6 +56,7 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     SCREEN.hide_others()
+    SCREEN.wait_for("starting Ray")
     # A job's Ray says what it has to say in its log; that of a notebook says it there.
     options: dict[str, Any] = {"log_to_driver": not SCREEN.quiet}
     if address := os.environ.get("RAY_ADDRESS"):
@@ -77,6 +78,7 @@ def start_ray() -> None:
         start_local_ray(**options)
     lifeline.joined()
     SCREEN.keep_log(ray_private.logs())
+    SCREEN.pass_by("", last=True)
     resources = ray.cluster_resources()
     logger.info(
         "Ray: %d CPUs, %d GPUs%s",

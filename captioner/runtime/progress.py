@@ -246,6 +246,7 @@ class MessageLog:
         self._ticker = Ticker(self._drain)
 
     def __enter__(self) -> "MessageLog":
+        SCREEN.wait_for("starting the workers")
         self._ticker.__enter__()
         return self
 

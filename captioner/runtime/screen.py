@@ -72,6 +72,8 @@ class Screen:
         try:
             yield
         finally:
+            # What ended the block has the last word.
+            self.pass_by("", last=True)
             for logger, handler in handlers:
                 logger.removeHandler(handler)
 
@@ -123,6 +125,11 @@ class Screen:
         """The same from a thread that ends the process, whatever other threads are at."""
         clear = _CLEAR if self._is_terminal else ""
         os.write(self._shown.get(_ERR, _ERR), f"{clear}{text}\n".encode(errors="backslashreplace"))
+
+    def wait_for(self, text: str) -> None:
+        """What takes a while now, on a terminal, until the next line."""
+        if self._is_terminal:
+            self.pass_by(f"{text} ...")
 
     def pass_by(self, text: str, *, last: bool = False) -> None:
         """A line that the next of its kind replaces on a terminal; in a log, one every ten seconds and the ``last``.

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import subprocess
 import sys
 import tempfile
@@ -126,6 +127,24 @@ SCREEN.show("asked for")"""
     assert before == f"1 of 3{clear}"
     assert len(long) < 500
     assert after == [f"a line\n{long}", "3 of 3\nasked for\n"]
+
+
+def test_an_error_is_the_last_thing_on_a_terminal(tmp_path: Path) -> None:
+    program = f"""{BEGIN}
+from captioner.errors import StoreError
+def job(config):
+    SCREEN.wait_for("starting")
+    raise StoreError("nothing is there")
+command_line.run(job, DemoConfig)"""
+    done = subprocess.run(
+        ["script", "-qec", f"'{sys.executable}' -c \"$PROGRAM\"", "/dev/null"],
+        cwd=ROOT, env=os.environ | {"PROGRAM": program}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    shown = done.stdout.replace("\n", "")
+    assert re.fullmatch(r"starting \.\.\.(\s*\033\[K)+error: nothing is there\s*", shown), repr(
+        shown
+    )
 
 
 def test_a_log_has_a_line_of_progress_now_and_then_and_the_last(tmp_path: Path) -> None:
