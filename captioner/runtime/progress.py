@@ -260,7 +260,9 @@ class MessageLog:
             lines, passing = ray.get(self.actor.take.remote(), timeout=10)
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return  # lines are for people to look at; training goes on without them
+        if lines:
+            SCREEN.pass_by("", last=True)
         for line in lines:
             self._target.info(line)
-        if passing or lines:
+        if passing:
             SCREEN.pass_by(passing)
