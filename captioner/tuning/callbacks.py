@@ -26,9 +26,13 @@ class ReportEpochs(TuneReportCallback):
 class EpochLines(TrialProgressCallback):
     """A line in the log for every epoch of a trial, where Tune would print its results."""
 
-    def __init__(self, config: TuneConfig, metric: str):
+    def __init__(self, config: TuneConfig, metric: str, number: int):
+        """
+        Args:
+            number: of trials, which Tune makes one after the other.
+        """
         super().__init__()
-        self._epochs, self._judged_by = config.max_epochs, metric
+        self._epochs, self._judged_by, self._number = config.max_epochs, metric, number
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
@@ -47,7 +51,7 @@ class EpochLines(TrialProgressCallback):
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         found = Counter(trial.status for trial in trials)
         over = found["TERMINATED"] + found["ERROR"]
-        SCREEN.pass_by(f"{over} of {len(trials)} trials over, {found['RUNNING']} running")
+        SCREEN.pass_by(f"{over} of {self._number} trials over, {found['RUNNING']} running")
 
     def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
         SCREEN.pass_by("", last=True)

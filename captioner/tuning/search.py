@@ -185,7 +185,7 @@ def _run_trials(
                 name="search",
                 storage_path=folder,
                 failure_config=tune.FailureConfig(max_failures=config.trial_retries),
-                callbacks=[EpochLines(config, metric)],
+                callbacks=[EpochLines(config, metric, len(waiting))],
                 verbose=0,
             ),
         )
