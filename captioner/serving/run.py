@@ -18,6 +18,7 @@ from captioner.config import ServeConfig
 from captioner.errors import ConfigError, ModelError
 from captioner.images.load import HEIF_EXTRA, has_loader
 from captioner.runtime.cluster import start_ray
+from captioner.runtime.screen import SCREEN
 from captioner.serving import proxy
 from captioner.serving.build import application, describe_models
 from captioner.serving.guard import GuardSettings, drain
@@ -59,7 +60,9 @@ def serve_models(config: ServeConfig, kind: type[CaptionModel] = CaptionModel) -
             tokens = "with" if guard.token_digests else "WITHOUT"
             logger.warning("listening on %s: open to the network, %s tokens", config.host, tokens)
         try:
+            SCREEN.wait_for("starting the service")
             deploy(config, kind)
+            SCREEN.pass_by("", last=True)
             signals = [threading.Event(), threading.Event()]
 
             def stop(*_: object) -> None:
