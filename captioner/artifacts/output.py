@@ -149,12 +149,17 @@ class Output:
         """Delete what a job left unfinished here. What no job writes stays, and so does what is published."""
         paths = [file.path for file in list_files(self.root)]
         copies = (WORK, "model") if claim["job"] == "tune" else (WORK,)
-        for path in paths:
-            if path.endswith(f"/{MANIFEST}") and path.split("/")[0] not in copies:
-                raise StoreError(
-                    f"{self.root} holds a published directory, {path.removesuffix(f'/{MANIFEST}')}, and is not "
-                    "cleared: choose another"
-                )
+        inner = [path for path in paths if "/" in path and path.split("/")[0] not in copies]
+        for name, what in (
+            (MANIFEST, "published directory"),
+            (CLAIM, "directory of another run"),
+        ):
+            for path in inner:
+                if path.endswith(f"/{name}"):
+                    folder = path.removesuffix(f"/{name}")
+                    raise StoreError(
+                        f"{self.root} holds a {what}, {folder}, and is not cleared: choose another"
+                    )
         # Whoever is killed from here on leaves a directory that is nobody's, and that the next run clears.
         write_bytes(self.uri(CLAIM), json.dumps({"job": claim["job"], CLEARED: True}).encode())
         names = (

@@ -14,6 +14,7 @@ from captioner import storage
 from captioner.artifacts.collection import Tables
 from captioner.artifacts.feature_store import FeatureStore
 from captioner.artifacts.manifests import (
+    MANIFEST,
     Counts,
     EncoderRecord,
     FileEntry,
@@ -195,9 +196,9 @@ def _choose_encoder(
     family, _ = family_of(config.encoder.name)
     tensors, weights = family.weights(config.encoder)
     start_ray()
-    begun = config.encoder.compute == "auto" and not config.restart
-    compute = _begun_with(config.output) if begun else None
-    compute = compute or compute_on_cluster(config.encoder.compute)
+    compute = _begun_with(config.output, restart=config.restart)
+    if config.encoder.compute != "auto" or compute is None:
+        compute = compute_on_cluster(config.encoder.compute)
     spec = family.spec(config.encoder, tensors, compute)
     if base is not None:
         there = base.manifest.encoder.spec.model_dump(mode="json")
@@ -241,8 +242,11 @@ def compute_on_cluster(requested: Literal["auto"] | Compute) -> Compute:
     return compute
 
 
-def _begun_with(output: str) -> Compute | None:
-    """The arithmetic of the run that began in ``output``, which it keeps on whatever machine it goes on."""
+def _begun_with(output: str, *, restart: bool) -> Compute | None:
+    """The arithmetic of the run that began in ``output``, which it keeps on whatever machine it goes on; None where
+    none did, or where it is to begin anew, which what is published never does."""
+    if restart and not storage.exists(storage.join(output, MANIFEST)):
+        return None
     claim = storage.join(output, CLAIM)
     found = storage.read_json(claim) if storage.exists(claim) else None
     encoder = found.get("encoder") if isinstance(found, dict) else None

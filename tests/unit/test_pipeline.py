@@ -1,13 +1,16 @@
 """How much a run of Ray Data loads, encodes and writes at a time, and what is said of one that fails."""
 
 import errno
+from pathlib import Path
 
 import pytest
 from ray.exceptions import RayTaskError
 
+from captioner.artifacts.output import Output
 from captioner.artifacts.tables import feature_rows
 from captioner.encoders.spec import FeatureShape
 from captioner.errors import OutOfReachError, StoreError
+from captioner.features.extract import _begun_with
 from captioner.features.pace import (
     FILE_SECONDS,
     FIRST_ROWS,
@@ -108,6 +111,18 @@ def test_an_error_of_ours_comes_back_from_a_task_as_it_was_raised() -> None:
         assert "\n" not in str(found)
     ours = RayTaskError("task", "a traceback", KeyError("x"), "task", 1, "127.0.0.1")
     assert _told(ours.as_instanceof_cause(), "s3://b/out") is None
+
+
+def test_a_run_keeps_its_arithmetic_and_what_is_published_does_whatever_is_asked(
+    tmp_path: Path,
+) -> None:
+    root = str(tmp_path)
+    assert _begun_with(root, restart=False) is None
+    Output(root, {"job": "extract_features", "encoder": {"precision": "bfloat16"}}).close()
+    assert _begun_with(root, restart=False) == "bfloat16"
+    assert _begun_with(root, restart=True) is None
+    (tmp_path / "manifest.json").write_text("{}")
+    assert _begun_with(root, restart=True) == "bfloat16"
 
 
 @pytest.mark.parametrize("seconds", [0.0001, 0.05, 0.3, 1.5, 7.0])
