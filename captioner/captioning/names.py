@@ -3,7 +3,7 @@
 import hashlib
 import posixpath
 import re
-from typing import Any
+from collections.abc import Callable
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,27 +11,29 @@ import pyarrow.compute as pc
 from captioner.artifacts.collection import Tables
 from captioner.artifacts.manifests import SourceIdentity
 from captioner.artifacts.tables import CAPTIONED_ROWS
+from captioner.captioning.rows import Row
 
-_PLACES = pa.schema([CAPTIONED_ROWS.field("image_id"), CAPTIONED_ROWS.field("uri")])
+PLACES = pa.schema([CAPTIONED_ROWS.field("image_id"), CAPTIONED_ROWS.field("uri")])
 # Of a file's name, in bytes.
 _LONGEST = 255
-
-Row = dict[str, Any]
 
 
 class Names:
     """Paths of what is written of a picture: like the picture's own, and for each another."""
 
-    def __init__(self, tables: Tables, *, beside: bool):
+    def __init__(
+        self, tables: Tables, *, beside: bool, edit: Callable[[str], str] = lambda path: path
+    ):
         """
         Args:
             beside: what is written lies next to the pictures, so paths are theirs, absolute, whatever their ids.
+            edit: changes paths of others.
         """
-        self._beside = beside
+        self._beside, self._edit = beside, edit
         found, stems = [], []
         for entry in tables.entries():
             source = tables.source(entry)
-            for table in tables.rows([entry], _PLACES):
+            for table in tables.rows([entry], PLACES):
                 paths = [self._path(source, row) for row in table.to_pylist()]
                 found.append(pa.array(paths, pa.string()))
                 stems.append(pa.array([_stem(path) for path in paths], pa.string()))
@@ -73,7 +75,7 @@ class Names:
                 path = prefix + row["uri"][len(root) + 1 :]
                 break
         parts = [re.sub(r"[\0-\x1f]", "_", part) for part in path.split("/")]
-        return "/".join("_" if part in ("", ".", "..") else part for part in parts)
+        return self._edit("/".join("_" if part in ("", ".", "..") else part for part in parts))
 
 
 def _stem(path: str) -> str:

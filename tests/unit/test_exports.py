@@ -150,6 +150,53 @@ def test_datasets_opens_the_imagefolder(photos: Path, tmp_path: Path, beside: bo
     assert found[0]["image"].size == (96, 72)
 
 
+def loaded(place: Path, cache: Path) -> dict[str, list[str]]:
+    found = datasets.load_dataset("imagefolder", data_dir=str(place), cache_dir=str(cache))
+    return {split: sorted(rows["text"]) for split, rows in found.items()}
+
+
+SPLIT = {
+    "folders": ["train/1.jpg", "train/deep/2.jpg", "test set/3.jpg"],
+    "some folders": ["1.jpg", "val/2.jpg", "val~/2.jpg"],
+    "files": ["1.jpg", "my-test.jpg"],
+    "none": ["1.jpg", "contest/2.jpg", "validate.jpg"],
+}
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("names", SPLIT)
+def test_datasets_finds_every_caption_whatever_it_takes_for_splits(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    names: str,
+    beside: bool,
+) -> None:
+    captions = {name: f"caption of {name}" for name in SPLIT[names]}
+    monkeypatch.setattr(f"{__name__}.CAPTIONS", captions)
+    photos = tmp_path / "photos"
+    for number, name in enumerate(captions):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).write_bytes(picture(number))
+    root, listed = export(photos, format="imagefolder", beside=beside, copy_pictures=not beside)
+    assert sum(entry.rows or 0 for entry in listed) == (0 if beside else 3 - (names == "files"))
+    place, cache = photos if beside else root / "imagefolder", tmp_path / "cache"
+    whole = {"train": sorted(captions.values())}
+    by_folder = {
+        "train": ["caption of train/1.jpg", "caption of train/deep/2.jpg"],
+        "test": ["caption of test set/3.jpg"],
+    }
+    told = "imagefolder: datasets takes words such as test in names for splits"
+    lost = beside and names in ("some folders", "files")
+    assert any(line.startswith(told) for line in caplog.messages) == lost
+    if names == "folders":
+        assert loaded(place, cache) == by_folder
+    elif not lost:
+        assert loaded(place, cache) == whole
+    elif names == "some folders":
+        assert loaded(place, cache) == {"validation": ["caption of val/2.jpg"]}
+
+
 @pytest.mark.parametrize("name", ["../../out.jpg", "/etc/passwd.jpg", "a//b.jpg", "./c.jpg"])
 def test_no_id_leads_out_of_the_tree(
     photos: Path, monkeypatch: pytest.MonkeyPatch, name: str
