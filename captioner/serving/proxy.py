@@ -39,8 +39,11 @@ def bound_connections() -> None:
 
 
 def proxy_settings() -> GuardSettings:
-    """From the environment of the proxy's node: ``CAPTIONER_GUARD`` (JSON) for all of them, else the tokens alone."""
-    text = os.environ.get(SETTINGS)
-    if text:
-        return GuardSettings.model_validate_json(text)
-    return GuardSettings(token_digests=digest_tokens(read_tokens(None)))
+    """From the environment of the proxy's node: ``CAPTIONER_GUARD`` (JSON), and the tokens of ``CAPTIONER_TOKENS``.
+
+    Raises:
+        ConfigError: the tokens cannot be used.
+    """
+    settings = GuardSettings.model_validate_json(os.environ.get(SETTINGS) or "{}")
+    digests = dict.fromkeys((*settings.token_digests, *digest_tokens(read_tokens(None))))
+    return settings.model_copy(update={"token_digests": tuple(digests)})

@@ -16,6 +16,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from captioner.config import ExtractConfig, ServeConfig
 from captioner.runtime import command_line
+from captioner.serving import proxy
+from captioner.serving.guard import GuardSettings
+from captioner.serving.tokens import TOKENS
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = {"rayVersion", "authOptions", "gcsFaultToleranceOptions", "enableInTreeAutoscaling",
@@ -97,8 +100,14 @@ def test_service_is_one_that_ray_serve_and_the_application_accept() -> None:
     assert config.applications[0].import_path == "captioner.serving.build:build_app"
     # The proxies' guard is what keeps a service that listens for its pods' network behind tokens.
     for group in cluster_of(load("rayservice.yaml"))["workerGroupSpecs"]:
-        names = {variable["name"] for variable in group["template"]["spec"]["containers"][0]["env"]}
-        assert names == {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "CAPTIONER_TOKENS"}
+        variables = {
+            variable["name"]: variable.get("value")
+            for variable in group["template"]["spec"]["containers"][0]["env"]
+        }
+        assert variables.keys() == {proxy.CALLBACK, proxy.SETTINGS, TOKENS}
+        assert variables[proxy.CALLBACK] == proxy.CALLBACK_PATH
+        guard = GuardSettings.model_validate_json(variables[proxy.SETTINGS])
+        assert guard.max_connections_per_address == guard.max_connections
 
 
 def test_two_versions_of_the_service_fit_its_workers_and_none_fits_the_head() -> None:

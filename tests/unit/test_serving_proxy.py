@@ -18,8 +18,8 @@ import uvloop
 from captioner.serving import connection
 from captioner.serving.connection import BoundedProtocol, TlsProtocol, make_connection
 from captioner.serving.guard import Guard, GuardSettings
-from captioner.serving.proxy import SETTINGS, bound_connections, middlewares
-from captioner.serving.tokens import TOKENS
+from captioner.serving.proxy import SETTINGS, bound_connections, middlewares, proxy_settings
+from captioner.serving.tokens import TOKENS, digest_tokens
 from tests.certificate import write_certificate
 
 
@@ -60,6 +60,16 @@ def test_tokens_come_from_the_environment_of_the_node(
     kept: Any = one.kwargs["settings"]
     assert len(kept.token_digests) == 1
     assert "secret" not in kept.token_digests
+
+
+def test_bounds_in_the_environment_leave_its_tokens_in_force(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(SETTINGS, '{"max_connections_per_address": 7, "token_digests": []}')
+    monkeypatch.setenv(TOKENS, "secret")
+    settings = proxy_settings()
+    assert settings.max_connections_per_address == 7
+    assert settings.token_digests == digest_tokens(["secret"])
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
