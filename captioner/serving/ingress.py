@@ -7,7 +7,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
-from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
@@ -23,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 Response = TypeVar("Response", bound=DeploymentResponse[Any] | DeploymentResponseGenerator[Any])
 
+# A replica died, or what it said was lost with its node.
+_LOST = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError)
 # A request whose replica died is asked once more.
 _ATTEMPTS = 2
 _PROBE_TIMEOUT_S = 5.0
@@ -135,7 +145,7 @@ class CaptionApi(CaptionService):
             except asyncio.CancelledError:
                 response.cancel()
                 raise
-            except (RayActorError, TaskCancelledError) as error:
+            except (*_LOST, TaskCancelledError) as error:
                 logger.warning("a replica was lost: %s", " ".join(str(error).split())[:200])
         raise RequestError(ErrorCode.OVERLOADED)
 
@@ -156,7 +166,7 @@ async def _last(response: DeploymentResponseGenerator[Any]) -> Any:
             if found is not None:
                 return found
             loaded = True
-    except RayActorError:
+    except _LOST:
         if loaded:
             raise
         raise RequestError(ErrorCode.REPLICA_LOST) from None

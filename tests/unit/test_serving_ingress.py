@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, WorkerCrashedError
 
 from captioner.config import DecodeConfig, ServeConfig
 from captioner.serving.errors import ErrorCode, RequestError
@@ -110,6 +110,24 @@ def test_request_whose_replica_died_is_asked_once_more_within_its_time() -> None
         ask(twice)
     assert error.value.code is ErrorCode.OVERLOADED
     assert len(twice.left) == 1
+
+
+@pytest.mark.parametrize(
+    "lost", [WorkerCrashedError(), NodeDiedError("gone"), ObjectLostError("", ("", 0, ""), "")]
+)
+def test_answer_lost_with_its_node_is_asked_for_once_more(lost: Exception) -> None:
+    def replica(loads: bool) -> Replica:
+        async def loses() -> AsyncIterator[Any]:
+            if loads:
+                yield None
+            raise lost
+
+        return loses
+
+    assert ask(Handle(replica(True), good)).version == "v"
+    with pytest.raises(RequestError) as error:
+        ask(Handle(replica(False), good))
+    assert error.value.code is ErrorCode.REPLICA_LOST
 
 
 def test_pictures_that_were_being_loaded_when_a_replica_died_go_to_no_other() -> None:
