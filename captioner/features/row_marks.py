@@ -232,8 +232,15 @@ def _read(files: list[storage.FileInfo], schema: pa.Schema) -> Iterator[pa.Table
     """Columns of files, a table each, in their order."""
 
     def read(file: storage.FileInfo) -> pa.Table:
-        with storage.reading(file.uri), storage.open_input(file.uri) as handle:
-            return pq.read_table(handle, columns=schema.names).cast(schema)
+        try:
+            with storage.reading(file.uri), storage.open_input(file.uri) as handle:
+                return pq.read_table(
+                    handle, columns=schema.names, page_checksum_verification=True
+                ).cast(schema)
+        except storage.DamagedError as error:
+            raise StoreError(
+                f"{error}: delete it, and the same command does again what it held"
+            ) from error
 
     # On an object store each is a round trip or two. A group at a time, or all would be held at once.
     with ThreadPoolExecutor(_READERS) as threads:

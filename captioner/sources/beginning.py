@@ -90,11 +90,11 @@ def read_beginning(output: str, uri: str) -> Beginning | None:
 
 def _open(place: str) -> tuple[pa.Table, dict[str, Any]]:
     """A kept listing, and what is said of it."""
-    with storage.reading(place), storage.open_input(place) as handle:
-        table = pq.read_table(handle)
     try:
+        with storage.reading(place), storage.open_input(place) as handle:
+            table = pq.read_table(handle)
         return table, json.loads(table.schema.metadata[_ABOUT])
-    except (KeyError, TypeError, ValueError) as error:
+    except (storage.DamagedError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{place} is damaged: --restart begins anew") from error
 
 

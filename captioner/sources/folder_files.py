@@ -73,18 +73,22 @@ def _read_files(
     errors: list[str | None] = [None] * len(files)
     kinds: list[str | None] = [None] * len(files)
     waiting: deque[int] = deque()
+
+    def is_over(number: int, size: int) -> bool:
+        if size > max_bytes:
+            errors[number], kinds[number] = f"{size} bytes, over the limit of {max_bytes}", FINAL
+        return size > max_bytes
+
     for number, file in enumerate(files):
-        if file.size <= max_bytes:
+        if not is_over(number, file.size):
             waiting.append(number)
-            continue
-        errors[number] = f"{file.size} bytes, over the limit of {max_bytes}"
-        kinds[number] = FINAL
     outage = Outage(retry_seconds)
     while waiting:
         number = waiting.popleft()
         try:
             with filesystem.open_input_file(places[number]) as handle:
-                data[number] = handle.read()
+                if not is_over(number, handle.size()):  # it may have grown
+                    data[number] = handle.read()
             outage.over()
         except (OSError, pa.ArrowException) as problem:
             path = places[number]

@@ -129,6 +129,26 @@ def test_what_a_power_cut_or_another_run_took_is_done_again(
     assert len(finish_rows(output, "features", 3)) == 3
 
 
+@pytest.mark.parametrize("place", ["features/b_1-0.parquet", f"_work/{CHECKPOINT}/b_1.parquet"])
+def test_what_is_damaged_in_the_middle_says_the_way_out(output: Output, place: str) -> None:
+    write(output, "a_1", {"1": None})
+    write(output, "b_1", {str(number): None for number in range(2, 50)})
+    data = storage.read_bytes(output.uri(place))
+    storage.write_bytes(output.uri(place), data[:8] + bytes(24) + data[32:])
+    discard_unfinished(output, "features")
+    read = finished if place.startswith("_work") else lambda out: finish_rows(out, "features", 49)
+    with pytest.raises(
+        StoreError, match=rf"{place} is damaged: .*: delete it, and the same command"
+    ) as one:
+        read(output)
+    assert "\n" not in str(one.value)
+    storage.delete(output.uri(place))
+    discard_unfinished(output, "features")
+    assert len(finished(output)) == 1
+    write(output, "c_1", {str(number): None for number in range(2, 50)})
+    assert len(finish_rows(output, "features", 49)) == 49
+
+
 def test_a_pending_file_goes_with_all_its_marks(output: Output) -> None:
     write(output, "a_1", {"1": None})
     write(output, "b_1", {"2": None}, mark=".pending.parquet")

@@ -170,7 +170,7 @@ def test_what_another_source_began_with_is_none_of_ours(photos: Path, tmp_path: 
 def test_a_damaged_listing_is_refused_in_one_line(photos: Path, tmp_path: Path) -> None:
     begin(photos, tmp_path / "out")
     (tmp_path / "out" / LISTING).write_bytes(b"PAR1 and nothing")
-    with pytest.raises(StoreError, match=r"listing\.parquet is damaged: ") as one:
+    with pytest.raises(StoreError, match=r"listing\.parquet is damaged: --restart begins") as one:
         go_on(photos, tmp_path / "out")
     assert "\n" not in str(one.value)
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner import storage
+from captioner.config import ImageLimits
 from captioner.errors import OutOfReachError, StoreError
 from captioner.sources import open_source
 from captioner.sources.outage import patiently
@@ -265,6 +266,17 @@ def test_a_table_beside_pictures_that_cannot_be_read_now_is_out_of_reach(
         pytest.raises(OutOfReachError, match="AWS Error"),
     ):
         open_source(place)
+
+
+def test_a_file_that_has_grown_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.jpg", "b.jpg")
+    source = open_source(str(tmp_path), limits=ImageLimits(max_bytes=100))
+    (task,) = source.images().get_read_tasks(1)
+    with open(tmp_path / "a.jpg", "wb") as file:
+        file.truncate(2**40)
+    a, b = (row for table in task() for row in table.to_pylist())
+    assert (a["bytes"], a["error"]) == (None, f"{2**40} bytes, over the limit of 100")
+    assert b["bytes"] == picture("b.jpg")
 
 
 def test_a_file_with_fewer_rows_than_it_had_ends(tmp_path: Path) -> None:
