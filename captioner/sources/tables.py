@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from captioner.errors import SourceError
 from captioner.sources.columns import IMAGE_SUFFIX
 
-_SEPARATOR = re.compile(r"sep=(.)\n", re.I)  # Excel's first line
+_SEPARATOR = re.compile(r'("?)sep=(.)\1\n', re.I)  # Excel's first line
 # Kaggle's Flickr30k numbers the captions of an image, and lacks the bar after the number in line 20,001.
 _NUMBER_THEN_TEXT = re.compile(r"\s*(\d+)\s+(\S.*)", re.S)
 
@@ -70,13 +70,17 @@ def read_table(name: str, text: str, *, columns: int | None = None) -> Table:
     skipped = len(text) - len(body)
     delimiter = None
     if match := _SEPARATOR.match(body):
-        delimiter, body, skipped = match[1], body[match.end() :], skipped + 1
+        delimiter, body, skipped = match[2], body[match.end() :], skipped + 1
     first = body.partition("\n")[0]
     delimiter = delimiter or max("\t,|;", key=first.count)
     found = _strictly(body, delimiter) or _leniently(body, delimiter)
     rows = [(line + skipped, cells) for line, cells in found if any(map(str.strip, cells))]
     if not rows:
         return Table(name, delimiter, [], [])
+    width = len(rows[0][1])
+    if all(len(cells) == width + 1 and not cells[-1].strip() for _, cells in rows[1:]):
+        # A delimiter at the end of every line but the first.
+        rows[1:] = [(line, cells[:-1]) for line, cells in rows[1:]]
     if columns is not None:
         width = max(columns, min(len(cells) for _, cells in rows))
         return Table(name, delimiter, [str(number + 1) for number in range(width)], rows)

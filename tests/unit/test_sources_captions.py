@@ -337,3 +337,17 @@ def test_an_object_of_captions_by_image_is_no_record() -> None:
     about = {"name": "my set", "description": "dogs", "data": [{"image": "a.jpg", "text": "a dog"}]}
     found = parse_captions("captions.json", json.dumps(about).encode())
     assert found.captions == {"a.jpg": ["a dog"]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image,caption\na.jpg,a dog,\nb.jpg,a cat,\n",
+        "image,caption,\na.jpg,a dog,\nb.jpg,a cat,\n",
+        '"sep=;"\nimage;caption\na.jpg;a dog\nb.jpg;a cat\n',
+        "sep=;\nimage;caption\na.jpg;a dog;\nb.jpg;a cat;\n",
+    ],
+)
+def test_delimiters_that_spreadsheets_add_are_no_text(text: str) -> None:
+    found = parse_captions("captions.csv", text.encode())
+    assert found.captions == {"a.jpg": ["a dog"], "b.jpg": ["a cat"]}
