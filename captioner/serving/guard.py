@@ -38,8 +38,11 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-# Set by clients they would switch off Ray Serve's own time limit and its watch for clients that leave.
-_STRIPPED = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
+# What Ray Serve's proxy would let clients decide: its own time limit, its watch for clients that leave, the replica for
+# a request. It takes - and _ for the same.
+_STRIPPED = frozenset(
+    (b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id", b"x-session-id")
+)  # fmt: skip
 # A request whose replica of the API died is sent once more.
 _ATTEMPTS = 2
 # In the scope that a proxy hands to the API, where no client can put it.
@@ -134,11 +137,12 @@ class Guard:
             return
         started = time.perf_counter()
         headers = {name.lower(): value for name, value in scope["headers"]}
-        if not headers.get(_REQUEST_ID):
-            headers[_REQUEST_ID] = new_request_id().encode()
-            others = [one for one in scope["headers"] if one[0].lower() != _REQUEST_ID]
-            scope = {**scope, "headers": [*others, (_REQUEST_ID, headers[_REQUEST_ID])]}
-        reply = _Reply(send, self.settings.retry_after_s, self._reject, headers)
+        # One word of ASCII: a log's line is made of words, and Ray Serve's proxy fails at what is no UTF-8.
+        given = headers.get(_REQUEST_ID, b"").decode("ascii", "backslashreplace").split()
+        request_id = "_".join(given)[:64] or new_request_id()
+        others = [one for one in scope["headers"] if one[0].lower() != _REQUEST_ID]
+        scope = {**scope, "headers": [*others, (_REQUEST_ID, request_id.encode())]}
+        reply = _Reply(send, self.settings.retry_after_s, self._reject, request_id)
         outermost = _COUNTED not in scope
         inner = {**scope, _COUNTED: True}
         if scope["method"] == "HEAD":  # servers leave out the body
@@ -200,8 +204,9 @@ class Guard:
                 return ErrorCode.UNAUTHORIZED
         if self._uploads >= settings.max_uploads or self._bytes >= settings.max_upload_bytes:
             return ErrorCode.OVERLOADED
-        length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > settings.max_request_bytes:
+        # A number that a server has understood, of any number of zeros.
+        length = headers.get(b"content-length", b"").lstrip(b"0")
+        if length.isdigit() and int(length[:20]) > settings.max_request_bytes:
             return ErrorCode.REQUEST_TOO_LARGE
         return None
 
@@ -265,7 +270,9 @@ class Guard:
     ) -> None:
         scope = dict(scope)
         scope["headers"] = [
-            (name, value) for name, value in scope["headers"] if name.lower() not in _STRIPPED
+            (name, value)
+            for name, value in scope["headers"]
+            if name.lower().replace(b"_", b"-") not in _STRIPPED
         ]
         gone = False
 
@@ -301,10 +308,10 @@ class _Reply:
         send: Send,
         retry_after_s: int,
         reject: Callable[[str], None],
-        headers: dict[bytes, bytes],
+        request_id: str,
     ):
         self._send, self._retry_after, self._reject = send, retry_after_s, reject
-        self.request_id = headers[_REQUEST_ID].decode("ascii", "backslashreplace")[:64]
+        self.request_id = request_id
         self.status = 0
         self._replaced = False
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -131,6 +132,18 @@ def test_request_over_the_limit_is_413_and_not_kept() -> None:
     assert chunked.status_code == 413
     assert chunked.headers["connection"] == "close"
     assert client.rejected == {"request_too_large": 2}
+
+
+@pytest.mark.parametrize(
+    ("length", "status"),
+    [(b"0" * 5000 + b"1", 200), (b"0" * 5000 + b"2000", 413), (b"9" * 5000, 413)],
+)
+def test_length_of_any_number_of_digits_is_a_number(length: bytes, status: int) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await respond(send, 200, b"{}", b"application/json")
+
+    answer, _ = through_guard(app, content=b"x", headers={"content-length": length})
+    assert answer.status_code == status
 
 
 def test_client_that_waits_to_be_asked_is_refused_at_once() -> None:
@@ -275,34 +288,44 @@ def test_plain_errors_of_the_proxy_become_json() -> None:
     assert answer.json()["error"]["code"] == "not_found"
 
 
-def test_headers_that_switch_off_time_limits_are_taken_away() -> None:
+def test_headers_that_rule_ray_serves_proxy_are_taken_away() -> None:
     seen: dict[bytes, bytes] = {}
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.update(scope["headers"])
         await respond(send, 200, b"{}", b"application/json")
 
-    headers = {"X-Request-Timeout-Seconds": "0", "x-request-disconnect-disabled": "?1", "a": "b"}
+    headers = {
+        "X-Request-Timeout-Seconds": "0", "x-request-disconnect-disabled": "?1", "x_session-id": "c",
+        "serve_multiplexed_model_id": "d", "Serve-Multiplexed-Model-ID": "e", "a": "b",
+    }  # fmt: skip
     through_guard(app, headers=headers)
     assert seen[b"a"] == b"b"
-    assert {name for name in seen if name.startswith(b"x-request")} == {b"x-request-id"}
+    assert {one for one in seen if one.startswith((b"x", b"serve"))} == {b"x-request-id"}
 
 
-@pytest.mark.parametrize("given", [None, "", "of-the-client", "é" * 200])
-def test_every_answer_names_its_request(given: str | None) -> None:
-    seen: dict[bytes, bytes] = {}
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (None, "[0-9a-f]{32}"),
+        (b"", "[0-9a-f]{32}"),
+        (b"of-the-client", "of-the-client"),
+        (b"two\t words", "two_words"),
+        (b"\xff\xfe", r"\\xff\\xfe"),
+        ("é".encode() * 200, r"(\\xc3\\xa9){8}"),
+    ],
+)
+def test_every_answer_names_its_request(given: bytes | None, named: str) -> None:
+    seen: list[bytes] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.update(scope["headers"])
+        seen.extend(value for name, value in scope["headers"] if name == b"x-request-id")
         await respond(send, 404, b"no", b"text/plain")
 
-    headers = {} if given is None else {"X-Request-ID": given.encode()}
-    answer, _ = through_guard(app, headers=headers)
+    answer, _ = through_guard(app, headers={} if given is None else {"X-Request-ID": given})
     found = answer.headers["x-request-id"]
-    assert seen[b"x-request-id"]
-    assert given or found == seen[b"x-request-id"].decode()
-    assert found == (given if given == "of-the-client" else found)
-    assert len(found) >= 8
+    assert re.fullmatch(named, found)
+    assert seen == [found.encode()]
 
 
 def test_health_is_answered_whatever_else_there_is_to_do() -> None:
