@@ -76,6 +76,7 @@ def test_every_format_and_mode_decodes_to_one_shape(name: str) -> None:
         (solid("RGB", RED), "GIF", {}, RED),
         (solid("RGB", RED), "BMP", {}, RED),
         (solid("RGB", RED), "TIFF", {}, RED),
+        (solid("RGB", RED), "TIFF", {"big_tiff": True}, RED),
         (solid("RGB", RED), "AVIF", {"quality": 100}, RED),
         (solid("RGBA", (255, 0, 0, 0)), "AVIF", {}, (255, 255, 255)),
         (solid("RGB", RED), "HEIF", {"quality": 100, "chroma": 444}, RED),
