@@ -10,7 +10,7 @@ from captioner.runtime import command_line, following
 
 def caption(config: CaptionConfig) -> str:
     caption_collection(config)
-    return following.command("serve", "--model", config.model)
+    return following.serve(config.model, config.decode.prompt)
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ def demo(config: DemoConfig) -> str:
         SCREEN.show(f"  {row['image_id']:18} {row['caption']}")
     SCREEN.show(f"\npicture: {storage.join(report, 'grid.png')}")
     SCREEN.show(f"model:   {model}\n{time.monotonic() - started:.0f} s")
-    return following.command("serve", "--model", storage.join(config.output, "model"))
+    return following.serve(storage.join(config.output, "model"))
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from captioner.runtime.screen import SCREEN
 
 def score(config: EvaluateConfig) -> str:
     SCREEN.show(score_table(evaluate(config)))
-    return following.command("serve", "--model", config.model)
+    return following.serve(config.model, config.decode.prompt)
 
 
 def main() -> None:

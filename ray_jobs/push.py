@@ -12,7 +12,7 @@ from captioner.runtime.screen import SCREEN
 def publish(config: PushConfig) -> str:
     uri = push(config)
     SCREEN.show(uri)
-    return following.command("serve", "--model", uri)
+    return following.serve(uri)
 
 
 def main() -> None:

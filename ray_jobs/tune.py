@@ -14,7 +14,7 @@ from captioner.tuning.search import run_search
 def tune(config: TuneConfig) -> str:
     result = run_search(config)
     SCREEN.show(result.table())
-    return following.command("serve", "--model", storage.join(config.output, MODEL))
+    return following.serve(storage.join(config.output, MODEL))
 
 
 def main() -> None:

@@ -25,6 +25,11 @@ def command(*words: str) -> str:
     return shlex.join([_program(), *words])
 
 
+def serve(model: str, prompt: str | None = None) -> str:
+    """The command that serves a model; a chat model is asked something."""
+    return command("serve", "--model", model, *(["--prompt", prompt] if prompt else []))
+
+
 def after(uri: str, manifest: Manifest) -> str | None:
     """What may be done with a published directory, by its kind."""
     match manifest:
@@ -34,11 +39,11 @@ def after(uri: str, manifest: Manifest) -> str | None:
                 return command("train", "--features", uri, "--output", free_place(uri, "model"))
             return command("verify", uri)
         case ModelManifest():
-            return command("serve", "--model", uri)
+            return serve(uri)
         case SearchManifest():
-            return command("serve", "--model", storage.join(uri, "model"))
+            return serve(storage.join(uri, "model"))
         case ReportManifest() | CaptionsManifest():
-            return command("serve", "--model", manifest.model)
+            return serve(manifest.model)
         case LikenessManifest() if pictures := [
             file.path for file in manifest.files if file.path.endswith(".png")
         ]:

@@ -70,6 +70,13 @@ def test_a_model_is_served(manifest: Manifest, model: str) -> None:
     assert [*config.models.values()] == [model]
 
 
+def test_a_chat_model_is_asked_something() -> None:
+    _, config = read(following.serve("hf:org/name", "What is it? One word."))
+    assert isinstance(config, ServeConfig)
+    assert config.decode.prompt == "What is it? One word."
+    assert following.serve("hf:org/name", "").endswith("serve --model hf:org/name")
+
+
 def test_pictures_are_looked_at() -> None:
     sheet = FileEntry(path="grid.png", bytes=1)
     found = following.after(PLACE, LikenessManifest.model_construct(files=[sheet]))
