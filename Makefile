@@ -17,7 +17,7 @@ SUBMIT = RAY_AUTH_MODE=token $(VENV)/bin/ray job submit --address $(ADDRESS) --w
 
 MODEL := runs/demo/model
 
-.PHONY: help install demo gpu-report serve dashboard test test-unit test-cluster test-serve test-nodes test-chaos fuzz-store soak soak-serve chromium lint type requirements clean \
+.PHONY: help install demo pictures gpu-report serve dashboard test test-unit test-cluster test-serve test-nodes test-chaos fuzz-store soak soak-serve chromium lint type requirements clean \
 	submit-extract submit-train submit-tune submit-evaluate submit-caption submit-serve
 
 help: ## List the targets
@@ -56,6 +56,9 @@ gpu-report: $(INSTALLED) ## Measure all that a GPU does: figures in runs/gpu_rep
 
 serve: $(INSTALLED) ## Serve a model over HTTP on this machine: make serve MODEL=runs/flickr8k/model
 	$(PYTHON) -m ray_jobs.serve --model $(MODEL)
+
+pictures: $(INSTALLED) chromium ## Draw README's pictures again, after make demo
+	$(PYTHON) docs/draw.py
 
 submit-extract: $(INSTALLED) ## Run a job on the cluster at ADDRESS and follow it: ARGS="--source ... --output ..."
 	$(SUBMIT).extract_features $(ARGS)
