@@ -79,11 +79,16 @@ async def read_upload(
 class _FormParser(MultiPartParser):
     """Also takes names of files as ``filename*`` has them (RFC 5987, RFC 2231), which go before the plain ones."""
 
+    def on_part_begin(self) -> None:
+        super().on_part_begin()
+        # Forms are UTF-8 (RFC 7578). Of Python's codecs, which a client would choose from, some give what is no text.
+        self._charset = "utf-8"
+
     def on_headers_finished(self) -> None:
         part = self._current_part
         given = part.content_disposition or b""
         if b"filename*" in given.lower() and (name := _extended_name(given)) is not None:
-            plain = re.sub(r'["\\\x00-\x1f]', "_", name).encode(self._charset or "utf-8", "replace")
+            plain = re.sub(r'["\\\x00-\x1f]', "_", name).encode("utf-8", "replace")
             part.content_disposition = _FILE_NAME.sub(b"", given) + b'; filename="%s"' % plain
         super().on_headers_finished()
 

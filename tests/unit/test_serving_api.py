@@ -239,6 +239,18 @@ def test_damaged_name_of_a_file_is_400(name: bytes) -> None:
     assert answer.json()["error"]["code"] == "bad_form"
 
 
+@pytest.mark.parametrize("charset", ["utf-7", "unicode_escape", "punycode", "undefined", "cp037"])
+def test_forms_are_utf_8_whatever_they_say(charset: str) -> None:
+    head = "--x\r\nContent-Disposition: form-data; name="
+    field = f"{head}model\r\n\r\nfirst\r\n"
+    odd = f"{head}image; filename=+2AA-\\ud800\r\n\r\n"
+    content = (field + odd).encode() + PICTURE + b"\r\n--x--\r\n"
+    kind = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+    answer = Client().post(content=content, headers=kind)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["captions"][0]["name"] == "+2AA-\\ud800"
+
+
 def test_head_is_get_without_a_body_and_405_says_what_is_allowed() -> None:
     client = Client()
     for path in ("/", "/app.js", "/healthz", "/v1/models", "/metrics", "/openapi.json"):
