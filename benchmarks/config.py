@@ -1,6 +1,6 @@
 """Settings of the benchmarks."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ from captioner.config.parts import (
     SourceConfig,
     TextConfig,
 )
+
+GpuPart = Literal["extraction", "training", "captioning", "service"]
 
 
 class BenchmarkConfig(JobConfig):
@@ -76,6 +78,8 @@ class BenchmarkGpuConfig(BenchmarkConfig):
 
     pictures: str | None = None
     """Pictures to extract and caption, as for extract_features; default: generated JPEGs of ImageNet's size."""
+    parts: tuple[GpuPart, ...] = get_args(GpuPart)
+    """What to measure; with extraction its limits."""
     page: str = "runs/gpu_report/report.md"
     """Markdown page of the figures (path or URI), written anew."""
     seconds: Annotated[float, Field(gt=0.0)] = 8.0

@@ -12,7 +12,12 @@ from typing import get_args
 import pyarrow as pa
 import ray
 
-from benchmarks.config import BenchmarkExtractConfig, BenchmarkGpuConfig, BenchmarkServeConfig
+from benchmarks.config import (
+    BenchmarkExtractConfig,
+    BenchmarkGpuConfig,
+    BenchmarkServeConfig,
+    GpuPart,
+)
 from benchmarks.extract import Extraction
 from benchmarks.measurement import Measurement, Row, circumstances
 from benchmarks.pictures import write_pictures
@@ -35,7 +40,7 @@ from captioner.config import (
 )
 from captioner.features.extract import extract
 from captioner.runtime.cluster import num_cpus, num_gpus, start_ray
-from captioner.runtime.device import prepare_device
+from captioner.runtime.device import has_avx512, prepare_device
 from captioner.training.run import run_training
 
 logger = logging.getLogger(__name__)
@@ -188,9 +193,11 @@ def benchmark_gpu(config: BenchmarkGpuConfig) -> GpuReport:
         start_ray()
         bench = _Bench(config, size, Path(folder), config.pictures or str(own))
         report = GpuReport(smoke=config.smoke, cpus=num_cpus(), gpus=num_gpus(), figures=[])
-        for part in _PARTS:
-            logger.info("%s", part.__name__.strip("_").replace("_", " "))
-            for figure in part(bench):
+        for part, measured in _PARTS.items():
+            if part not in config.parts:
+                continue
+            logger.info("%s", part)
+            for figure in measured(bench):
                 report.figures.append(figure)
                 storage.write_bytes(config.page, report.page().encode())
     return report
@@ -217,6 +224,7 @@ def _limits(bench: _Bench) -> Iterator[Figure]:
 
 
 def _extraction(bench: _Bench) -> Iterator[Figure]:
+    yield from _limits(bench)
     variants: dict[str, dict[str, bool | int | str]] = {
         "vectors": {},
         "vectors and grids": {"grid": True},
@@ -246,7 +254,8 @@ def _extraction(bench: _Bench) -> Iterator[Figure]:
 
 
 def _training(bench: _Bench) -> Iterator[Figure]:
-    computes = ("float32",) if bench.config.smoke else ("float32", "bfloat16")
+    # Without AVX512 CPUs train in float32 alone.
+    computes = ("float32", "bfloat16") if num_gpus() or has_avx512() else ("float32",)
     cells = [(members, compute) for members in (1, 3) for compute in computes]
     settings = [bench.training(ensemble_size=one, compute=compute) for one, compute in cells]
     store = FeatureStore.open(bench.features)
@@ -309,13 +318,12 @@ def _service(bench: _Bench) -> Iterator[Figure]:
     yield Figure(part="service", what="best, of the Captioner alone", value=found.ratio, unit="")
 
 
-_PARTS: tuple[Callable[[_Bench], Iterator[Figure]], ...] = (
-    _limits,
-    _extraction,
-    _training,
-    _captioning,
-    _service,
-)
+_PARTS: dict[GpuPart, Callable[[_Bench], Iterator[Figure]]] = {
+    "extraction": _extraction,
+    "training": _training,
+    "captioning": _captioning,
+    "service": _service,
+}
 
 
 def _encoded(sample: pa.Table) -> list[bytes]:
