@@ -60,14 +60,15 @@ class _Size:
     """Of each picture."""
     images: int
     """Least through a pipeline."""
+    encoder: str
     input_size: int | None
     steps: int
     width: int
     clients: tuple[int, ...]
 
 
-_WHOLE = _Size(512, 40, 4000, None, 150, 512, (1, 8, 32, 64))
-_SMOKE = _Size(40, 30, 100, 32, 5, 32, (2,))
+_WHOLE = _Size(512, 40, 4000, "resnet50", None, 150, 512, (1, 8, 32, 64))
+_SMOKE = _Size(40, 30, 100, "timm:resnet10t", 64, 5, 32, (2,))
 
 
 class Figure(Record):
@@ -141,6 +142,7 @@ class _Bench:
     @property
     def encoder(self) -> EncoderConfig:
         return EncoderConfig(
+            name=self.size.encoder,
             weights="random",
             input_size=self.size.input_size,
             # The CPUs of a smoke run need not have bfloat16.
