@@ -108,7 +108,7 @@ def put(uri: str, data: bytes, tag: str | None) -> str:
     condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
     with _s3("write", uri) as (client, place):
         answer = client.put_object(**place, Body=data, **condition)
-    return str(answer["ETag"])
+    return _tag("write", uri, answer)
 
 
 def get(uri: str) -> tuple[bytes, str] | None:
@@ -121,9 +121,19 @@ def get(uri: str) -> tuple[bytes, str] | None:
     try:
         with _s3("read", uri) as (client, place):
             answer = client.get_object(**place)
-            return answer["Body"].read(), str(answer["ETag"])
+            return answer["Body"].read(), _tag("read", uri, answer)
     except TakenError:
         return None
+
+
+def _tag(what: str, uri: str, answer: dict[str, Any]) -> str:
+    """
+    Raises:
+        StoreError: there is none: it was no S3 that answered, but a proxy with a page of its own, say.
+    """
+    if "ETag" not in answer:
+        raise StoreError(f"cannot {what} {uri}: what answers is no S3, for it gives no ETag")
+    return str(answer["ETag"])
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow.fs import S3FileSystem
 
+from captioner.errors import StoreError
 from captioner.storage.faults import told
 from captioner.storage.files import FileInfo, absolute, list_files, resolve
 
@@ -104,6 +105,10 @@ def iter_files(uri: str) -> Iterator[FileInfo]:
     try:
         pages = boto3.client("s3").get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=bucket, Prefix=prefix):
+            if "Name" not in page:
+                raise StoreError(
+                    f"cannot list {uri}: what answers is no S3, for it names no bucket"
+                )
             for entry in page.get("Contents", ()):
                 name = entry["Key"].removeprefix(prefix)
                 if name and not name.endswith("/"):

@@ -9,6 +9,7 @@ from captioner.artifacts.manifests import FileEntry, ModelManifest, open_manifes
 from captioner.artifacts.output import Output
 from captioner.errors import StoreError
 from tests import odd
+from tests.s3 import Fault, S3Server
 
 
 def test_of_two_writers_one_publishes(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +27,21 @@ def test_missing_bucket_is_one_line(bucket: str) -> None:
     with pytest.raises(StoreError) as one:
         FeatureStore.open("s3://no-such-bucket/features")
     assert "\n" not in str(one.value)
+
+
+def test_a_page_of_somebody_elses_is_no_answer(bucket: str, s3_server: S3Server) -> None:
+    storage.write_bytes(f"{bucket}/paged/a.jpg", b"x")
+    page = "<html><title>Welcome</title></html>"
+    for act, methods in (
+        (lambda: storage.create_exclusively(f"{bucket}/paged/b", b"x"), "PUT"),
+        (lambda: list(storage.iter_files(f"{bucket}/paged")), "GET"),
+    ):
+        with (
+            s3_server.failing(Fault(200, "OK", methods, body=page)),
+            pytest.raises(StoreError, match="what answers is no S3") as one,
+        ):
+            act()
+        assert "\n" not in str(one.value)
 
 
 def test_failed_write_leaves_no_object(bucket: str) -> None:
