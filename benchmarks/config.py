@@ -7,6 +7,7 @@ from pydantic import Field
 from captioner.config.decoding import DecodeOverrides
 from captioner.config.parts import (
     DECODER_KINDS,
+    Compute,
     DecoderConfig,
     DecoderKind,
     EncoderConfig,
@@ -58,6 +59,18 @@ class BenchmarkExtractConfig(BenchmarkConfig):
     scratch: str | None = None
     """Empty directory for the pipeline's output (path or URI); on several machines one that all reach. Default: a
     temporary one on this machine."""
+
+
+class BenchmarkRuntimeConfig(BenchmarkConfig):
+    """An encoder's network alone on this machine's CPU, eager and compiled, in images per second; it wants g++."""
+
+    encoder: EncoderConfig = EncoderConfig(weights="random")
+    computes: tuple[Compute, ...] = ("float32", "bfloat16")
+    """Arithmetics."""
+    threads: tuple[Positive, ...] = (1, 2)
+    """Threads of the tensor library."""
+    batches: tuple[Positive, ...] = (1, 8, 32)
+    """Images per forward pass."""
 
 
 class BenchmarkDriverConfig(BenchmarkConfig):

@@ -11,6 +11,7 @@ from benchmarks.config import (
     BenchmarkExtractConfig,
     BenchmarkGpuConfig,
     BenchmarkKeptConfig,
+    BenchmarkRuntimeConfig,
     BenchmarkScoresConfig,
     BenchmarkServeConfig,
     BenchmarkSimulateConfig,
@@ -21,6 +22,7 @@ from benchmarks.extract import benchmark_extract
 from benchmarks.gpu_report import benchmark_gpu
 from benchmarks.kept import benchmark_kept
 from benchmarks.measurement import Measurement, append_rows
+from benchmarks.runtime import benchmark_runtime
 from benchmarks.scores import benchmark_scores
 from benchmarks.serve import benchmark_serve
 from benchmarks.simulate import benchmark_simulate
@@ -33,6 +35,7 @@ PROGRAMS: dict[str, tuple[Callable[[Any], Measurement], type[BenchmarkConfig]]] 
     "extract": (benchmark_extract, BenchmarkExtractConfig),
     "gpu": (benchmark_gpu, BenchmarkGpuConfig),
     "kept": (benchmark_kept, BenchmarkKeptConfig),
+    "runtime": (benchmark_runtime, BenchmarkRuntimeConfig),
     "train": (benchmark_train, BenchmarkTrainConfig),
     "scores": (benchmark_scores, BenchmarkScoresConfig),
     "serve": (benchmark_serve, BenchmarkServeConfig),

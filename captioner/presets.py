@@ -13,12 +13,28 @@ from captioner.notebook import notebook_attention, notebook_merge
 
 
 def demo() -> TrainConfig:
-    """Generated scenes: a small vocabulary, so a small and quick decoder."""
+    """Generated scenes: a small vocabulary, so a small and quick decoder, which looks at the grid.
+
+    Wants features with --grid.
+    """
     return TrainConfig(
         features="runs/demo/features",
         output="runs/demo/model",
-        decoder=DecoderConfig(kind="merge", width=256, dropout=0.2),
-        epochs=30,
+        decoder=DecoderConfig(
+            kind="adaptive_attention",
+            width=128,
+            picture_layers=1,
+            heads=4,
+            dropout=0.1,
+            feature_dropout=0.0,
+        ),
+        optimizer=OptimizerConfig(
+            name="adamw", learning_rate=3e-3, warmup_steps=50, schedule="cosine"
+        ),
+        epochs=16,
+        global_batch=160,
+        patience=None,
+        group_captions=True,
     )
 
 

@@ -1,4 +1,4 @@
-"""Everything end to end on generated pictures: extract, train, evaluate, caption; no network, a few minutes.
+"""Everything end to end on generated pictures: extract, train, evaluate, caption; no network, two minutes.
 
 python -m ray_jobs.demo --output runs/demo
 """
@@ -18,24 +18,24 @@ from captioner.config import (
     SourceConfig,
 )
 from captioner.evaluation.evaluate import evaluate, score_table
+from captioner.evaluation.scenes import write_truth
 from captioner.features.extract import extract
 from captioner.presets import demo as demo_training
 from captioner.runtime import command_line, following
 from captioner.runtime.screen import SCREEN
 from captioner.training.run import run_training
 
-PARTS = ("features", "model", "report", "captions")
-
 
 def demo(config: DemoConfig) -> str:
     started = time.monotonic()
     root = storage.absolute(config.output)
-    features, model, report, captions = (storage.join(root, part) for part in PARTS)
+    features, model, report = (f"{root}/{part}" for part in ("features", "model", "report"))
     extract(
         ExtractConfig(
             source="shapes",
             output=features,
             encoder=config.encoder,
+            grid=True,
             source_options=SourceConfig(shapes=config.shapes),
             restart=config.restart,
         )
@@ -59,16 +59,16 @@ def demo(config: DemoConfig) -> str:
             images="shapes",
             source_options=SourceConfig(shapes=unseen),
             model=model,
-            output=captions,
+            output=f"{root}/captions",
             restart=config.restart,
         )
     )
-    SCREEN.show(f"\n{score_table(result)}\n\nNew pictures, and what the model says:")
-    table = pq.read_table(storage.join(captions, manifest.files[0].path)).slice(0, 8)
+    SCREEN.show(f"\n{score_table(result)}\n\n{write_truth(root)}\n\nNew pictures:")
+    table = pq.read_table(storage.join(root, "captions", manifest.files[0].path)).slice(0, 8)
     for row in table.to_pylist():
         SCREEN.show(f"  {row['image_id']:18} {row['caption']}")
-    SCREEN.show(f"\npicture: {storage.join(report, 'grid.png')}")
-    SCREEN.show(f"model:   {model}\n{time.monotonic() - started:.0f} s")
+    seconds = time.monotonic() - started
+    SCREEN.show(f"\npicture: {report}/grid.png\nmodel:   {model}\n{seconds:.0f} s")
     return following.serve(storage.join(config.output, "model"))
 
 

@@ -63,9 +63,10 @@ class ExtractConfig(JobConfig):
     batch_size: Positive | None = None
     """Most images per forward pass of one encoder actor; default: 32, on a GPU 256. A GPU whose memory does not hold so
     many takes half of them, or a quarter ..."""
-    runtime: Runtime = "eager"
-    """How the network is run, which a continued run may change. compiled: by torch's compiler, which takes a minute or
-    more in every actor first: for GPUs and many images."""
+    runtime: Literal["auto"] | Runtime = "auto"
+    """How the network is run, which a continued run may change. compiled: by torch's compiler, which takes its time
+    first: on a GPU a minute or more in every actor. auto: on CPUs, where there are enough images to repay that and it
+    is measured to be faster; it wants g++."""
     num_encoders: Positive | None = None
     """Encoder actors; default: one per GPU or, without, what suits the CPUs; fewer for a few hundred images."""
     cpus_per_encoder: Positive | None = None
@@ -315,10 +316,10 @@ class DemoConfig(JobConfig):
     """Everything end to end on generated pictures."""
 
     output: str = "runs/demo"
-    """Directory that receives features/, model/, report/ and captions/ (path or URI)."""
+    """Directory that receives features/, model/, report/, captions/ and truth.json (path or URI)."""
     shapes: ShapesConfig = ShapesConfig()
-    encoder: EncoderConfig = EncoderConfig(weights="random")
+    encoder: EncoderConfig = EncoderConfig(name="timm:resnet10t", weights="random", input_size=128)
     decode: DecodeOverrides = DecodeOverrides()
-    epochs: Positive = 30
+    epochs: Positive = 16
     """Most passes over the train captions."""
     restart: Restart = False

@@ -1,9 +1,17 @@
 """Which captions of generated scenes are true, by the scenes' own grammar: no n-grams are counted."""
 
+import io
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+import pyarrow.parquet as pq
+
+from captioner import storage
+from captioner.evaluation.evaluate import PREDICTIONS
 from captioner.sources.scenes import Facts, parse
+
+TRUTH = "truth.json"
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,20 @@ class Truth:
             f"colour, shape, number and relation of every group are right in {self.right:.3f} of "
             f"{self.scenes} scenes ({kinds})"
         )
+
+
+def write_truth(root: str) -> Truth:
+    """Score the captions of the demo's report, below ``root`` (URI), and write that as JSON beside it.
+
+    Raises:
+        StoreError: the one cannot be read or the other not written.
+        ValueError: the report is of other pictures.
+    """
+    data = storage.read_bytes(storage.join(root, "report", PREDICTIONS))
+    found = pq.read_table(io.BytesIO(data), columns=["caption", "references"]).to_pydict()
+    truth = score_scenes(found["caption"], [texts[0] for texts in found["references"]])
+    storage.write_bytes(storage.join(root, TRUTH), json.dumps(asdict(truth), indent=1).encode())
+    return truth
 
 
 def score_scenes(captions: Sequence[str], references: Sequence[str]) -> Truth:

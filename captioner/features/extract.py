@@ -24,7 +24,7 @@ from captioner.artifacts.manifests import (
 )
 from captioner.artifacts.output import CLAIM, Output, differences, publish_once
 from captioner.artifacts.tables import CAPTION_ROWS, SPLITS, feature_rows
-from captioner.config import Compute, EncoderConfig, ExtractConfig
+from captioner.config import Compute, EncoderConfig, ExtractConfig, Runtime
 from captioner.encoders.family import family_of
 from captioner.encoders.weights import ENCODER_WEIGHTS
 from captioner.errors import StoreError
@@ -33,7 +33,8 @@ from captioner.features.growth import plan_growth
 from captioner.features.leaks import tell_leaks
 from captioner.features.pipeline import run_pipeline
 from captioner.features.rejects import report_rejects
-from captioner.features.row_marks import Rows, count_rows, finish_rows, write_removed
+from captioner.features.row_marks import Rows, count_done, count_rows, finish_rows, write_removed
+from captioner.features.runtime import choose_runtime
 from captioner.images.views import view_names
 from captioner.runtime.cluster import PoolPlan, num_gpus, plan_pool, start_ray
 from captioner.runtime.device import choose_compute
@@ -96,9 +97,17 @@ def extract(config: ExtractConfig) -> StoreManifest:
             output.write(ENCODER_WEIGHTS, tensors) if base is None else base.encoder_weights_entry
         )
         captions = write_captions(source, output)
+        runtime = config.runtime if config.runtime != "auto" else "eager"
         if pool is not None:
+            if config.runtime == "auto":
+                left = total - count_done(output)
+                at = weights.uri(output.root)
+                runtime = choose_runtime(at, spec, left, pool, config.retry_seconds)
             logger.info(
-                "extracting %s images with %s, %s", f"{total:,}", spec.title, _describe(pool)
+                "extracting %s images with %s, %s",
+                f"{total:,}",
+                spec.title,
+                _describe(pool, runtime),
             )
             stage = EncodeImages(
                 weights.uri(output.root),
@@ -109,7 +118,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
                 crops=config.crops,
                 thumbnails=config.thumbnails,
                 threads=pool.threads,
-                runtime=config.runtime,
+                runtime=runtime,
             )
             schema = feature_rows(
                 spec.shape,
@@ -138,7 +147,7 @@ def extract(config: ExtractConfig) -> StoreManifest:
         counts = count_rows(rows, left_out)
         rejects = report_rejects(output, rows.failed, len(rows), config.max_reject_fraction)
         return StoreManifest(
-            encoder=encoder,
+            encoder=encoder.model_copy(update={"runtime": runtime}),
             source=source.identity(),
             grid=config.grid,
             mirrored=config.mirrored,
@@ -254,8 +263,8 @@ def _begun_with(output: str, *, restart: bool) -> Compute | None:
     return precision if precision in get_args(Compute) else None
 
 
-def _describe(pool: PoolPlan) -> str:
-    kind = "GPU" if pool.num_gpus else "CPU"
+def _describe(pool: PoolPlan, runtime: Runtime) -> str:
+    kind = f"{'compiled ' if runtime == 'compiled' else ''}{'GPU' if pool.num_gpus else 'CPU'}"
     threads = "" if pool.num_gpus else f" of {pool.threads} threads"
     return f"{pool.size} {kind} encoder{'s' if pool.size > 1 else ''}{threads}"
 

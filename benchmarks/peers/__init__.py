@@ -1,0 +1,1 @@
+"""The same work by what people would use instead; nothing imports these programs, which need what they compare."""
