@@ -32,7 +32,7 @@ class Encode:
     def pooled(self, pictures: Series) -> np.ndarray:
         pixels = torch.from_numpy(np.stack(pictures.to_pylist()))
         with torch.inference_mode():
-            found = self.network(normalise(pixels)).numpy()
+            found: np.ndarray = self.network(normalise(pixels)).numpy()
         print(f"{len(found)} {time.time():.3f}", flush=True)
         return found
 

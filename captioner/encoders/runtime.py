@@ -99,19 +99,21 @@ def choose_runtime(encoder: Encoder, images: int) -> tuple[Runtime, str | None]:
 
 @torch.inference_mode()
 def rates(
-    networks: dict[str, Callable[[Tensor], Any]], pixels: Tensor, turns: int = _TURNS
+    networks: dict[str, Callable[[Tensor], Any]],
+    pixels: Tensor,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Images per second of each network, in turns, so that other work on the machine slows all alike."""
     found: dict[str, list[float]] = {name: [] for name in networks}
     for network in networks.values():
         network(pixels)
-    for _ in range(turns):
+    for _ in range(_TURNS):
         for name, network in networks.items():
-            done, begun = 0, time.perf_counter()
-            while time.perf_counter() - begun < _TURN_SECONDS:
+            done, begun = 0, clock()
+            while clock() - begun < _TURN_SECONDS:
                 network(pixels)
                 done += len(pixels)
-            found[name].append(done / (time.perf_counter() - begun))
+            found[name].append(done / (clock() - begun))
     return {name: statistics.median(values) for name, values in found.items()}
 
 

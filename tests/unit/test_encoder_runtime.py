@@ -82,7 +82,9 @@ def test_the_compiled_network_must_win_by_a_tenth(
 ) -> None:
     monkeypatch.setattr(runtime, "compile_encoder", lambda _: None)
     known = {"eager": 100.0, "compiled": rate}
-    monkeypatch.setattr(runtime, "rates", lambda found, _: {name: known[name] for name in found})
+    monkeypatch.setattr(
+        runtime, "rates", lambda found, _pixels: {name: known[name] for name in found}
+    )
     assert runtime.choose_runtime(encoder, MANY) == (chosen, None)
 
 
