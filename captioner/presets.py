@@ -29,10 +29,14 @@ def demo() -> TrainConfig:
             feature_dropout=0.0,
         ),
         optimizer=OptimizerConfig(
-            name="adamw", learning_rate=3e-3, warmup_steps=50, schedule="cosine"
+            name="adamw",
+            learning_rate=2e-3,
+            weight_decay=1e-4,
+            warmup_steps=100,
+            schedule="cosine",
         ),
         epochs=16,
-        global_batch=160,
+        global_batch=80,
         patience=None,
         group_captions=True,
     )

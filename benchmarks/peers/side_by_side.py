@@ -21,7 +21,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.measurement import append_rows
+from benchmarks.measurement import Row, append_rows
 
 FEW, MANY = 300, 900
 PROGRAMS = {
@@ -67,7 +67,8 @@ def run(name: str, folder: Path, output: Path, kill_after: float | None = None) 
 
 def _family(pid: int) -> list[psutil.Process]:
     try:
-        return psutil.Process(pid).children(recursive=True)
+        found: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
+        return found
     except psutil.NoSuchProcess:
         return []
 
@@ -81,7 +82,7 @@ def _memory(pid: int) -> int:
             continue
     try:
         own = psutil.Process(pid).memory_info()
-        return found + own.rss - own.shared
+        return int(found + own.rss - own.shared)
     except psutil.NoSuchProcess:
         return found
 
@@ -102,7 +103,7 @@ def _rows(output: Path) -> int:
 def main() -> None:
     photographs = sorted(Path(sys.argv[1]).rglob("*.jpg"))
     results = sys.argv[2] if len(sys.argv) > 2 else None
-    rows = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         for count in (FEW, MANY):
