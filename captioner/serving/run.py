@@ -15,7 +15,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
 from captioner.config import ServeConfig
-from captioner.errors import ConfigError, ModelError
+from captioner.errors import ConfigError, ModelError, one_line
 from captioner.images.load import HEIF_EXTRA, has_loader
 from captioner.runtime.cluster import start_ray
 from captioner.runtime.screen import SCREEN
@@ -103,7 +103,7 @@ def deploy(config: ServeConfig, kind: type[CaptionModel] = CaptionModel) -> None
     try:
         serve.run(application(config, kind), name=APP, route_prefix="/")
     except RuntimeError as error:
-        raise ModelError(f"the service does not start: {error}") from error
+        raise ModelError(f"the service does not start: {one_line(error)}") from error
 
 
 def url(config: ServeConfig) -> str:
