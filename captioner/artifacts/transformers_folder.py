@@ -87,21 +87,29 @@ class TransformersFolder:
 
     @cached_property
     def decode(self) -> DecodeConfig:
-        """Its own search, as far as it says: ``generation_config.json``."""
+        """Its own search, as far as ``generation_config.json`` says.
+
+        Raises:
+            ModelError: that is damaged.
+        """
         place = Path(self.root, "generation_config.json")
         said = _read(place) if place.exists() else {}
         chats = self.kind not in ASKED_NOTHING
-        beams = said.get("num_beams") or 1
-        length = said.get("max_new_tokens") or said.get("max_length") or (100 if chats else 30)
+        # Of a chat model the longest counts the question and the picture, too.
+        length = said.get("max_new_tokens") or (100 if chats else said.get("max_length") or 30)
         penalty = said.get("length_penalty")
-        return DecodeConfig(
-            beam_size=min(32, beams),
-            num_captions=min(32, beams, said.get("num_return_sequences") or 1),
-            max_length=min(200, length),
-            length_penalty=1.0 if penalty is None else min(3.0, max(0.0, penalty)),
-            no_repeat_ngram=min(10, said.get("no_repeat_ngram_size") or 0),
-            prompt=_PROMPT if chats else "",
-        )
+        try:
+            beams = min(32, said.get("num_beams") or 1)
+            return DecodeConfig(
+                beam_size=beams,
+                num_captions=min(beams, said.get("num_return_sequences") or 1),
+                max_length=min(200, length),
+                length_penalty=1.0 if penalty is None else min(3.0, max(0.0, penalty)),
+                no_repeat_ngram=min(10, said.get("no_repeat_ngram_size") or 0),
+                prompt=_PROMPT if chats else "",
+            )
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{place} is damaged: {one_line(error)}") from error
 
     def search(self, asked: DecodeOverrides) -> DecodeConfig:
         """The model's own search, with what is asked for in its place.
@@ -193,17 +201,21 @@ def _check_kind(uri: str, root: str, config: dict[str, Any]) -> None:
             "that see pictures"
         )
     built = config.get("architectures") or [wanted]
-    if wanted not in built:
-        raise ModelError(f"{uri} is a {built[0]}, which captions nothing; a {wanted} does")
+    if built != [wanted]:
+        raise ModelError(f"{uri} is a {built}, which captions nothing; a {wanted} does")
 
 
 def _check_weights(uri: str, root: Path) -> None:
     index = root / f"{_WHOLE}.index.json"
-    names = {_WHOLE} if not index.exists() else set(_read(index).get("weight_map", {}).values())
+    names = (
+        {_WHOLE}
+        if not index.exists()
+        else set(map(str, _object(_read(index).get("weight_map")).values()))
+    )
     there = {path.name for path in root.glob("*.safetensors")}
     if not there:
         raise ModelError(f"{uri}: its weights are no safetensors, and pickles are never loaded")
-    if missing := sorted(map(str, names - there)):
+    if missing := sorted(names - there):
         raise ModelError(f"{uri}: {missing[0]} is missing")
     for name in sorted(names):
         try:

@@ -248,6 +248,8 @@ def _remove(name: str) -> Callable[[Path], None]:
             "BlipForQuestionAnswering",
         ),
         (_index, "model-00002-of-00002.safetensors is missing"),
+        (_say("generation_config.json", num_beams="four"), "generation_config.json is damaged"),
+        (_say("generation_config.json", max_length=-4), "generation_config.json is damaged"),
         (_truncate, "model.safetensors is damaged"),
         (_drop_a_tensor, "have no vision_model.encoder.layers.0.mlp.fc1.weight"),
         (_remove("tokenizer.json"), "its tokenizer has 5 of the model's 28 tokens"),
