@@ -103,8 +103,6 @@ class Worker:
         self.model = ray.train.torch.prepare_model(
             self.objective(),
             parallel_strategy_kwargs={
-                # The buffers never change, and every worker has them from the first when it starts.
-                "broadcast_buffers": False,
                 # Gradients lie where they are exchanged, in buckets of the order in which they come to be.
                 "gradient_as_bucket_view": True,
                 # The same weights take part in every step; but with parts, which exchange nothing, torch cannot tell.
