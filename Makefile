@@ -18,7 +18,7 @@ SUBMIT = RAY_AUTH_MODE=token $(VENV)/bin/ray job submit --address $(ADDRESS) --w
 MODEL := runs/demo/model
 
 .PHONY: help install demo pictures gpu-report serve dashboard test test-unit test-cluster test-serve test-nodes test-chaos fuzz-store soak soak-serve chromium lint type requirements clean \
-	submit-extract submit-train submit-tune submit-evaluate submit-caption submit-serve
+	submit-extract submit-train submit-finetune submit-tune submit-evaluate submit-caption submit-serve
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
@@ -65,6 +65,9 @@ submit-extract: $(INSTALLED) ## Run a job on the cluster at ADDRESS and follow i
 
 submit-train: $(INSTALLED) ## The same for training
 	$(SUBMIT).train $(ARGS)
+
+submit-finetune: $(INSTALLED) ## The same for finetuning
+	$(SUBMIT).finetune $(ARGS)
 
 submit-tune: $(INSTALLED) ## The same for tuning
 	$(SUBMIT).tune $(ARGS)

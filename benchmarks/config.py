@@ -155,6 +155,23 @@ class BenchmarkTrainConfig(BenchmarkConfig):
     """Optimizer steps measured, after five to warm up."""
 
 
+class BenchmarkFinetuneConfig(BenchmarkConfig):
+    """Finetuning by one worker: captions per second on pictures as they are loaded and on the same ones in memory, the
+    time spent waiting for them, and memory."""
+
+    model: str
+    """Model directory (path or URI)."""
+    source: str = "shapes"
+    """Pictures, as for finetune."""
+    source_options: SourceConfig = SourceConfig()
+    stages: Positive = 1
+    """Of the encoder, that learn."""
+    global_batch: Positive = 160
+    """Captions per optimizer step."""
+    steps: Annotated[int, Field(ge=5)] = 20
+    """Optimizer steps measured, after five to warm up."""
+
+
 class BenchmarkScoresConfig(BenchmarkConfig):
     """A published report and the training behind it: scores, losses, captions per second."""
 

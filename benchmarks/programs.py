@@ -9,6 +9,7 @@ from benchmarks.config import (
     BenchmarkConfig,
     BenchmarkDriverConfig,
     BenchmarkExtractConfig,
+    BenchmarkFinetuneConfig,
     BenchmarkGpuConfig,
     BenchmarkKeptConfig,
     BenchmarkRuntimeConfig,
@@ -19,6 +20,7 @@ from benchmarks.config import (
 )
 from benchmarks.driver import benchmark_driver
 from benchmarks.extract import benchmark_extract
+from benchmarks.finetune import benchmark_finetune
 from benchmarks.gpu_report import benchmark_gpu
 from benchmarks.kept import benchmark_kept
 from benchmarks.measurement import Measurement, append_rows
@@ -36,6 +38,7 @@ PROGRAMS: dict[str, tuple[Callable[[Any], Measurement], type[BenchmarkConfig]]] 
     "gpu": (benchmark_gpu, BenchmarkGpuConfig),
     "kept": (benchmark_kept, BenchmarkKeptConfig),
     "runtime": (benchmark_runtime, BenchmarkRuntimeConfig),
+    "finetune": (benchmark_finetune, BenchmarkFinetuneConfig),
     "train": (benchmark_train, BenchmarkTrainConfig),
     "scores": (benchmark_scores, BenchmarkScoresConfig),
     "serve": (benchmark_serve, BenchmarkServeConfig),

@@ -25,6 +25,7 @@ from captioner.errors import ConfigError
 from captioner.runtime.cluster import num_cpus, num_gpus, start_ray
 from captioner.text import Vocabulary, clean
 from captioner.training.data import Batch, on_device
+from captioner.training.decoder_worker import DecoderWorker
 from captioner.training.history import Stopwatch
 from captioner.training.steps import train_step
 from captioner.training.worker import Worker
@@ -187,7 +188,10 @@ def measure_steps(
 def _measure_worker(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     vocabulary = Vocabulary.from_json(arguments["vocabulary"])
     found = [
-        _measure_one(TrainConfig.model_validate_json(one), vocabulary, arguments["steps"])
+        measure_worker(
+            DecoderWorker(TrainConfig.model_validate_json(one), vocabulary, None),
+            arguments["steps"],
+        )
         for one in arguments["configs"]
     ]
     # Everybody reports, or the others would be taken down while they still exchange gradients.
@@ -195,8 +199,8 @@ def _measure_worker(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _measure_one(config: TrainConfig, vocabulary: Vocabulary, most: int) -> dict[str, Any]:
-    worker = Worker(config, vocabulary, None)
+def measure_worker(worker: Worker, most: int) -> dict[str, Any]:
+    """Figures of a worker's first steps, as they come and from memory; all workers call it together."""
     epoch = worker.train.epoch(0)
     steps = replace(epoch, plan=epoch.plan[: most + _WARM_UP])
     captions = sum(int((share >= 0).sum()) for step in steps.plan[_WARM_UP:] for share in step)

@@ -92,7 +92,7 @@ class Watch:
         for worker in self._raylet.children():
             try:
                 title = worker.cmdline()[0]
-                if "_StageActor" in title:
+                if any(name in title for name in ("_StageActor", "TrainWorker", "TrainController")):
                     self._actors.add(worker.pid)
                 elif not title.startswith("ray::"):
                     continue

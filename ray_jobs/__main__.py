@@ -15,6 +15,7 @@ from captioner.runtime import command_line
 JOBS: dict[str, type[config.JobConfig]] = {
     "extract_features": config.ExtractConfig,
     "train": config.TrainConfig,
+    "finetune": config.FinetuneConfig,
     "tune": config.TuneConfig,
     "evaluate": config.EvaluateConfig,
     "caption": config.CaptionConfig,

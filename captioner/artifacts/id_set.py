@@ -1,7 +1,7 @@
 """Image ids at 16 bytes each, whatever they look like: which are in a set, and where they stand in a list."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -58,6 +58,17 @@ class IdSet:
         asked = np.frombuffer(_digest(ids), _TYPE)
         place = np.searchsorted(self._digests, asked).clip(max=len(self) - 1)
         return np.asarray(self._digests[place] == asked)
+
+
+class AllBut(IdSet):
+    """All ids but a few."""
+
+    def __init__(self, few: Collection[str]):
+        super().__init__()
+        self._few = frozenset(few)
+
+    def holds(self, ids: Sequence[str]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        return np.fromiter((self._prefix + one not in self._few for one in ids), bool, len(ids))
 
 
 class IdRows:

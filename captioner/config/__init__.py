@@ -12,9 +12,9 @@ from captioner.config.jobs import (
     ExtractConfig,
     PushConfig,
     SearchConfig,
-    TrainConfig,
     VerifyConfig,
 )
+from captioner.config.learning import FinetuneConfig, LearningConfig, TrainConfig
 from captioner.config.parts import (
     DECODER_KINDS,
     Compute,
@@ -52,9 +52,11 @@ __all__ = [
     "PushConfig",
     "SearchConfig",
     "ExtractConfig",
+    "FinetuneConfig",
     "Fraction",
     "ImageLimits",
     "JobConfig",
+    "LearningConfig",
     "OptimizerConfig",
     "Positive",
     "ReplicaSettings",

@@ -5,16 +5,13 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field, model_validator
 
-from captioner.config.decoding import DecodeConfig, DecodeOverrides
+from captioner.config.decoding import DecodeOverrides
 from captioner.config.parts import (
     AcceptUnreadable,
-    Compute,
-    DecoderConfig,
     EncoderConfig,
     Fraction,
     ImageLimits,
     JobConfig,
-    OptimizerConfig,
     Positive,
     Restart,
     RetrySeconds,
@@ -23,9 +20,6 @@ from captioner.config.parts import (
     ShapesConfig,
     SourceConfig,
     Split,
-    TextConfig,
-    Track,
-    check_gpu_share,
 )
 
 AcceptGone = Annotated[bool, Field(description="Let more than 5 % of the images of the source go.")]
@@ -72,98 +66,6 @@ class ExtractConfig(JobConfig):
     cpus_per_encoder: Positive | None = None
     """Threads of one encoder actor on CPU; default: chosen from the cluster."""
     restart: Restart = False
-
-
-class TrainConfig(JobConfig):
-    """Train a decoder on a feature store."""
-
-    features: str
-    """Feature store (path or URI)."""
-    output: str
-    """Directory of the model (path or URI)."""
-    init: str | None = None
-    """Model that training starts from (path or URI, or hf:org/name[@revision]). Its decoder, text rules and search are
-    taken over where none are given; words it knows keep their weights."""
-    objective: Literal["cross_entropy", "self_critical"] = "cross_entropy"
-    """cross_entropy: the next word of the references. self_critical: captions are drawn, and those made more probable
-    that CIDEr-D finds better than the others of their image; starts from a model (init), at a learning rate of some
-    2e-5. On Flickr8k an epoch of it brought three decoders .007 of CIDEr-D."""
-    samples: Annotated[int, Field(ge=2, le=100)] = 5
-    """self_critical: captions drawn of an image; global_batch counts them."""
-    decoder: DecoderConfig = DecoderConfig()
-    text: TextConfig = TextConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    epochs: Positive = 20
-    """Most passes over the train captions."""
-    global_batch: Positive = 64
-    """Captions per optimizer step, over all workers together."""
-    gradient_accumulation: Positive = 1
-    """Passes that a worker makes for one optimizer step, each over its part of the worker's captions: less memory for
-    the same gradient."""
-    patience: Positive | None = 5
-    """Stop after this many epochs without a better validation loss (self_critical: CIDEr-D); None trains all epochs."""
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability mass spread over the vocabulary in the training loss (validation never smooths)."""
-    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Decay of the exponential moving average of the weights, per optimizer step; the averaged weights are validated
-    and published. 0: none."""
-    group_captions: bool = False
-    """Keep the captions of an image in one batch: its features are read and projected once for all of them."""
-    validation_cider: bool = False
-    """Also caption the validation images greedily after every epoch, and keep the epoch of the highest CIDEr-D."""
-    mirrored: bool = False
-    """Mirror images are views for training, too; needs features extracted with --mirrored. Each epoch samples one view
-    per image uniformly: the image itself, its mirror image or one of its crops."""
-    crops: Annotated[int, Field(ge=0, le=16)] = 0
-    """Random crops per image that are views for training, too; needs features extracted with at least as many
-    --crops."""
-    decode: DecodeConfig = DecodeConfig()
-    """The search stored with the model, for its captions where nothing else is asked for."""
-    num_workers: Positive | tuple[Positive, Positive] = 1
-    """Data-parallel workers (DDP), each with one GPU where the cluster has any. Two numbers: as many as the cluster has
-    room for, at least the first, at most the second, adjusted while training."""
-    gpus_per_worker: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of a GPU for the worker, where the cluster has any; below 1 runs of one worker share GPUs."""
-    threads_per_worker: Positive | None = None
-    """Threads of one worker on CPU; default: the node's cores, shared between the run's workers on it."""
-    ingest: Literal["auto", "resident", "streaming"] = "auto"
-    """How features reach a worker. resident: in memory, or in a local file mapped to it. streaming: read from the store
-    again in every epoch, in other batches of the same captions. auto: resident where it fits."""
-    compute: Literal["auto", Compute] = "auto"
-    """Arithmetic of the forward and backward passes; weights stay float32. auto: bfloat16 where the
-    processor multiplies it; on a CPU it wants AVX512."""
-    seed: Seed = 0
-    """Seed of weights, dropout and the order of captions."""
-    checkpoint_minutes: Annotated[float, Field(gt=0.0)] = 10.0
-    """Most minutes of an epoch between two checkpoints, from which a run continues; there is one after every epoch,
-    too."""
-    max_failures: Annotated[int, Field(ge=0)] = 2
-    """Worker failures survived by restarting from the last checkpoint."""
-    track: Track = None
-    restart: Restart = False
-
-    @model_validator(mode="after")
-    def _fits_itself(self) -> "TrainConfig":
-        low, high = self.worker_range
-        if low > high:
-            raise ValueError(f"num_workers: the first of {low} {high} must not be the larger")
-        if self.decode.prompt:
-            raise ValueError("decode.prompt: is for chat models, and none is trained here")
-        if self.objective == "self_critical" and self.init is None:
-            raise ValueError("objective: self_critical starts from a model; give init")
-        check_gpu_share("gpus_per_worker", self.gpus_per_worker, high)
-        return self
-
-    @property
-    def scores_captions(self) -> bool:
-        """Whether epochs are compared by the CIDEr-D of captions."""
-        return self.validation_cider or self.objective == "self_critical"
-
-    @property
-    def worker_range(self) -> tuple[int, int]:
-        """Fewest and most workers."""
-        number = self.num_workers
-        return number if isinstance(number, tuple) else (number, number)
 
 
 class EvaluateConfig(JobConfig):

@@ -35,26 +35,11 @@ class Encoder:
         Raises:
             ModelError: the tensors are not those of the spec.
         """
-        if digest(tensors) != spec.weights_sha256:
-            raise ModelError(f"the weights are not those of {spec.family} {spec.name} in the spec")
         self.spec = spec
         self.device = torch.device(device)
         self.dtype = getattr(torch, spec.precision)
-        network = family_called(spec.family).build(spec)
-        try:
-            missing = network.load_state_dict(tensors, strict=False)
-        except RuntimeError as error:  # of shapes
-            reason = " ".join(str(error).split())[:200]
-            raise ModelError(f"the weights do not fit {spec.name}: {reason}") from error
-        left = [name for name in missing.missing_keys if not is_bookkeeping(name)]
-        if left or missing.unexpected_keys:
-            raise ModelError(
-                f"the weights do not fit {spec.name}: {left or missing.unexpected_keys}"
-            )
-        network = _fold_batch_norms(network.eval(), spec.input_size)
-        self.network = network.to(self.device, self.dtype)
-        if all(part.ndim < 5 for part in network.parameters()):
-            self.network = self.network.to(memory_format=torch.channels_last)
+        network = _fold_batch_norms(build_network(spec, tensors), spec.input_size)
+        self.network = channels_last(network.to(self.device, self.dtype))
         self.mean = torch.tensor(spec.mean, device=self.device)
         self.deviation = torch.tensor(spec.deviation, device=self.device)
         self._feed = Feed(self.device)
@@ -98,6 +83,33 @@ class Encoder:
         values = ((pixels.float() - self.mean) / self.deviation).to(self.dtype)
         found: tuple[Tensor, Tensor] = self.network(values.permute(0, 3, 1, 2))
         return found
+
+
+def build_network(spec: EncoderSpec, tensors: Tensors) -> nn.Module:
+    """The network of a spec with its weights, float32, in evaluation mode.
+
+    Raises:
+        ModelError: the tensors are not those of the spec.
+    """
+    if digest(tensors) != spec.weights_sha256:
+        raise ModelError(f"the weights are not those of {spec.family} {spec.name} in the spec")
+    network = family_called(spec.family).build(spec)
+    try:
+        missing = network.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:  # of shapes
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"the weights do not fit {spec.name}: {reason}") from error
+    left = [name for name in missing.missing_keys if not is_bookkeeping(name)]
+    if left or missing.unexpected_keys:
+        raise ModelError(f"the weights do not fit {spec.name}: {left or missing.unexpected_keys}")
+    return network.eval()
+
+
+def channels_last(network: nn.Module) -> nn.Module:
+    """A network in the memory layout that convolutions want, where it has one."""
+    if all(part.ndim < 5 for part in network.parameters()):
+        return network.to(memory_format=torch.channels_last)
+    return network
 
 
 @torch.no_grad()

@@ -36,6 +36,10 @@ class Family(ABC):
         """What decides the features of a network with these settings and tensors."""
 
     @abstractmethod
+    def stages(self, network: nn.Module) -> list[list[nn.Parameter]]:
+        """Parameters of a network that ``build`` made, stage by stage (or block by block), from its input on."""
+
+    @abstractmethod
     def build(self, spec: EncoderSpec) -> nn.Module:
         """The network with fresh weights: float [B, 3, rows, columns] -> pooled [B, C], feature map [B, D, H, W]."""
 

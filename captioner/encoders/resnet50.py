@@ -110,6 +110,11 @@ class ResNet50(Family):
             weights_sha256=digest(tensors),
         )
 
+    def stages(self, network: nn.Module) -> list[list[nn.Parameter]]:
+        return [
+            list(part.parameters()) for name, part in network.named_children() if name in _STAGES
+        ]
+
     def build(self, spec: EncoderSpec) -> nn.Module:
         return _ResNet50(spec.name, spec.layer)
 

@@ -6,6 +6,7 @@ normalised, without class and register tokens. Input size, resize rule, mean and
 
 import contextlib
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,6 +25,9 @@ from captioner.encoders.weights import (
     take_weights,
 )
 from captioner.errors import ConfigError, ModelError
+
+# In the names of a block's parameters, its number: blocks.11.norm1, layer4.1.conv1, s4.b7.conv1.
+_OF_BLOCK = re.compile(r"\.b?\d+\.")
 
 
 class _Backbone(nn.Module):
@@ -82,6 +86,21 @@ class Timm(Family):
             precision=precision,
             weights_sha256=digest(tensors),
         )
+
+    def stages(self, network: nn.Module) -> list[list[nn.Parameter]]:
+        """Blocks; what comes behind the last one belongs to it."""
+        from timm.models import group_parameters
+
+        model: Any = network.model
+        parameters = dict(model.named_parameters())
+        found: list[list[nn.Parameter]] = []
+        for _, names in sorted(group_parameters(model, model.group_matcher(coarse=False)).items()):
+            own = [parameters[name] for name in names]
+            if found and not any(_OF_BLOCK.search(name) for name in names):
+                found[-1] += own
+            else:
+                found.append(own)
+        return found
 
     def build(self, spec: EncoderSpec) -> nn.Module:
         return _create(spec.name, spec.input_size)

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from captioner import storage
 from captioner.artifacts.manifests import MANIFEST, ReportManifest, open_manifest
 from captioner.artifacts.model_directory import ModelDirectory, open_model
-from captioner.config import PushConfig, TrainConfig
+from captioner.config import FinetuneConfig, LearningConfig, PushConfig, TrainConfig
 from captioner.errors import ModelError, OutOfReachError
 from captioner.evaluation.evaluate import SCORES, Report
 from captioner.runtime.flags import spell
@@ -127,13 +127,19 @@ def model_card(model: ModelDirectory, reports: list[Report], config: PushConfig)
 
 def _command(training: dict[str, Any]) -> str:
     """The training's command line: what differs from the defaults, but for places on the machine that trained."""
-    defaults = TrainConfig(features="", output="").model_dump(mode="json")
+    config: LearningConfig = TrainConfig(features="", output="")
+    begun = "train --features FEATURES"
+    if "stages" in training:
+        config = FinetuneConfig(model="", source="", output="")
+        begun = "finetune --model TRAINED --source PICTURES"
+    defaults = config.model_dump(mode="json")
+    places = ("features", "output", "model", "source")
     flags = [
         f"{spell(place)} {value}"
         for place, value in _leaves(training)
-        if place[0] not in ("features", "output") and value != _at(defaults, place)
+        if place[0] not in places and value != _at(defaults, place)
     ]
-    return " ".join(["captioner train --features FEATURES --output MODEL", *flags])
+    return " ".join([f"captioner {begun} --output MODEL", *flags])
 
 
 def _leaves(

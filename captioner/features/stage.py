@@ -91,3 +91,31 @@ class PixelStage(Stage):
             picture[:rows, :columns]
             for picture, (rows, columns) in zip(pixels, tensor(batch, SIDES).tolist(), strict=True)
         ]
+
+
+class CheckPictures(PixelStage):
+    """Loads each picture once, to know which can be loaded; nothing else becomes of it."""
+
+    def __init__(self, fit: Fit, limits: ImageLimits):
+        super().__init__(fit, limits, thumbnails=False)
+        self.loaded = pa.schema([])
+
+    def load(self, data: bytes) -> dict[str, Any]:
+        super().load(data)
+        return {}
+
+    def prepare(self) -> None:
+        pass
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return pa.table({})
+
+
+class LoadPictures(PixelStage):
+    """Loads pictures for a network elsewhere."""
+
+    def prepare(self) -> None:
+        pass
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return batch.select([PIXELS])

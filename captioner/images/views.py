@@ -62,20 +62,51 @@ def other_views(
         yield view.name, np.ascontiguousarray(shown[:, :, ::-1]) if view.is_mirrored else shown
 
 
+def view_of_epoch(
+    pixels: Pixels, image_id: str, *, seed: int, epoch: int, crop: bool, mirror: bool
+) -> Pixels:
+    """What an epoch shows of a picture, decided by seed, epoch and id alone: uint8 RGB [rows, columns, 3].
+
+    Args:
+        crop: a random part of it.
+        mirror: it or its mirror image.
+    """
+    generator = _generator(f"{seed} {epoch} {image_id}")
+    mirrored = mirror and generator.random() < 0.5
+    if crop:
+        rows, columns, _ = pixels.shape
+        pixels = _part(pixels, _random_box(generator, rows, columns))
+    return np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels
+
+
 def crop(pixels: Pixels, image_id: str, number: int) -> Pixels:
     """A random part of a picture, enlarged to its size: uint8 RGB [rows, columns, 3]."""
     rows, columns, _ = pixels.shape
-    box = crop_box(image_id, number, rows, columns)
-    resized = Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BILINEAR, box)
-    return np.asarray(resized)
+    return _part(pixels, crop_box(image_id, number, rows, columns))
 
 
 def crop_box(
     image_id: str, number: int, rows: int, columns: int
 ) -> tuple[float, float, float, float]:
     """Left, top, right and bottom of a crop within a picture of so many pixels."""
-    seed = hashlib.sha256(f"{number} {image_id}".encode()).digest()
-    generator = np.random.default_rng(int.from_bytes(seed[:8], "little"))
+    return _random_box(_generator(f"{number} {image_id}"), rows, columns)
+
+
+def _generator(key: str) -> np.random.Generator:
+    seed = hashlib.sha256(key.encode()).digest()
+    return np.random.default_rng(int.from_bytes(seed[:8], "little"))
+
+
+def _part(pixels: Pixels, box: tuple[float, float, float, float]) -> Pixels:
+    """A box of a picture, enlarged to its size."""
+    rows, columns, _ = pixels.shape
+    resized = Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BILINEAR, box)
+    return np.asarray(resized)
+
+
+def _random_box(
+    generator: np.random.Generator, rows: int, columns: int
+) -> tuple[float, float, float, float]:
     area = generator.uniform(*_AREA)
     ratio = math.exp(generator.uniform(-math.log(_RATIO), math.log(_RATIO)))
     width = columns * min(1.0, math.sqrt(area * ratio))

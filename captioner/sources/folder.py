@@ -175,6 +175,8 @@ class FolderSource:
         pieces: list[Piece] = []
         for table in self._batches():
             wanted = ~done.holds(table["image_id"].to_pylist())
+            if not wanted.any():
+                continue
             table = table if wanted.all() else table.filter(pa.array(wanted))
             # One copy on every node that needs it, instead of one in the driver and one in each task.
             held = ray.put(table) if ray.is_initialized() else table

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,21 +15,23 @@ from torch import Tensor
 
 from captioner.artifacts.feature_store import FeatureStore
 from captioner.config import TextConfig, TrainConfig
-from captioner.decoders.base import Features
 from captioner.errors import StoreError
 from captioner.text import PAD, START, Vocabulary, clean
 from captioner.training.plan import Indices, Plan, caption_units, first_captions
 
-Reader = Callable[[list[Indices]], Iterator[Features]]
-"""Features (float32) of each batch of images, given as their rows in the split in the order of ids."""
+Columns = dict[Any, Tensor]
+"""What a network reads of I images, by name: ``Features``, float32, or pixels, uint8."""
+
+Reader = Callable[[list[Indices]], Iterator[Columns]]
+"""Columns of each batch of images, given as their rows in the split in the order of ids."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """One worker's share of a global batch."""
 
-    features: Features
-    """Columns of I images, float32."""
+    features: Columns
+    """Of I images."""
     tokens: Tensor
     """int64 [I * K, T]; the captions of an image follow each other."""
     captions: Indices
@@ -94,10 +97,27 @@ class CaptionData:
         Raises:
             StoreError: the split or its captions are missing, or none has a word.
         """
+        data = cls.encode(store.caption_batches(split), vocabulary, text)
+        if not len(data):
+            raise StoreError(f"{store.uri}: no caption of the {split} split has a word")
+        return data
+
+    @classmethod
+    def encode(
+        cls,
+        batches: Iterable[tuple[Indices, Indices, Sequence[str]]],
+        vocabulary: Vocabulary,
+        text: TextConfig,
+    ) -> "CaptionData":
+        """Captions that have words.
+
+        Args:
+            batches: int64 [N], each caption's image; int64 [N], its place among those of its image; the N captions.
+        """
         rows, places = array("q"), array("q")
 
         def encoded() -> Iterator[list[int]]:
-            for images, numbers, captions in store.caption_batches(split):
+            for images, numbers, captions in batches:
                 words = [clean(caption, text.rules) for caption in captions]
                 # "..." or a smile: nothing to be learnt but to say nothing.
                 wordy = np.fromiter(map(bool, words), bool, len(words))
@@ -107,8 +127,6 @@ class CaptionData:
                     yield vocabulary.encode(some, text.max_length)
 
         data = cls(encoded(), np.empty(0, np.int64))
-        if not len(data):
-            raise StoreError(f"{store.uri}: no caption of the {split} split has a word")
         order = np.lexsort((places, rows))
         data.image_rows = np.frombuffer(rows, np.int64)[order]
         data._starts, data.lengths = data._starts[order], data.lengths[order]

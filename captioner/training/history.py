@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from captioner.artifacts.manifests import Record
-from captioner.config import TrainConfig
+from captioner.config import LearningConfig
 from captioner.training.data import Batch
 
 
@@ -91,10 +91,10 @@ def best_epoch(history: Sequence[EpochRecord]) -> EpochRecord:
     return max(history, key=lambda record: record.validation_cider or 0.0)
 
 
-def finished(history: Sequence[EpochRecord], config: TrainConfig) -> bool:
+def finished(history: Sequence[EpochRecord], config: LearningConfig) -> bool:
     """Whether all epochs are over, or ``patience`` of them since the lowest validation loss."""
     losses = [record.validation_loss for record in history]
-    if config.objective == "self_critical":
+    if config.waits_for_cider:
         losses = [-(record.validation_cider or 0.0) for record in history]
     stale = len(losses) - 1 - losses.index(min(losses)) if losses else 0
     return len(losses) >= config.epochs or (
@@ -107,7 +107,7 @@ def read_history(text: str) -> list[EpochRecord]:
     return [EpochRecord.model_validate(epoch) for epoch in json.loads(text)]
 
 
-def epoch_line(history: Sequence[EpochRecord], config: TrainConfig, *, improved: bool) -> str:
+def epoch_line(history: Sequence[EpochRecord], config: LearningConfig, *, improved: bool) -> str:
     """The last epoch in one line, with a star where its weights are the best so far."""
     record = history[-1]
     cider = record.validation_cider

@@ -25,7 +25,7 @@ from captioner.training.streaming import Streaming
 from captioner.training.views import by_view, stored_columns
 
 
-class Ingest(Protocol):
+class Passes(Protocol):
     """A split as one worker gets it."""
 
     data: CaptionData
@@ -44,6 +44,10 @@ class Ingest(Protocol):
         Args:
             images: take so many images in a step, each with its first caption alone; None: ``global_batch`` captions.
         """
+
+
+class Ingest(Passes, Protocol):
+    """A split of a feature store as one worker gets it."""
 
     def statistics(self, column: Column) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per channel over the images (and their cells), float32 [C] each."""

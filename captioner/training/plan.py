@@ -21,7 +21,7 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 Plan = list[list[Indices]]
 
 
-def caption_units(image_rows: Indices, *, grouped: bool) -> Indices:
+def caption_units(image_rows: Indices, *, grouped: bool, picture: int = _PICTURE) -> Indices:
     """Units of a split [U, K]: each caption alone, or, ``grouped``, captions of an image together.
 
     K is what keeps the work least, of padding and of pictures that come more than once: an image with more captions
@@ -29,12 +29,13 @@ def caption_units(image_rows: Indices, *, grouped: bool) -> Indices:
 
     Args:
         image_rows: int64 [N], each caption's image.
+        picture: what it costs to have one once more, in captions.
     """
     if not grouped:
         return np.arange(len(image_rows))[:, None]
     order = np.argsort(image_rows, kind="stable")
     _, first, counts = np.unique(image_rows[order], return_index=True, return_counts=True)
-    width = _group_width(counts)
+    width = _group_width(counts, picture)
     within = np.arange(len(order)) - np.repeat(first, counts)
     parts = -(-counts // width)
     units = np.full((int(parts.sum()), width), -1)
@@ -43,12 +44,12 @@ def caption_units(image_rows: Indices, *, grouped: bool) -> Indices:
     return units
 
 
-def _group_width(counts: Indices) -> int:
+def _group_width(counts: Indices, picture: int) -> int:
     """Captions of a unit, where images have so many each, for the least work."""
     images = np.bincount(counts)
     sizes = np.flatnonzero(images)
     work = [
-        int((images[sizes] * -(-sizes // width)).sum()) * (width + _PICTURE)
+        int((images[sizes] * -(-sizes // width)).sum()) * (width + picture)
         for width in range(1, len(images))
     ]
     return 1 + int(np.argmin(work))

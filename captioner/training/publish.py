@@ -52,13 +52,16 @@ def write_model(
         encoder_weights=store.read_encoder_weights(),
         training=config.model_dump(mode="json"),
     )
-    history = learnt.history
+    return [*files, output.write(LAST, learnt.last), *write_history(output, learnt.history)]
+
+
+def write_history(output: Output, history: Sequence[EpochRecord]) -> list[FileEntry]:
+    """Write the epochs of a model: as a table, as curves, for TensorBoard, and the figures of the best one."""
     best = best_epoch(history)
     rows = pa.Table.from_pylist([epoch.model_dump() for epoch in history], HISTORY_ROWS)
     table = io.BytesIO()
     pq.write_table(rows, table)
-    files += [
-        output.write(LAST, learnt.last),
+    files = [
         output.write("metrics.json", best.model_dump_json(indent=1).encode()),
         output.write("history.parquet", table.getvalue()),
         output.write("curves.png", plot_history(history, best.epoch)),

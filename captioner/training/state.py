@@ -4,18 +4,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from captioner.artifacts.model_directory import pack_weights, unpack_weights
-from captioner.config import TrainConfig
-from captioner.decoders.base import Decoder
+from captioner.config import LearningConfig
 from captioner.training.data import Done
 from captioner.training.history import EpochRecord, best_epoch, read_history
-from captioner.training.steps import Schedule, build_optimizer
+from captioner.training.steps import ParameterGroup, Schedule, build_optimizer
 
 LAST, BEST, STATE, HISTORY = "last.safetensors", "best.safetensors", "state.pt", "history.json"
 
@@ -70,44 +69,51 @@ class _Ema(AveragedModel):
 
 
 class TrainingState:
-    """The decoder in training with its EMA, optimizer, schedule and history: everything that a checkpoint holds."""
+    """The network in training with its EMA, optimizer, schedule and history: everything that a checkpoint holds."""
 
-    def __init__(self, decoder: Decoder, config: TrainConfig, steps_per_epoch: int):
+    def __init__(
+        self,
+        network: nn.Module,
+        config: LearningConfig,
+        steps_per_epoch: int,
+        groups: Sequence[ParameterGroup] | None = None,
+    ):
         """
         Args:
-            decoder: on the device it is trained on.
+            network: on the device it is trained on.
+            groups: the parameters that learn; None: all, at one pace.
         """
-        self.decoder = decoder
+        self.network = network
         self.ema: AveragedModel | None = None
         if config.ema_decay:
-            self.ema = _Ema(decoder, config.ema_decay)
+            self.ema = _Ema(network, config.ema_decay)
             # A copy's weights lie apart in memory, and cuDNN would put them together at every call.
             for part in self.ema.modules():
                 if isinstance(part, nn.RNNBase):
                     part.flatten_parameters()
-        self.optimizer = build_optimizer(config.optimizer, decoder)
+        self.optimizer = build_optimizer(config.rule, network, groups)
         self.steps_per_epoch = steps_per_epoch
-        self.schedule = Schedule(config.optimizer, config.epochs * steps_per_epoch)
+        self.schedule = Schedule(config.rule, config.epochs * steps_per_epoch)
         self.history: list[EpochRecord] = []
         self.best: bytes | None = None
         self.epoch = EpochSoFar()
 
     @property
-    def judged(self) -> Decoder:
-        """The decoder that is validated and published: the EMA of the one in training, or that one itself."""
-        return self.decoder if self.ema is None else cast(Decoder, self.ema.module)
+    def judged(self) -> nn.Module:
+        """The network that is validated and published: the EMA of the one in training, or that one itself."""
+        return self.network if self.ema is None else self.ema.module
 
     def before_step(self, epochs_done: float) -> float:
         """Set the learning rate of the next step and return it."""
         rate = self.schedule.rate(epochs_done * self.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("pace", 1.0)
         return rate
 
     def after_step(self) -> None:
         """Every worker has the same weights after a step, and so the same EMA."""
         if self.ema is not None:
-            self.ema.update_parameters(self.decoder)
+            self.ema.update_parameters(self.network)
 
     def after_epoch(self, record: EpochRecord) -> bool:
         """Add an epoch to the history; returns whether it is the best so far, whose weights are kept."""
@@ -121,7 +127,7 @@ class TrainingState:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint."""
-        (folder / LAST).write_bytes(pack_weights(self.decoder))
+        (folder / LAST).write_bytes(pack_weights(self.network))
         if self.best is not None:
             (folder / BEST).write_bytes(self.best)
         (folder / HISTORY).write_text(json.dumps([epoch.model_dump() for epoch in self.history]))
@@ -137,8 +143,8 @@ class TrainingState:
 
     def restore(self, folder: Path) -> None:
         """Continue from what ``save`` wrote under the same configuration."""
-        unpack_weights(self.decoder, (folder / LAST).read_bytes(), LAST)
-        device = next(self.decoder.parameters()).device
+        unpack_weights(self.network, (folder / LAST).read_bytes(), LAST)
+        device = next(self.network.parameters()).device
         state = torch.load(folder / STATE, map_location=device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:

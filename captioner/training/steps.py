@@ -6,7 +6,7 @@ Shapes: B captions, T tokens, O output width, V vocabulary, W target tokens, pad
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import cast
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from captioner.config import OptimizerConfig, TrainConfig
+from captioner.config import LearningConfig, OptimizerConfig
 from captioner.decoders.base import Decoder, Features, packs
 from captioner.decoders.ensemble import members_of
 from captioner.errors import ConfigError, TrainingError
@@ -105,12 +105,24 @@ def teacher_forcing(
     return float(loss), int(correct), sum(len(caption) - 1 for caption in captions)
 
 
-def build_optimizer(config: OptimizerConfig, decoder: Decoder) -> torch.optim.Optimizer:
-    """The optimizer of ``config`` over all parameters."""
-    parameters, rate, decay = decoder.parameters(), config.learning_rate, config.weight_decay
-    if config.name != "adamw":
+class ParameterGroup(TypedDict):
+    """Parameters that learn at a pace of their own."""
+
+    params: list[nn.Parameter]
+    pace: float
+    """Their learning rate, in parts of the schedule's."""
+    weight_decay: float
+
+
+def build_optimizer(
+    config: OptimizerConfig, network: nn.Module, groups: Sequence[ParameterGroup] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of ``config`` over all parameters of a decoder, or over some of a network."""
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.name != "adamw" and isinstance(network, Decoder):
         # L2 decay is part of the gradient, which for each member of an ensemble is that of the mean of their losses.
-        decay /= len(members_of(decoder))
+        decay /= len(members_of(network))
+    parameters: Any = network.parameters() if groups is None else groups
     if config.name == "rmsprop":
         # Keras' decay of the squared gradients, 0.9; torch's own default is 0.99.
         return torch.optim.RMSprop(parameters, rate, alpha=0.9, weight_decay=decay)
@@ -154,7 +166,7 @@ def train_step(
     *,
     seed: tuple[int, ...],
     workers: int,
-    config: TrainConfig,
+    config: LearningConfig,
     compute: str,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on a worker's part of a global batch.
@@ -163,7 +175,7 @@ def train_step(
     is then that of the mean over the global batch, for any number of workers.
 
     Args:
-        model: the objective, wrapped in DDP or not, in training mode: called with features, tokens and images
+        model: the objective, wrapped in DDP or not, in training mode: called with a batch's features, tokens and images
             it returns a summed loss and another sum, as ``TeacherForcing`` and ``SelfCritical`` do.
         batch: on the model's device.
         seed: seed of the run, epoch, step and rank, which alone decide the random numbers of the step (dropout): what
@@ -186,8 +198,8 @@ def train_step(
                 loss, other = model(part.features, part.tokens, part.images)
             (loss * (workers / batch.global_targets)).backward()
         sums.append(torch.stack([loss.detach(), other]))
-    if config.optimizer.clip_norm is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+    if config.rule.clip_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), config.rule.clip_norm)
     optimizer.step()
     loss, other = torch.stack(sums).sum(dim=0)
     return loss, other

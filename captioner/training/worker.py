@@ -2,7 +2,10 @@
 
 import logging
 import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +16,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from captioner.artifacts.feature_store import FeatureStore
-from captioner.config import TrainConfig
-from captioner.decoders import build_decoder
+from captioner.config import LearningConfig
+from captioner.decoders.base import Decoder, Features
 from captioner.errors import TrainingError
-from captioner.runtime.device import choose_compute, memory_bytes, prepare_device
+from captioner.runtime.device import choose_compute, prepare_device
 from captioner.runtime.progress import TrainingGauges
-from captioner.text import Vocabulary
-from captioner.training.data import on_device, units_to_learn
+from captioner.training.data import Batch, on_device
 from captioner.training.history import EpochRecord, Interval, Stopwatch, epoch_line, finished
-from captioner.training.ingest import fit_standardize, open_split
-from captioner.training.references import References
-from captioner.training.self_critical import SelfCritical
-from captioner.training.start import load_weights
+from captioner.training.ingest import Passes
 from captioner.training.state import EpochSoFar, TrainingState, after_steps
-from captioner.training.steps import TeacherForcing, check_compute, require_finite, train_step
+from captioner.training.steps import (
+    ParameterGroup,
+    TeacherForcing,
+    check_compute,
+    require_finite,
+    train_step,
+)
 from captioner.training.validation import GreedyCider
 
 # Between two lines about the same epoch.
@@ -36,34 +40,44 @@ _TELL_SECONDS = 1.0
 _AGREE_STEPS = 10
 
 
-def train_worker(arguments: dict[str, Any]) -> str | None:
-    """Ray Train's per-worker function.
+@dataclass(frozen=True)
+class Learner:
+    """What a worker trains, and on what."""
 
-    Args:
-        arguments: ``config`` (TrainConfig as JSON), ``vocabulary`` (its JSON), and ``messages``, an actor for progress
-            lines or None.
+    network: nn.Module
+    """What a checkpoint keeps; on the CPU."""
+    objective: nn.Module
+    """What DDP wraps: gives a summed loss and another sum for columns, tokens and images."""
+    train: Passes
+    validation: Passes
+    steps: int
+    """Of an epoch."""
+    longest: int
+    """Words of a greedy caption at most."""
+    groups: Sequence[ParameterGroup] | None = None
+    """The parameters that learn; None: all, at one pace."""
+
+
+def run_worker(worker: "Callable[[], Worker]") -> str | None:
+    """Make a worker and let it train.
 
     Returns:
         why training had to stop before its end, else None. It is not raised, because Ray Train would then restart the
         workers, only for them to come to the same point again.
     """
-    worker = Worker(
-        TrainConfig.model_validate_json(arguments["config"]),
-        Vocabulary.from_json(arguments["vocabulary"]),
-        arguments["messages"],
-    )
+    made = worker()
     try:
-        worker.run()
+        made.run()
     except TrainingError as error:
         # All workers stop here together: the loss is the sum over all of them.
         return str(error)
     return None
 
 
-class Worker:
-    """One data-parallel worker: its data, its replica of the decoder, and the state that a restart needs."""
+class Worker(ABC):
+    """One data-parallel worker: its data, its replica of the network, and the state that a restart needs."""
 
-    def __init__(self, config: TrainConfig, vocabulary: Vocabulary, messages: Any):
+    def __init__(self, config: LearningConfig, messages: Any):
         # Ray Train tells of every report under a name outside ray.train; ours is one line per epoch.
         logging.getLogger().setLevel(logging.WARNING)
         context = ray.train.get_context()
@@ -77,31 +91,11 @@ class Worker:
         )
         self.compute = choose_compute(config.compute, self.device.type)
         check_compute(self.device, self.compute)
-        store = FeatureStore.open(config.features)
         torch.manual_seed(config.seed)
-        self.decoder = build_decoder(
-            config.decoder, len(vocabulary), store.manifest.encoder.spec.shape
-        )
-        columns = self.decoder.columns
-        self.train, self.validation = (
-            open_split(
-                store,
-                split,
-                columns,
-                vocabulary,
-                config,
-                rank=self.rank,
-                workers=self.workers,
-                memory=memory_bytes(),
-            )
-            for split in ("train", "validation")
-        )
-        if config.init is None:
-            fit_standardize(self.decoder, self.train, whole=config.decoder.standardize == "whole")
-        else:
-            load_weights(self.decoder, config.init, vocabulary, store.manifest.encoder.spec.shape)
+        learner = self.prepare()
+        self.train, self.validation = learner.train, learner.validation
         self.model = ray.train.torch.prepare_model(
-            self.objective(),
+            learner.objective,
             parallel_strategy_kwargs={
                 # Gradients lie where they are exchanged, in buckets of the order in which they come to be.
                 "gradient_as_bucket_view": True,
@@ -109,24 +103,23 @@ class Worker:
                 "static_graph": config.gradient_accumulation == 1,
             },
         )
-        units, batch = units_to_learn(self.train.data, config)
-        self.state = TrainingState(self.decoder, config, -(-int((units >= 0).sum()) // batch))
+        self.state = TrainingState(learner.network, config, learner.steps, learner.groups)
         self.cider: GreedyCider | None = None
         if config.scores_captions:
-            self.cider = GreedyCider(self.validation.data, config.decode.max_length)
+            self.cider = GreedyCider(self.validation.data, learner.longest)
         self.gauges = TrainingGauges(config.output) if self.rank == 0 else None
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:
                 self.state.restore(Path(folder))
 
-    def objective(self) -> nn.Module:
-        """What is trained: whatever returns a summed loss and another sum for features, tokens and images."""
-        config = self.config
-        if config.objective == "cross_entropy":
-            return TeacherForcing(self.decoder, config.label_smoothing)
-        references = References(self.train.data)
-        return SelfCritical(self.decoder, references, config.samples, config.decode.max_length)
+    @abstractmethod
+    def prepare(self) -> Learner:
+        """What this worker trains, and on what."""
+
+    @abstractmethod
+    def judge(self) -> tuple[Decoder, Callable[[Batch], Features]]:
+        """The decoder that is validated, and the features of a batch on its device."""
 
     def run(self) -> None:
         """Train until the epochs or the patience are over, with a checkpoint after every epoch and within long ones."""
@@ -194,21 +187,13 @@ class Worker:
 
     def figures(self, sums: Tensor, epoch: int, seconds: float) -> dict[str, Any]:
         """Of an epoch's record what its objective decides, from the sums of all workers."""
-        loss, other = sums.tolist()
+        loss, correct = sums.tolist()
         require_finite(loss, epoch, "training")
         data = self.train.data
-        if self.config.objective == "cross_entropy":
-            return {
-                "train_loss": loss / data.targets,
-                "train_accuracy": other / data.targets,
-                "captions_per_second": len(data) / seconds,
-            }
-        images = len(units_to_learn(data, self.config)[0])
         return {
-            "train_loss": None,
-            "train_accuracy": None,
-            "train_cider": other / images,
-            "captions_per_second": images * self.config.samples / seconds,
+            "train_loss": loss / data.targets,
+            "train_accuracy": correct / data.targets,
+            "captions_per_second": len(data) / seconds,
         }
 
     def agree(self, step: int, interval: Interval) -> bool:
@@ -223,23 +208,25 @@ class Worker:
     @torch.inference_mode()
     def validate(self) -> tuple[float, float]:
         """Loss and accuracy over the whole validation split: every caption once, over all workers."""
-        forcing = TeacherForcing(self.state.judged).eval()
+        decoder, seen = self.judge()
+        forcing = TeacherForcing(decoder).eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in on_device(iter(self.validation.ordered()), self.device):
             # In float32 whatever training computes in: bfloat16 ties words that are not equally probable, and these
             # figures must be those that evaluation finds.
-            loss, correct = forcing(batch.features, batch.tokens)
+            loss, correct = forcing(seen(batch), batch.tokens)
             sums += torch.stack([loss.double(), correct.double()])
         loss, accuracy = (self.reduce(sums) / self.validation.data.targets).tolist()
         return loss, accuracy
 
     def validation_cider(self, cider: GreedyCider) -> float:
         """Mean CIDEr-D of greedy captions of the validation images."""
-        decoder = self.state.judged.eval()
+        decoder, seen = self.judge()
+        decoder.eval()
         sums = torch.zeros(2, dtype=torch.float64)
         images_at_once = self.validation.ordered(images=self.config.global_batch)
         for batch in on_device(iter(images_at_once), self.device):
-            sums += cider.sums(decoder, batch)
+            sums += cider.sums(decoder, replace(batch, features=seen(batch)))
         total, images = self.reduce(sums).tolist()
         return float(total / images)
 

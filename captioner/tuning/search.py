@@ -26,9 +26,10 @@ from captioner.runtime.cluster import (
 )
 from captioner.runtime.failures import cause
 from captioner.runtime.progress import Ticker
+from captioner.training.fit import error_of_ours
 from captioner.training.history import EpochRecord
 from captioner.training.publish import history_so_far
-from captioner.training.run import error_of_ours, run_training
+from captioner.training.run import run_training
 from captioner.training.tracking import FOLLOW_SECONDS, Tracker
 from captioner.tuning.asha import RememberingASHA
 from captioner.tuning.callbacks import EpochLines, ReportEpochs

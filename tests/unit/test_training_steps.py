@@ -299,7 +299,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_the_epoch(loss: float)
 
 def run_steps(state: TrainingState, data: Fixture, steps: range) -> None:
     """Steps of one epoch, as the training loop takes them."""
-    model = TeacherForcing(state.decoder).train()
+    model = TeacherForcing(state.network).train()
     batches = list(data.epoch(3))
     for step in steps:
         state.before_step(3 + step / len(batches))
@@ -337,7 +337,7 @@ def test_a_run_may_continue_from_any_step(tmp_path: Path, first: int) -> None:
     assert resumed.history == [record]
     assert resumed.best == pack_weights(stopped.judged)
     run_steps(resumed, data, range(first, 6))
-    assert pack_weights(resumed.decoder) == pack_weights(unbroken.decoder)
+    assert pack_weights(resumed.network) == pack_weights(unbroken.network)
     assert pack_weights(resumed.judged) == pack_weights(unbroken.judged)
     states = [one.optimizer.state_dict() for one in (resumed, unbroken)]
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
@@ -399,7 +399,7 @@ def test_averaging_changes_what_is_judged_and_nothing_of_the_training() -> None:
     )
     for state in (without, barely, half):
         run_steps(state, data, range(6))
-        assert pack_weights(state.decoder) == pack_weights(without.decoder)
+        assert pack_weights(state.network) == pack_weights(without.network)
     expected, close, far = (
         nn.utils.parameters_to_vector(state.judged.parameters())
         for state in (without, barely, half)
