@@ -76,8 +76,13 @@ def compiled(network: nn.Module, pixels: Tensor) -> Any:
     Raises:
         TorchDynamoException, CppCompileError: it does not compile.
     """
-    found: Any = torch.compile(network, dynamic=False, options={"freezing": True})
-    found(pixels)
+    from torch._inductor import config
+
+    found: Any = torch.compile(network, dynamic=False)
+    # Not among the options of ``compile``, which come too late: whoever traces the network must know that its weights
+    # are constants.
+    with config.patch(freezing=True):
+        found(pixels)
     return found
 
 
