@@ -28,6 +28,7 @@ CONFIGS = {
     "benchmark extract": benchmarks.BenchmarkExtractConfig,
     "benchmark gpu": benchmarks.BenchmarkGpuConfig,
     "benchmark kept": benchmarks.BenchmarkKeptConfig,
+    "benchmark runtime": benchmarks.BenchmarkRuntimeConfig,
     "benchmark scores": benchmarks.BenchmarkScoresConfig,
     "benchmark serve": benchmarks.BenchmarkServeConfig,
     "benchmark simulate": benchmarks.BenchmarkSimulateConfig,
@@ -51,6 +52,8 @@ def parse_job(name: str, arguments: list[str]) -> object:
 def check_python(words: list[str]) -> None:
     if words[1:3] == ["-m", "pytest"]:
         assert (ROOT / words[3]).exists()
+    elif words[2].startswith("benchmarks."):
+        assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file()
     else:
         parse_job(*job_of(words))
 
