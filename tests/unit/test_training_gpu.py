@@ -66,7 +66,7 @@ def batch() -> Batch:
 
 
 def run_steps(state: TrainingState, settings: TrainConfig, on: Batch, compute: str) -> Tensor:
-    model = TeacherForcing(state.decoder, settings.label_smoothing).train()
+    model = TeacherForcing(state.network, settings.label_smoothing).train()
     sums = torch.zeros(2, dtype=torch.float64, device=on.tokens.device)
     for step in range(2):
         state.before_step(0.0)
