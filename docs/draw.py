@@ -14,7 +14,7 @@ from playwright.sync_api import FilePayload, expect, sync_playwright
 from captioner.sources.scenes import draw_scene
 
 DOCS, DEMO, PORT = Path("docs"), Path("runs/demo"), 8765
-WIDTH, COLOURS = 980, 64
+WIDTH = 980
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def shrink(source: Path, place: Path) -> None:
     with Image.open(source) as picture:
         small = picture.convert("RGB")
     small.thumbnail((WIDTH, 10 * WIDTH), Image.Resampling.LANCZOS)
-    small.quantize(COLOURS).save(place, optimize=True)
+    small.save(place, optimize=True)
 
 
 if __name__ == "__main__":
