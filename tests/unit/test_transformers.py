@@ -1,5 +1,6 @@
 """Captioning models of ``transformers`` behind the Captioner: tiny ones with random weights, made on the spot."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -22,10 +23,17 @@ from captioner.captioning import collection
 from captioner.captioning.captioner import Captioner
 from captioner.captioning.collection import caption_collection
 from captioner.captioning.transformers import TransformersCaptioner
-from captioner.config import CaptionConfig, DecodeConfig, DecodeOverrides, EvaluateConfig
+from captioner.config import (
+    CaptionConfig,
+    DecodeConfig,
+    DecodeOverrides,
+    EvaluateConfig,
+    ReplicaSettings,
+)
 from captioner.errors import CaptionerError, ConfigError, ModelError
 from captioner.evaluation.evaluate import evaluate
 from captioner.images.load import load_image
+from captioner.serving.replica import CaptionModel
 from captioner.text import Vocabulary
 from tests.hub import serve_hub
 from tests.pictures import picture
@@ -314,6 +322,30 @@ def test_a_search_says_at_every_step_that_it_advances(captioner: Captioner[Any])
             captioner.caption(PICTURES[:1])
     finally:
         captioner.on_step(lambda: None)
+
+
+def test_a_replica_answers_with_its_captions(
+    folders: dict[str, str], captioners: dict[str, Captioner[Any]]
+) -> None:
+    replica = CaptionModel("blip", folders["blip"], ReplicaSettings(threads=1), 2**24)
+
+    async def answer(decode: DecodeConfig) -> Any:
+        pictures, names = PICTURES[:2], [None, None]
+        found = replica.caption(pictures, names, decode, attention=True, seconds=60.0)
+        return [one async for one in found][-1]
+
+    async def ask() -> list[Any]:
+        answers = [await answer(SEARCHES[1]), await answer(DecodeConfig(mbr_samples=5))]
+        return [*answers, await replica.health()]
+
+    given, refused, health = asyncio.run(ask())
+    assert health == "ok"
+    assert "mbr_samples" in str(refused)
+    expected = captioners["blip"].caption(PICTURES[:2], SEARCHES[1])
+    for one, caption in zip(given.captions, expected, strict=True):
+        texts = [one.caption, *(other.caption for other in one.alternatives)]
+        assert texts == [candidate.text for candidate in caption.candidates]
+        assert one.attention is None
 
 
 def test_of_the_hub_comes_what_is_data_and_no_more(folders: dict[str, str], tmp_path: Path) -> None:
