@@ -11,10 +11,13 @@ import httpx
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+from captioner.captioning.captioner import Captioner
+from captioner.config import DecodeConfig
 from tests.head import ROOT, free_port
 from tests.pictures import picture
 from tests.said import unexpected
 from tests.serve.service import Service
+from tests.transformers_models import write_blip
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -26,12 +29,13 @@ def test_service_starts_asks_for_its_token_and_stops(
     tokens.write_text("secret\n")
     name = "modèle ü #1?%20'\""
     model = shutil.copytree(models["v1"], tmp_path / "odd dir" / name)
+    blip = write_blip(tmp_path / "blip")
     port = free_port()
     log = tmp_path / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "ray_jobs.serve", "--model", str(model), "--port", str(port),
-             "--token-file", str(tokens)],
+             "--token-file", str(tokens), "--model", blip],
             cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
     service = Service(f"http://127.0.0.1:{port}", process.pid)
@@ -42,7 +46,8 @@ def test_service_starts_asks_for_its_token_and_stops(
         assert httpx.get(f"{service.url}/-/routes").status_code == 401
         headers = {"authorization": "Bearer secret"}
         models_found = httpx.get(f"{service.url}/v1/models", headers=headers).json()["models"]
-        assert [one["name"] for one in models_found] == [name]
+        assert [one["name"] for one in models_found] == [name, "blip"]
+        assert models_found[1]["decoder"] == "blip"
         good = httpx.post(
             f"{service.url}/v1/captions",
             params={"model": name},
@@ -51,7 +56,26 @@ def test_service_starts_asks_for_its_token_and_stops(
             timeout=30,
         )
         assert (good.status_code, good.json()["model"]) == (200, name)
-        assert model_of_page(service.url) in (name, None)
+        asked = {"num_captions": 2, "prefix": "a photo of", "max_length": 9, "attention": True}
+        other, refused = (
+            httpx.post(
+                f"{service.url}/v1/captions",
+                params={"model": "blip"} | search,
+                content=picture(0),
+                headers=headers,
+                timeout=30,
+            )
+            for search in (asked, {"mbr_samples": 5})
+        )
+        (found,) = other.json()["captions"]
+        decode = DecodeConfig(beam_size=2, num_captions=2, prefix="a photo of", max_length=9)
+        (expected,) = Captioner.load(blip, "cpu").caption([picture(0)], decode)
+        texts = [found["caption"], *(one["caption"] for one in found["alternatives"])]
+        assert texts == [one.text for one in expected.candidates]
+        assert found["attention"] is None
+        assert refused.status_code == 422
+        assert "mbr_samples" in refused.json()["error"]["message"]
+        assert models_of_page(service.url) in ([name, "blip"], None)
         assert listening(process.pid, port) == {"127.0.0.1"}
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
@@ -60,12 +84,12 @@ def test_service_starts_asks_for_its_token_and_stops(
         text = log.read_text()
         print(text)  # shown where the test fails
     assert unexpected("serve", text) == []
-    assert f"serving {name} at http://127.0.0.1:{port}" in text
+    assert f"serving {name}, blip at http://127.0.0.1:{port}" in text
     with pytest.raises(httpx.ConnectError):
         httpx.get(service.url)
 
 
-def model_of_page(url: str) -> str | None:
+def models_of_page(url: str) -> list[str] | None:
     """What the page's menu offers to somebody with a token; None where there is no Chromium."""
     path = shutil.which("chromium")
     if path is None:
@@ -75,8 +99,8 @@ def model_of_page(url: str) -> str | None:
         page = browser.new_page(http_credentials={"username": "me", "password": "secret"})
         page.goto(url)
         option = page.locator("#model option")
-        expect(option).to_have_count(1, timeout=30_000)
-        return option.inner_text()
+        expect(option).to_have_count(2, timeout=30_000)
+        return option.all_inner_texts()
 
 
 def listening(pid: int, port: int) -> set[str]:
