@@ -81,7 +81,7 @@ def test_package_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
         and not name.startswith("benchmarks/results/")
     }
     assert code <= held
-    rest = {".gitignore", ".rayignore", "ARCHITECTURE.md", "GUIDE.md", "LICENSE", "LICENSES.md", "Makefile", "OPERATIONS.md",
-            "README.md", "cluster.yaml", "pyproject.toml", "requirements.txt"}  # fmt: skip
+    rest = {".gitignore", ".rayignore", "ARCHITECTURE.md", "GUIDE.md", "LICENSE", "LICENSES.md", "Makefile",
+            "OPERATIONS.md", "README.md", "cluster.yaml", "pyproject.toml", "requirements.txt"}  # fmt: skip
     assert held - code <= rest
     assert package.stat().st_size < 2 * 2**20
