@@ -35,7 +35,7 @@ def demo() -> TrainConfig:
             warmup_steps=100,
             schedule="cosine",
         ),
-        epochs=16,
+        epochs=12,
         global_batch=80,
         patience=None,
         group_captions=True,

@@ -219,9 +219,9 @@ class DemoConfig(JobConfig):
 
     output: str = "runs/demo"
     """Directory that receives features/, model/, report/, captions/ and truth.json (path or URI)."""
-    shapes: ShapesConfig = ShapesConfig()
+    shapes: ShapesConfig = ShapesConfig(train=3600)
     encoder: EncoderConfig = EncoderConfig(name="timm:resnet10t", weights="random", input_size=128)
     decode: DecodeOverrides = DecodeOverrides()
-    epochs: Positive = 16
+    epochs: Positive = 12
     """Most passes over the train captions."""
     restart: Restart = False
