@@ -1,6 +1,6 @@
 """Let a trained model's decoder and the last stages of its encoder go on learning, on the pictures themselves.
 
-python -m ray_jobs.finetune --model runs/flickr8k/model --source photographs/ --output runs/flickr8k/finetuned
+python -m ray_jobs.finetune --model runs/flickr8k/model --source flickr8k --output runs/flickr8k/finetuned
 """
 
 from captioner.config import FinetuneConfig

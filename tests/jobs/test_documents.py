@@ -26,6 +26,7 @@ pytestmark = pytest.mark.timeout(900)
 TINY = {
     "extract_features": ["--source", "hub", "--encoder.weights", "random", "--encoder.layer", "layer3"],
     "train": ["--decoder.width", "32", "--epochs", "1"],
+    "finetune": ["--source", "hub", "--epochs", "1"],
 }  # fmt: skip
 
 
