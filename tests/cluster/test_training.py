@@ -28,7 +28,7 @@ from captioner.errors import ConfigError, StoreError, TrainingError
 from captioner.runtime.progress import TrainingGauges
 from captioner.serving.metrics import exposition
 from captioner.text import END, START
-from captioner.training import run
+from captioner.training.fit import error_of_ours
 from captioner.training.history import EpochRecord
 from captioner.training.ingest import open_split
 from captioner.training.run import TrainResult, run_training
@@ -377,9 +377,9 @@ def test_an_error_of_ours_comes_out_of_a_failed_run_unchanged() -> None:
     ours = StoreError("column: a colon: and another")
     wrapped = RuntimeError("worker failed")
     wrapped.__cause__ = ours
-    assert run.error_of_ours(WorkerGroupError("...", {1: wrapped})) is ours
+    assert error_of_ours(WorkerGroupError("...", {1: wrapped})) is ours
     for foreign in (WorkerGroupError("...", {0: OSError()}), ControllerError(RuntimeError("lost"))):
-        assert run.error_of_ours(foreign) is foreign
+        assert error_of_ours(foreign) is foreign
 
 
 def test_more_workers_than_cpus_is_refused(features: str, tmp_path: Path) -> None:

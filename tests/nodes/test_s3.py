@@ -1,6 +1,5 @@
 """Jobs from a bucket to a bucket: continued where their driver was killed, published once, nothing left over."""
 
-import logging
 import os
 import signal
 import subprocess
@@ -116,9 +115,8 @@ def test_model_is_published_without_its_checkpoints(nodes: Nodes, model: str) ->
 
 
 def test_evaluation_reads_model_features_and_pictures_from_the_bucket(
-    nodes: Nodes, model: str, continued: str, caplog: pytest.LogCaptureFixture
+    nodes: Nodes, model: str, continued: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    caplog.set_level(logging.INFO, "captioner.runtime.progress")
     report = evaluate(
         EvaluateConfig(
             features=continued,
@@ -129,7 +127,7 @@ def test_evaluation_reads_model_features_and_pictures_from_the_bucket(
     )
     images = SIZES["validation"] - 1  # one has no captions
     assert report.scores["images"] == images
-    assert f" {images} of {images} images" in caplog.text
+    assert f" {images} of {images} images" in capsys.readouterr().err
     assert {"scores.json", "predictions.parquet", "grid.png", "manifest.json"} <= set(
         nodes.keys("report/")
     )
