@@ -28,6 +28,7 @@ from captioner.errors import ConfigError, StoreError, TrainingError
 from captioner.runtime.progress import TrainingGauges
 from captioner.serving.metrics import exposition
 from captioner.text import END, START
+from captioner.training import run
 from captioner.training.fit import error_of_ours
 from captioner.training.history import EpochRecord
 from captioner.training.ingest import open_split
