@@ -143,5 +143,6 @@ def test_jobs_of_the_documents_run_as_written_one_after_the_other(
         str(file.parent.relative_to(sandbox)) for file in sandbox.rglob("manifest.json")
     )
     assert published == [
-        "runs/flickr8k/features", "runs/flickr8k/model", "runs/flickr8k/report", "runs/my_captions"
+        "runs/flickr8k/features", "runs/flickr8k/finetuned", "runs/flickr8k/model", "runs/flickr8k/report",
+        "runs/my_captions",
     ]  # fmt: skip
