@@ -20,6 +20,7 @@ from captioner.sources import open_source
 from captioner.sources.captioned import captioned
 from captioner.training.finetune import write_captions
 from captioner.training.finetune_worker import FinetuneWorker
+from captioner.training.fit import plain_interrupts
 
 
 class FinetuneBenchmark(Measurement):
@@ -103,7 +104,8 @@ def benchmark_finetune(config: BenchmarkFinetuneConfig) -> FinetuneBenchmark:
             ),
             run_config=RunConfig(name="benchmark", storage_path=str(Path(folder))),
         )
-        found: dict[str, Any] = trainer.fit().return_value
+        with plain_interrupts():
+            found: dict[str, Any] = trainer.fit().return_value
     return FinetuneBenchmark(
         cpus=num_cpus(),
         gpus=num_gpus(),

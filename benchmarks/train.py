@@ -26,6 +26,7 @@ from captioner.runtime.cluster import num_cpus, num_gpus, start_ray
 from captioner.text import Vocabulary, clean
 from captioner.training.data import Batch, on_device
 from captioner.training.decoder_worker import DecoderWorker
+from captioner.training.fit import plain_interrupts
 from captioner.training.history import Stopwatch
 from captioner.training.steps import train_step
 from captioner.training.worker import Worker
@@ -181,7 +182,8 @@ def measure_steps(
             ),
             run_config=RunConfig(name="benchmark", storage_path=str(Path(folder))),
         )
-        found: list[dict[str, Any]] = trainer.fit().return_value
+        with plain_interrupts():
+            found: list[dict[str, Any]] = trainer.fit().return_value
         return found
 
 

@@ -123,7 +123,7 @@ def _fit(
             ),
         )
         try:
-            with _plain_interrupts():
+            with plain_interrupts():
                 result = trainer.fit()
         except TrainingFailedError as failure:
             raise error_of_ours(failure) from failure
@@ -134,7 +134,7 @@ def _fit(
 
 
 @contextmanager
-def _plain_interrupts() -> Iterator[None]:
+def plain_interrupts() -> Iterator[None]:
     """Ctrl-C ends a training as a ``KeyboardInterrupt``.
 
     Ray Train's handler stops the workers and then exits with status 0, as if all were done; and it stays in place when

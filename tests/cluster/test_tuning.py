@@ -16,6 +16,7 @@ from captioner.artifacts.model_directory import load_model
 from captioner.artifacts.output import WORK
 from captioner.config import TuneConfig
 from captioner.errors import OutOfReachError, StoreError
+from captioner.runtime.ray_private import CHECKPOINTS, latest_checkpoint
 from captioner.tuning import search
 from captioner.tuning.publish import SearchResult
 from captioner.tuning.search import run_search
@@ -178,6 +179,14 @@ def wait_for(driver: subprocess.Popen[bytes], place: Path, pattern: str) -> None
         time.sleep(0.05)
 
 
+def has_whole_checkpoint(run: Path) -> bool:
+    """Whether Ray Train lists one; it writes its list in place."""
+    try:
+        return latest_checkpoint((run / CHECKPOINTS).read_bytes()) is not None
+    except ValueError:
+        return False
+
+
 @pytest.mark.chaos
 def test_search_killed_in_every_phase_is_published_with_the_trials_of_an_unbroken_one(
     features: str, tmp_path: Path
@@ -246,7 +255,11 @@ def test_where_no_trial_came_to_its_end_the_best_is_published_as_it_stands(
 ) -> None:
     config = settings(features, tmp_path / "out", num_samples=1, max_epochs=50)
     driver = start(config)
-    wait_for(driver, tmp_path / "out" / WORK / "trials", "000/_work/run/checkpoint_*")
+    runs = tmp_path / "out" / WORK / "trials/000/_work/run"
+    wait_for(driver, runs, CHECKPOINTS)
+    while not has_whole_checkpoint(runs):
+        assert driver.poll() is None
+        time.sleep(0.05)
     driver.kill()
     driver.wait()
     write_note(config.output, 0, Note(status="failed", error="loss is nan", diverged=True))
