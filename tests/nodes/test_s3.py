@@ -127,7 +127,7 @@ def test_evaluation_reads_model_features_and_pictures_from_the_bucket(
     )
     images = SIZES["validation"] - 1  # one has no captions
     assert report.scores["images"] == images
-    assert f"\n{images} of {images} images" in capsys.readouterr().err
+    assert f"{images} of {images} images" in capsys.readouterr().err
     assert {"scores.json", "predictions.parquet", "grid.png", "manifest.json"} <= set(
         nodes.keys("report/")
     )
